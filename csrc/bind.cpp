@@ -1,0 +1,92 @@
+// The module onepass._C: a table of contents. What each entry does stands with its declaration.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bind_plan.hpp"
+
+namespace onepass {
+namespace {
+
+std::optional<TensorReader> reader;
+
+#if defined(__x86_64__)
+bool cpu_has(const std::string& isa) {
+  if (isa == "v3") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (isa == "v4")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && cpu_has("v3");
+  return true;
+}
+#else
+bool cpu_has(const std::string&) { return true; }
+#endif
+
+// The instruction sets that this build has and this processor runs, best last.
+std::vector<std::string> isas() {
+  std::vector<std::string> out;
+  for (const std::string& isa : isa_names)
+    if (cpu_has(isa)) out.push_back(isa);
+  return out;
+}
+
+void use_isa(const std::string& name) {
+  for (std::size_t i = 0; i < isa_names.size(); ++i)
+    if (isa_names[i] == name && cpu_has(name)) {
+      current_isa = static_cast<int>(i);
+      return;
+    }
+  throw py::value_error("instruction set '" + name + "' is not in this build or not on this processor");
+}
+
+py::list list_rules() {
+  py::list out;
+  for (const RuleVariant& v : rule_variants())
+    out.append(py::make_tuple(v.rule, py::tuple(py::cast(v.hyper_names)), py::tuple(py::cast(v.state_names))));
+  return out;
+}
+
+}  // namespace
+}  // namespace onepass
+
+PYBIND11_MODULE(_C, m) {
+  using namespace onepass;
+  m.doc() = "Native kernels of onepass; use onepass._native, which checks what it passes on.";
+
+  m.def("set_reader", [](const py::object& exchange_api, py::object describe) {
+    reader.emplace(exchange_api, std::move(describe));
+    return reader->uses_exchange_api();
+  });
+  m.def("rules", &list_rules, "(rule, hyper names, state names) of every rule variant; the index is what gather() takes.");
+  m.def("isas", &isas);
+  m.def("isa", [] { return isa_names[current_isa]; });
+  m.def("use_isa", &use_isa);
+  m.def("thread_runtime", &cpu::thread_runtime);
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init([](py::tuple types) { return std::make_unique<Plan>(reader.value(), std::move(types)); }))
+      .def("gather", &Plan::gather)
+      .def("cpu_sum_of_squares", &Plan::cpu_sum_of_squares)
+      .def("has_cpu", &Plan::has_cpu)
+      .def("cuda_devices", &Plan::cuda_devices)
+      .def("cuda_partials", &Plan::cuda_partials)
+      .def("cuda_sum_of_squares", &Plan::cuda_sum_of_squares)
+      .def("run", &Plan::run)
+      .def("updated", &Plan::updated);
+
+#if defined(ONEPASS_HAS_CUDA)
+  m.attr("cuda_archs") = ONEPASS_CUDA_ARCHS_BUILT;
+  m.def("cuda_device_count", &cuda::device_count);
+#else
+  m.attr("cuda_archs") = "";
+  m.def("cuda_device_count", [] { return 0; });
+#endif
+#if defined(ONEPASS_CUDA_ON_HOST)
+  m.attr("cuda_on_host") = true;
+#else
+  m.attr("cuda_on_host") = false;
+#endif
+  m.attr("compiler") = ONEPASS_COMPILER;
+}

@@ -1,0 +1,141 @@
+// One step of an optimizer: gather and check everything first, then write.
+#pragma once
+#include <optional>
+#include <unordered_map>
+
+#include "bind_rules.hpp"
+#include "bind_tensor.hpp"
+#include "core/grad_factor.hpp"
+#include "cpu/threads.hpp"
+
+namespace onepass {
+
+// The instruction set in use: an index into isa_names.
+inline int current_isa = 0;
+
+inline cpu::SumFunction sum_function() {
+#define ONEPASS_SUM_OF(isa) cpu::isa::sum_function,
+  static const cpu::SumFunction functions[] = {ONEPASS_ISAS(ONEPASS_SUM_OF)};
+#undef ONEPASS_SUM_OF
+  return functions[current_isa];
+}
+
+// Whether a tensor's kernels are the CUDA ones. The test build that runs them on the host sends everything there.
+inline bool runs_on_cuda(const TensorView& t) {
+#if defined(ONEPASS_CUDA_ON_HOST)
+  return t.device_type == dlpack::cpu;
+#else
+  return t.device_type == dlpack::cuda;
+#endif
+}
+
+// Set of addresses, open addressing: a few nanoseconds an insertion, where a node-based set takes fifty.
+class AddressSet {
+ public:
+  explicit AddressSet(std::size_t expected) {
+    std::size_t slots = 16;
+    while (slots < 2 * expected) slots *= 2;
+    slots_.assign(slots, nullptr);
+  }
+  // False if it was there already.
+  bool insert(const void* address) {
+    const std::size_t mask = slots_.size() - 1;
+    std::size_t i = (reinterpret_cast<std::uintptr_t>(address) * 0x9E3779B97F4A7C15u >> 20) & mask;
+    for (; slots_[i] != nullptr; i = (i + 1) & mask)
+      if (slots_[i] == address) return false;
+    slots_[i] = address;
+    return true;
+  }
+
+ private:
+  std::vector<const void*> slots_;
+};
+
+struct GroupOptions {
+  int variant;
+  std::vector<Scalar> hyper;
+  bool counts_steps;    // the state has a "step"
+  bool device_scalars;  // and it lives in device memory, for parameters there
+  bool maximize;
+};
+
+class Plan {
+ public:
+  Plan(const TensorReader& reader, py::tuple tensor_types) : reader_(reader), tensor_types_(std::move(tensor_types)) {}
+  Plan(const Plan&) = delete;
+  ~Plan() {
+    for (PyObject* object : references_) Py_DECREF(object);
+  }
+
+  // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
+  // device and layout goes through mend(index, param, grad, states, step), which returns one-dimensional dense stand-ins
+  // [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters whose state is
+  // missing; if there are any the plan is not to be run.
+  py::list gather(int variant, const py::list& params, const py::dict& state, const py::tuple& hyper, bool counts_steps,
+                  bool device_scalars, bool maximize, const py::object& fresh, const py::function& mend);
+
+  // Sum of squares of all gradients that live in host memory.
+  double cpu_sum_of_squares(int max_threads) const;
+
+  // Whether anything gathered is for the CPU kernels.
+  bool has_cpu() const;
+
+  // Devices (of the CUDA kernels) that hold gradients.
+  std::vector<int> cuda_devices() const;
+  std::int64_t cuda_partials(int device) const;
+  void cuda_sum_of_squares(int device, std::uintptr_t partials, std::uintptr_t sum, std::uintptr_t stream) const;
+
+  // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, sum of squares, norm,
+  // grad_scale, found_inf): addresses, 0 where there is none.
+  void run(int max_threads, double max_norm, bool normalize, double norm, double grad_scale, bool scaled_on_device,
+           const py::function& on_device);
+
+  py::list updated() const { return updated_; }
+
+ private:
+  struct Entry {
+    Item item;
+    int device_type, device;
+    bool cuda;
+    DType dtype;
+    void* step;  // null: the rule counts none
+    bool step_is_double, fresh;
+    int occurrence;  // a parameter listed twice is updated twice, in order
+  };
+  struct Group {
+    GroupOptions options;
+    std::vector<Entry> entries;
+    int occurrences = 1;
+  };
+
+  PyObject* keep(PyObject* object) {
+    Py_INCREF(object);
+    references_.push_back(object);
+    return object;
+  }
+  bool plain(PyObject* object) const {
+    for (std::size_t i = 0; i < tensor_types_.size(); ++i)
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(tensor_types_.ptr(), i)) return true;
+    return false;
+  }
+  bool read(PyObject* object, TensorView& out) const { return plain(object) && reader_.read(object, out); }
+  bool is_negated(PyObject* tensor) const;
+  bool fits(const TensorView& param, const TensorView& other, DType dtype) const {
+    return other.dtype == dtype && other.device_type == param.device_type && other.device == param.device &&
+           param.same_layout(other);
+  }
+  bool read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
+                    bool check_negation) const;
+  bool read_step(PyObject* step, bool device_scalars, Entry& entry) const;
+  void run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const;
+  void run_cuda(const Group& group, const std::vector<const Entry*>& entries, const GradScaling& scaling,
+                double grad_scale, bool scaled_on_device, const py::function& on_device) const;
+
+  const TensorReader& reader_;
+  py::tuple tensor_types_;
+  std::vector<Group> groups_;
+  std::vector<PyObject*> references_;
+  py::list updated_;
+};
+
+}  // namespace onepass

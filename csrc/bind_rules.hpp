@@ -1,0 +1,95 @@
+// The table of rules: what Python may ask for, and the function of each instruction set and device that does it.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "core/rule.hpp"
+#include "cpu/launch.hpp"
+#include "cuda/launch.hpp"
+#include "onepass_rules.hpp"  // made by CMake: includes every rule and defines ONEPASS_RULES(X)
+
+// The instruction sets this build has, best last: ONEPASS_ISAS(X), made by CMake as well.
+namespace onepass {
+
+#define ONEPASS_DECLARE_ISA(isa)                              \
+  namespace cpu::isa {                                        \
+  extern const SumFunction sum_function;                      \
+  }
+ONEPASS_ISAS(ONEPASS_DECLARE_ISA)
+#undef ONEPASS_DECLARE_ISA
+
+#define ONEPASS_DECLARE_RULE_OF(isa, rule)        \
+  namespace cpu::isa {                            \
+  extern const ApplyFunction* const rule##_table; \
+  }
+#define ONEPASS_DECLARE_RULE(rule)                 \
+  ONEPASS_ISAS_OF(ONEPASS_DECLARE_RULE_OF, rule)   \
+  namespace cuda {                                 \
+  extern const ApplyFunction* const rule##_table;  \
+  }
+ONEPASS_RULES(ONEPASS_DECLARE_RULE)
+#undef ONEPASS_DECLARE_RULE
+#undef ONEPASS_DECLARE_RULE_OF
+
+// Order of the CPU functions in RuleVariant::cpu and of the names in isa_names.
+inline const std::vector<std::string> isa_names = {
+#define ONEPASS_ISA_NAME(isa) #isa,
+    ONEPASS_ISAS(ONEPASS_ISA_NAME)
+#undef ONEPASS_ISA_NAME
+};
+
+struct RuleVariant {
+  std::string rule;
+  std::vector<std::string> hyper_names, state_names;
+  bool reads_grad;
+  std::vector<cpu::ApplyFunction> cpu;  // one for each of isa_names
+  cuda::ApplyFunction cuda;             // null in a build without CUDA
+};
+
+// "a, b, c" as written in the rule file.
+inline std::vector<std::string> split_names(const std::string& names) {
+  std::vector<std::string> out;
+  std::string name;
+  for (const char c : names + ",") {
+    if (c != ',') {
+      if (c != ' ') name += c;
+    } else if (!name.empty()) {
+      out.push_back(name);
+      name.clear();
+    }
+  }
+  return out;
+}
+
+template <class... Rules>
+void describe(std::vector<RuleVariant>& out, const char* name, Variants<Rules...>,
+              const std::vector<const cpu::ApplyFunction*>& cpu_tables, const cuda::ApplyFunction* cuda_table) {
+  int variant = 0;
+  const auto add = [&](const char* hyper_names, const char* state_names, bool reads_grad) {
+    RuleVariant v{name, split_names(hyper_names), split_names(state_names), reads_grad, {}, nullptr};
+    for (const auto* table : cpu_tables) v.cpu.push_back(table[variant]);
+    if (cuda_table != nullptr) v.cuda = cuda_table[variant];
+    out.push_back(v);
+    ++variant;
+  };
+  (add(Rules::hyper_names, Rules::state_names, Rules::reads_grad), ...);
+}
+
+inline const std::vector<RuleVariant>& rule_variants() {
+  static const std::vector<RuleVariant> all = [] {
+    std::vector<RuleVariant> out;
+#define ONEPASS_TABLE_OF(isa, rule) cpu::isa::rule##_table,
+#if defined(ONEPASS_HAS_CUDA)
+#define ONEPASS_CUDA_TABLE(rule) cuda::rule##_table
+#else
+#define ONEPASS_CUDA_TABLE(rule) nullptr
+#endif
+#define ONEPASS_DESCRIBE(rule) \
+  describe(out, #rule, rules::rule{}, {ONEPASS_ISAS_OF(ONEPASS_TABLE_OF, rule)}, ONEPASS_CUDA_TABLE(rule));
+    ONEPASS_RULES(ONEPASS_DESCRIBE)
+    return out;
+  }();
+  return all;
+}
+
+}  // namespace onepass

@@ -1,0 +1,147 @@
+// A tensor as the binding sees it: address, type and layout, read without libtorch.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <array>
+
+#include "core/types.hpp"
+
+namespace onepass {
+
+namespace py = pybind11;
+
+// The parts of DLPack's stable C interface (github.com/dmlc/dlpack, version 1) that are read here.
+namespace dlpack {
+enum DeviceType : std::int32_t { cpu = 1, cuda = 2, cuda_host = 3 };
+struct Device {
+  std::int32_t type, id;
+};
+enum TypeCode : std::uint8_t { floating = 2, brain_floating = 4 };
+struct Type {
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  std::int32_t ndim;
+  Type dtype;
+  std::int64_t *shape, *strides;
+  std::uint64_t byte_offset;
+};
+struct ExchangeApi {
+  std::uint32_t major, minor;
+  void* previous;
+  void *allocate, *managed_from_python, *managed_to_python;
+  int (*view)(void* python_object, Tensor* out);  // borrows; -1 with a Python error
+  void* current_stream;
+};
+}  // namespace dlpack
+
+struct TensorView {
+  static constexpr int max_ndim = 12;  // tensors of more dimensions go through the mending path, flattened
+
+  char* data = nullptr;
+  int device_type = 0, device = 0, ndim = 0;
+  DType dtype = DType::float32;
+  std::int64_t size = 0;
+  std::array<std::int64_t, max_ndim> shape, strides;
+
+  bool same_layout(const TensorView& other) const {
+    if (ndim != other.ndim) return false;
+    for (int d = 0; d < ndim; ++d)
+      if (shape[d] != other.shape[d] || (shape[d] != 1 && strides[d] != other.strides[d])) return false;
+    return true;
+  }
+
+  // Every element of one piece of memory exactly once, in whatever order of the dimensions.
+  bool is_dense() const {
+    std::int64_t expected = 1;
+    int d = ndim - 1;
+    for (; d >= 0 && (strides[d] == expected || shape[d] == 1); --d) expected *= shape[d];
+    if (d < 0 || size == 0) return true;  // the usual case: contiguous
+    std::int64_t covered = 1;
+    for (int placed = 0; placed < ndim; ++placed) {  // find the dimension whose stride continues what is covered
+      int next = -1;
+      for (int e = 0; e < ndim && next < 0; ++e)
+        if (shape[e] != 1 && strides[e] == covered) next = e;
+      if (next < 0) break;
+      covered *= shape[next];
+    }
+    return covered == size;
+  }
+};
+
+// Reads a tensor; false where its memory cannot be reached like a plain dense-typed tensor's (sparse, fake, meta, integer,
+// subclass without storage ...): the caller then asks Python to explain or to mend.
+class TensorReader {
+ public:
+  // exchange_api: torch.Tensor.__dlpack_c_exchange_api__, or None where this torch has none (before 2.10); then describe, a
+  // Python function giving (address, dtype code, device type, device index, shape, strides), is called for each tensor.
+  TensorReader(const py::object& exchange_api, py::object describe) : describe_(std::move(describe)) {
+    if (exchange_api.is_none()) return;
+    auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->major == 1) api_ = api;
+  }
+
+  bool uses_exchange_api() const { return api_ != nullptr && api_->view != nullptr; }
+
+  bool read(PyObject* tensor, TensorView& out) const {
+    return uses_exchange_api() ? read_exchange(tensor, out) : read_described(tensor, out);
+  }
+
+ private:
+  bool read_exchange(PyObject* tensor, TensorView& out) const {
+    dlpack::Tensor t;
+    if (api_->view(tensor, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (t.dtype.lanes != 1 || t.ndim > TensorView::max_ndim) return false;
+    const int kind = t.dtype.code * 256 + t.dtype.bits;
+    switch (kind) {
+      case dlpack::floating * 256 + 32: out.dtype = DType::float32; break;
+      case dlpack::floating * 256 + 64: out.dtype = DType::float64; break;
+      case dlpack::floating * 256 + 16: out.dtype = DType::float16; break;
+      case dlpack::brain_floating * 256 + 16: out.dtype = DType::bfloat16; break;
+      default: return false;
+    }
+    out.device_type = t.device.type == dlpack::cuda_host ? dlpack::cpu : t.device.type;
+    out.device = t.device.id;
+    out.ndim = t.ndim;
+    out.size = 1;
+    for (int d = 0; d < t.ndim; ++d) {
+      out.shape[d] = t.shape[d];
+      out.strides[d] = t.strides[d];
+      out.size *= t.shape[d];
+    }
+    out.data = static_cast<char*>(t.data) + t.byte_offset;
+    return out.size == 0 || t.data != nullptr;
+  }
+
+  bool read_described(PyObject* tensor, TensorView& out) const {
+    const py::object described = describe_(py::handle(tensor));
+    if (described.is_none()) return false;
+    const py::tuple d = described;
+    const py::tuple shape = d[4], strides = d[5];
+    if (shape.size() > TensorView::max_ndim) return false;
+    out.data = reinterpret_cast<char*>(d[0].cast<std::uintptr_t>());
+    out.dtype = static_cast<DType>(d[1].cast<int>());
+    out.device_type = d[2].cast<int>();
+    out.device = d[3].cast<int>();
+    out.ndim = static_cast<int>(shape.size());
+    out.size = 1;
+    for (int i = 0; i < out.ndim; ++i) {
+      out.shape[i] = shape[i].cast<std::int64_t>();
+      out.strides[i] = strides[i].cast<std::int64_t>();
+      out.size *= out.shape[i];
+    }
+    return out.size == 0 || out.data != nullptr;
+  }
+
+  const dlpack::ExchangeApi* api_ = nullptr;
+  py::object describe_;
+};
+
+}  // namespace onepass

@@ -1,0 +1,20 @@
+// One factor holds all that happens to a gradient before the rule: loss scale, clipping or normalising, and sign.
+#pragma once
+#include "core/types.hpp"
+#include "core/value.hpp"
+
+namespace onepass {
+
+// norm: of the gradients after division by grad_scale; unused unless clipping or normalising.
+ONEPASS_HD double grad_factor(const GradScaling& scaling, double grad_scale, double norm) {
+  double factor = 1 / grad_scale;
+  if (scaling.normalize) {
+    factor *= norm == 0 ? 0 : 1 / norm;
+  } else if (scaling.max_norm >= 0) {
+    const double clip = scaling.max_norm / (norm + 1e-6);  // 1e-6: torch.nn.utils.clip_grad_norm_
+    if (!(clip >= 1)) factor *= clip;                      // written so that a NaN norm gives a NaN factor
+  }
+  return scaling.maximize ? -factor : factor;
+}
+
+}  // namespace onepass

@@ -1,0 +1,60 @@
+// Plain data that crosses the boundary between the binding and the engines. No Python, no torch, no STL.
+#pragma once
+#include <cstdint>
+
+namespace onepass {
+
+enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
+
+constexpr std::int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+constexpr int max_states = 4;
+constexpr int max_hypers = 16;
+
+// One tensor of a launch: its memory streams and the Use (below) it belongs to. States are float32 beside 16-bit
+// parameters and of the parameter's type otherwise.
+struct Item {
+  void* param;
+  const void* grad;  // null when the rule reads none
+  void* state[max_states];
+  std::int64_t size;
+  std::int32_t use;
+};
+
+// What may differ between the tensors of one launch and changes the scalars of a step.
+struct Use {
+  double t;            // number of this step, from 1, where the host knows it
+  float* device_step;  // else the step count in device memory: read, advanced and written by the prepare kernel
+  bool fresh;          // the states were made for this very step
+};
+
+// A hyper-parameter: a number, or the address of one in device memory (float32 or float64).
+struct Scalar {
+  double value;
+  const void* device;
+  DType dtype;
+};
+
+// What every optimizer does to a gradient before its rule sees it; see grad_factor.hpp.
+struct GradScaling {
+  bool maximize;
+  bool normalize;
+  double max_norm;  // < 0: no clipping
+  bool needs_norm() const { return normalize || max_norm >= 0; }
+};
+
+// The same, where the numbers live in device memory. Null: not used.
+struct DeviceGradScaling {
+  const double* sum_of_squares;
+  double* norm;  // written: the norm of the unscaled gradients
+  const float* grad_scale;
+  const float* found_inf;
+};
+
+// Compile-time list of the variants of one rule: they differ in their memory streams and in nothing else.
+template <class... Rules>
+struct Variants {};
+
+}  // namespace onepass

@@ -1,0 +1,87 @@
+// The CPU engine of the update rules: a list of tensors is one flat range of elements, cut in equal parts for the threads.
+#pragma once
+#include "core/grad_factor.hpp"
+#include "core/rule.hpp"
+#include "cpu/launch.hpp"
+#include "cpu/pack.hpp"
+#include "cpu/threads.hpp"
+
+namespace onepass::cpu::ONEPASS_ISA {
+
+// Lanes [i, i + count) of a tensor.
+template <bool whole, class Rule, class T, class Step>
+static inline __attribute__((always_inline)) void update_pack(const Item& item, std::int64_t i, int count,
+                                                              const Step& k) {
+  using F = Arithmetic<T>;
+  T* const param = static_cast<T*>(item.param) + i;
+  Reg<F> grad{}, state[Rule::n_state > 0 ? Rule::n_state : 1];
+  const Reg<F> p = load<whole>(param, count);
+  if constexpr (Rule::reads_grad) grad = load<whole>(static_cast<const T*>(item.grad) + i, count);
+  for (int s = 0; s < Rule::n_state; ++s) state[s] = load<whole>(static_cast<F*>(item.state[s]) + i, count);
+  store<whole>(param, Rule::template update<F>(k, p, grad, state), count);
+  for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
+}
+
+template <class Rule, class T, class Step>
+static void update_range(const Item& item, std::int64_t begin, std::int64_t end, Step k) {
+  constexpr int width = lanes<Arithmetic<T>>;
+  std::int64_t i = begin;
+  for (; i + width <= end; i += width) update_pack<true, Rule, T>(item, i, width, k);
+  if (i < end) update_pack<false, Rule, T>(item, i, static_cast<int>(end - i), k);
+}
+
+template <class Rule, class T>
+struct ApplyTeam {
+  using Step = typename Rule::template Step<Arithmetic<T>>;
+  static constexpr std::int64_t bytes_per_element =
+      (Rule::reads_grad ? 3 : 2) * sizeof(T) + 2 * Rule::n_state * sizeof(Arithmetic<T>);
+
+  const Apply& call;
+  std::int64_t total;
+  Step steps[max_uses];
+
+  static void body(void* context, int thread, int n_threads) {
+    const ApplyTeam& team = *static_cast<ApplyTeam*>(context);
+    std::int64_t begin, end;
+    part_of(team.total, 64, thread, n_threads, begin, end);
+    std::int64_t first = 0;  // flat index of the item's first element
+    for (const Item* item = team.call.items; first < end; first += item->size, ++item) {
+      const std::int64_t from = begin > first ? begin - first : 0;
+      const std::int64_t to = end - first < item->size ? end - first : item->size;
+      if (from < to) update_range<Rule, T>(*item, from, to, team.steps[item->use]);
+    }
+  }
+
+  static void run(const Apply& call) {
+    typename Rule::Hyper hyper;
+    static_assert(sizeof hyper % sizeof(double) == 0, "hyper-parameters are doubles");
+    std::memcpy(&hyper, call.hyper, sizeof hyper);
+    ApplyTeam team{call, 0, {}};
+    for (std::int64_t i = 0; i < call.n_items; ++i) team.total += call.items[i].size;
+    for (int u = 0; u < call.n_uses; ++u) {
+      const StepContext context{call.uses[u].t, call.grad_factor, call.uses[u].fresh};
+      team.steps[u] = Rule::template prepare<Arithmetic<T>>(hyper, context);
+    }
+    run_team(threads_for(team.total * bytes_per_element, call.max_threads), &body, &team);
+  }
+};
+
+template <class Rule>
+static void apply(const Apply& call) {
+  switch (call.dtype) {
+    case DType::float32: return ApplyTeam<Rule, float>::run(call);
+    case DType::float64: return ApplyTeam<Rule, double>::run(call);
+    case DType::bfloat16: return ApplyTeam<Rule, bfloat16>::run(call);
+    case DType::float16: return ApplyTeam<Rule, float16>::run(call);
+  }
+}
+
+// The variants of a rule, in their order, as the table that the binding picks from.
+template <class>
+struct ApplyTable;
+template <class... Rules>
+struct ApplyTable<Variants<Rules...>> {
+  static constexpr ApplyFunction functions[] = {&apply<Rules>...};
+};
+
+}  // namespace onepass::cpu::ONEPASS_ISA

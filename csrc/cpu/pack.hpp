@@ -1,0 +1,167 @@
+// Loads and stores of SIMD packs with conversion: float32 arithmetic over float32, bfloat16 and float16 storage, float64
+// over float64. Whole packs and partial ones (tails) give the same numbers.
+//
+// Everything here and in the engines lives in a namespace named after the instruction set, so that the linker never
+// merges a function compiled for AVX-512 with its baseline twin. For the same reason nothing of the STL is used.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "core/types.hpp"
+#include "core/value.hpp"
+
+#if !defined(ONEPASS_ISA)
+#error "ONEPASS_ISA names the instruction set this file is compiled for"
+#endif
+
+namespace onepass::cpu::ONEPASS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+// Storage types. Tags, so that the 16-bit ones differ from integers and from each other.
+struct bfloat16 {
+  std::uint16_t bits;
+};
+struct float16 {
+  std::uint16_t bits;
+};
+
+template <class T>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <class T>
+using Arithmetic = typename ArithmeticOf<T>::type;
+
+template <class F>
+constexpr int lanes = register_bytes / sizeof(F);
+template <class F>
+using Reg = Pack<F, register_bytes>;
+using Bits32 = Pack<std::uint32_t, register_bytes>;
+using Bits16 = Pack<std::uint16_t, register_bytes / 2>;
+
+// Only the low 16 bits of each lane matter: truncation keeps them.
+static inline Bits16 narrow(Bits32 x) { return __builtin_convertvector(x, Bits16); }
+
+static inline Reg<float> decode(const bfloat16* p) {
+  Bits16 raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return (Reg<float>)(__builtin_convertvector(raw, Bits32) << 16);
+}
+
+// To nearest, ties to even; NaN to a quiet NaN.
+static inline void encode(bfloat16* p, Reg<float> x) {
+  const Bits32 bits = (Bits32)x;
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32 quiet = (bits >> 16) | 0x40u;
+  const Bits16 raw = narrow(x != x ? quiet : rounded);
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+#if defined(__AVX512F__)
+static inline Reg<float> decode(const float16* p) {
+  return (Reg<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+static inline void encode(float16* p, Reg<float> x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+static inline Reg<float> decode(const float16* p) {
+  return (Reg<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+static inline void encode(float16* p, Reg<float> x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// No half conversions in the instruction set: lane by lane, for correctness.
+static inline float half_to_float(std::uint32_t half) {
+  const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  std::uint32_t bits;
+  if (magnitude >= 0x7c00u) {  // infinity, NaN (made quiet)
+    bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13) | (magnitude > 0x7c00u ? 0x400000u : 0u);
+  } else if (magnitude >= 0x400u) {  // normal: rebias the exponent from 15 to 127
+    bits = (magnitude << 13) + (112u << 23);
+  } else {  // subnormal: a multiple of 2^-24, exact in float
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+static inline std::uint16_t float_to_half(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  std::uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u | ((bits >> 13) & 0x3ffu);
+  } else if (bits >= 0x47800000u) {  // 65536 and above; what rounds up to it is caught by the carry below
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the multiple of 2^-24 in the last bits, rounded
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&bits, &value, 4);
+    half = bits - 0x3f000000u;
+  } else {
+    half = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  return static_cast<std::uint16_t>(sign | half);
+}
+
+static inline Reg<float> decode(const float16* p) {
+  Reg<float> x;
+  for (int lane = 0; lane < lanes<float>; ++lane) x[lane] = half_to_float(p[lane].bits);
+  return x;
+}
+static inline void encode(float16* p, Reg<float> x) {
+  for (int lane = 0; lane < lanes<float>; ++lane) p[lane].bits = float_to_half(x[lane]);
+}
+#endif
+
+static inline Reg<float> decode(const float* p) {
+  Reg<float> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+static inline void encode(float* p, Reg<float> x) { std::memcpy(p, &x, sizeof x); }
+
+static inline Reg<double> decode(const double* p) {
+  Reg<double> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+static inline void encode(double* p, Reg<double> x) { std::memcpy(p, &x, sizeof x); }
+
+// `count` of a pack's lanes: all of them, or the few of a tail, which pass through a pack on the stack. Template
+// argument whole: the count is known, and this is one load or store.
+template <bool whole, class T>
+static inline Reg<Arithmetic<T>> load(const T* p, int count) {
+  if constexpr (whole) return decode(p);
+  T buffer[lanes<Arithmetic<T>>] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  return decode(buffer);
+}
+template <bool whole, class T>
+static inline void store(T* p, Reg<Arithmetic<T>> x, int count) {
+  if constexpr (whole) return encode(p, x);
+  T buffer[lanes<Arithmetic<T>>];
+  encode(buffer, x);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+
+}  // namespace onepass::cpu::ONEPASS_ISA

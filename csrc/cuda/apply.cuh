@@ -1,0 +1,259 @@
+// The CUDA engine of the update rules: one launch walks a list of tensors in chunks, each block finds its tensor.
+#pragma once
+#include <cstring>
+#include <stdexcept>
+
+#include "core/grad_factor.hpp"
+#include "core/rule.hpp"
+#include "cuda/device.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/launch.hpp"
+#include "cuda/tuning.hpp"
+
+namespace onepass::cuda {
+
+// The parameter block of the apply kernel. Empty tensors are not in it.
+template <class Rule, class T>
+struct Table {
+  using Step = typename Rule::template Step<Arithmetic<T>>;
+  static constexpr int n_streams = 1 + (Rule::reads_grad ? 1 : 0) + Rule::n_state;
+  static constexpr int fixed_bytes = tuning::max_steps * sizeof(Step) + 64;
+  static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4;
+  static constexpr int capacity = (tuning::parameter_bytes - fixed_bytes) / bytes_per_tensor;
+
+  void* stream[n_streams][capacity];  // param, grad if read, states
+  std::int64_t size[capacity];
+  std::uint32_t first_chunk[capacity];
+  std::int32_t step[capacity];     // index of its Step
+  Step steps[tuning::max_steps];   // prepared by the host
+  const Step* prepared;            // or by the prepare kernel; null: by the host
+  const float* found_inf;          // null, or: not 0 means that this launch changes nothing
+  std::int32_t n_tensors;
+};
+
+template <class Rule, class T>
+__global__ void __launch_bounds__(tuning::apply_threads) apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T>) table) {
+  using F = Arithmetic<T>;
+  using Step = typename Table<Rule, T>::Step;
+  constexpr int w = width<T>, n_state = Rule::n_state;
+  if (table.found_inf != nullptr && *table.found_inf != 0) return;
+
+  const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
+  const Step k = table.prepared != nullptr ? table.prepared[table.step[tensor]] : table.steps[table.step[tensor]];
+  const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::apply_chunk;
+  const std::int64_t left = table.size[tensor] - offset;
+  const int n = left < tuning::apply_chunk ? int(left) : tuning::apply_chunk;
+
+  T* const param = static_cast<T*>(table.stream[0][tensor]) + offset;
+  const T* grad = nullptr;
+  if constexpr (Rule::reads_grad) grad = static_cast<const T*>(table.stream[1][tensor]) + offset;
+  F* state[n_state > 0 ? n_state : 1] = {};
+  bool aligned = is_aligned16(param) && is_aligned16(grad);
+#pragma unroll
+  for (int s = 0; s < n_state; ++s) {
+    state[s] = static_cast<F*>(table.stream[Table<Rule, T>::n_streams - n_state + s][tensor]) + offset;
+    aligned = aligned && is_aligned16(state[s]);
+  }
+
+  const int whole = aligned ? n / w * w : 0;
+  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w) {
+    auto p = Elements<T, w>::load(param + i);
+    Elements<T, w> g;
+    if constexpr (Rule::reads_grad) g = Elements<T, w>::load(grad + i);
+    Elements<F, w> s[n_state > 0 ? n_state : 1];
+#pragma unroll
+    for (int j = 0; j < n_state; ++j) s[j] = Elements<F, w>::load(state[j] + i);
+#pragma unroll
+    for (int e = 0; e < w; ++e) {
+      F of_element[n_state > 0 ? n_state : 1];
+#pragma unroll
+      for (int j = 0; j < n_state; ++j) of_element[j] = s[j].at[e];
+      const F gradient = Rule::reads_grad ? decode(g.at[e]) : F(0);
+      encode(p.at[e], Rule::template update<F>(k, decode(p.at[e]), gradient, of_element));
+#pragma unroll
+      for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
+    }
+    p.store(param + i);
+#pragma unroll
+    for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
+  }
+
+  // The tail of an aligned chunk, or all of an unaligned one.
+  for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads) {
+    F s[n_state > 0 ? n_state : 1];
+#pragma unroll
+    for (int j = 0; j < n_state; ++j) s[j] = state[j][i];
+    F gradient = 0;
+    if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
+    encode(param[i], Rule::template update<F>(k, decode(param[i]), gradient, s));
+#pragma unroll
+    for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
+  }
+}
+
+// The parameter block of the prepare kernel.
+template <class Rule>
+struct Sources {
+  static constexpr int n_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
+  static constexpr int capacity = (tuning::parameter_bytes - 1024) / sizeof(Use);
+
+  Use uses[capacity];
+  std::int32_t n_uses;
+  double hyper[n_hyper];
+  const void* hyper_device[n_hyper];  // null: the number itself is in hyper
+  bool hyper_is_double[n_hyper];
+  GradScaling scaling;
+  DeviceGradScaling device;
+  double grad_scale;
+};
+
+// Turns scalars in device memory into Steps, without the host: reads hyper-parameters, step counts, the loss scale and the
+// gradient norm, advances the counts. One thread a Use.
+template <class Rule, class F>
+__global__ void __launch_bounds__(tuning::prepare_threads)
+    prepare_kernel(ONEPASS_GRID_CONSTANT(Sources<Rule>) from, typename Rule::template Step<F>* steps) {
+  const int u = int(blockIdx.x) * tuning::prepare_threads + int(threadIdx.x);
+  if (u >= from.n_uses) return;
+  const bool skip = from.device.found_inf != nullptr && *from.device.found_inf != 0;
+
+  typename Rule::Hyper hyper;
+  double* const value = reinterpret_cast<double*>(&hyper);
+#pragma unroll
+  for (int i = 0; i < Sources<Rule>::n_hyper; ++i) {
+    const void* const at = from.hyper_device[i];
+    value[i] = at == nullptr              ? from.hyper[i]
+               : from.hyper_is_double[i] ? *static_cast<const double*>(at)
+                                         : double(*static_cast<const float*>(at));
+  }
+
+  const double scale = from.device.grad_scale != nullptr ? double(*from.device.grad_scale) : from.grad_scale;
+  double norm = 0;
+  if (from.device.sum_of_squares != nullptr) {
+    norm = sqrt(*from.device.sum_of_squares) / scale;
+    if (u == 0) *from.device.norm = norm;
+  }
+
+  StepContext context;
+  context.t = from.uses[u].t;
+  if (from.uses[u].device_step != nullptr) {
+    context.t = double(*from.uses[u].device_step) + 1;
+    if (!skip) *from.uses[u].device_step = float(context.t);
+  }
+  context.grad_factor = grad_factor(from.scaling, scale, norm);
+  context.fresh = from.uses[u].fresh;
+  steps[u] = Rule::template prepare<F>(hyper, context);
+}
+
+template <class Rule, class F>
+const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
+  using Step = typename Rule::template Step<F>;
+  static_assert(sizeof(Step) <= max_step_bytes, "raise max_step_bytes");
+  Step* const steps = static_cast<Step*>(call.workspace);
+  Sources<Rule> from{};
+  for (int i = 0; i < Sources<Rule>::n_hyper; ++i) {
+    from.hyper[i] = call.hyper[i].value;
+    from.hyper_device[i] = call.hyper[i].device;
+    from.hyper_is_double[i] = call.hyper[i].dtype == DType::float64;
+  }
+  from.scaling = call.scaling;
+  from.device = call.device_scaling;
+  from.grad_scale = call.grad_scale;
+  for (int first = 0; first < call.n_uses; first += Sources<Rule>::capacity) {
+    const int n = call.n_uses - first < Sources<Rule>::capacity ? call.n_uses - first : Sources<Rule>::capacity;
+    std::memcpy(from.uses, call.uses + first, n * sizeof(Use));
+    from.n_uses = n;
+    const int blocks = (n + tuning::prepare_threads - 1) / tuning::prepare_threads;
+    launch("prepare", prepare_kernel<Rule, F>, dim3(blocks), dim3(tuning::prepare_threads), 0, call.where.stream, from,
+           steps + first);
+  }
+  return steps;
+}
+
+// Collects tensors until a table is full, then launches it.
+template <class Rule, class T>
+class Launcher {
+ public:
+  using F = Arithmetic<T>;
+  using Step = typename Table<Rule, T>::Step;
+
+  explicit Launcher(const Apply& call) : call_(call) {
+    static_assert(sizeof(Table<Rule, T>) <= tuning::parameter_bytes, "the table must fit the parameter block");
+    table_.prepared = call.workspace != nullptr ? launch_prepare<Rule, F>(call) : nullptr;
+    table_.found_inf = call.device_scaling.found_inf;
+  }
+
+  void run() {
+    for (std::int64_t i = 0; i < call_.n_items; ++i) add(call_.items[i]);
+    flush();
+  }
+
+ private:
+  void add(const Item& item) {
+    if (item.size == 0) return;
+    const std::uint64_t chunks = (std::uint64_t(item.size) + tuning::apply_chunk - 1) / tuning::apply_chunk;
+    if (table_.n_tensors == Table<Rule, T>::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
+    int step = step_of(item.use);
+    if (step < 0) {
+      flush();
+      step = step_of(item.use);
+    }
+    const int i = table_.n_tensors++;
+    int stream = 0;
+    table_.stream[stream++][i] = item.param;
+    if (Rule::reads_grad) table_.stream[stream++][i] = const_cast<void*>(item.grad);
+    for (int s = 0; s < Rule::n_state; ++s) table_.stream[stream++][i] = item.state[s];
+    table_.size[i] = item.size;
+    table_.first_chunk[i] = std::uint32_t(n_chunks_);
+    table_.step[i] = step;
+    n_chunks_ += chunks;
+  }
+
+  // Index of a Use's Step in this launch, -1 when the launch has no room for one more.
+  int step_of(int use) {
+    if (table_.prepared != nullptr) return use;
+    for (int i = n_steps_ - 1; i >= 0; --i)
+      if (use_of_[i] == use) return i;
+    if (n_steps_ == tuning::max_steps) return -1;
+    typename Rule::Hyper hyper;
+    double* const value = reinterpret_cast<double*>(&hyper);
+    for (int i = 0; i < Sources<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
+    const StepContext context{call_.uses[use].t, grad_factor(call_.scaling, call_.grad_scale, 0), call_.uses[use].fresh};
+    table_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
+    use_of_[n_steps_] = use;
+    return n_steps_++;
+  }
+
+  void flush() {
+    if (table_.n_tensors > 0)
+      launch("apply", apply_kernel<Rule, T>, dim3(unsigned(n_chunks_)), dim3(tuning::apply_threads), 0,
+             call_.where.stream, table_);
+    table_.n_tensors = n_steps_ = 0;
+    n_chunks_ = 0;
+  }
+
+  const Apply& call_;
+  Table<Rule, T> table_{};
+  std::uint64_t n_chunks_ = 0;
+  int n_steps_ = 0;
+  int use_of_[tuning::max_steps] = {};
+};
+
+template <class Rule>
+void apply(const Apply& call) {
+  const DeviceGuard guard(call.where.device);
+  switch (call.dtype) {
+    case DType::float32: return Launcher<Rule, float>(call).run();
+    case DType::float64: return Launcher<Rule, double>(call).run();
+    case DType::bfloat16: return Launcher<Rule, __nv_bfloat16>(call).run();
+    case DType::float16: return Launcher<Rule, __half>(call).run();
+  }
+}
+
+template <class>
+struct ApplyTable;
+template <class... Rules>
+struct ApplyTable<Variants<Rules...>> {
+  static constexpr ApplyFunction functions[] = {&apply<Rules>...};
+};
+
+}  // namespace onepass::cuda

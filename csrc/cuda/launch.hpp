@@ -1,0 +1,51 @@
+// What the binding asks of the CUDA engines. No CUDA header: the binding compiles without one.
+#pragma once
+#include "core/types.hpp"
+
+namespace onepass::cuda {
+
+// Device and stream of a launch; the engines switch to the device and back.
+struct Where {
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+// One update of a list of tensors of one dtype on one device.
+struct Apply {
+  DType dtype;
+  const Item* items;
+  std::int64_t n_items;
+  const Use* uses;
+  int n_uses;
+  const Scalar* hyper;
+  GradScaling scaling;
+  DeviceGradScaling device_scaling;
+  double grad_scale;  // where the host knows it, else 1
+  void* workspace;    // workspace_bytes(n_uses), or null where nothing is read from device memory
+  Where where;
+};
+using ApplyFunction = void (*)(const Apply&);
+
+// Room for the Steps that the prepare kernel writes; no rule's Step is larger than this.
+constexpr std::int64_t max_step_bytes = 256;
+constexpr std::int64_t workspace_bytes(std::int64_t n_uses) { return n_uses * max_step_bytes; }
+
+// partials[i]: sum of squares of the i-th chunk of this list, in float64.
+struct SumOfSquares {
+  DType dtype;
+  const void* const* data;
+  const std::int64_t* sizes;
+  std::int64_t n_tensors;
+  double* partials;
+  Where where;
+};
+void sum_of_squares(const SumOfSquares& call);
+std::int64_t sum_chunks(std::int64_t size);
+
+// *sum = partials[0] + ... + partials[n - 1], in an order that n alone decides.
+void join_sums(const double* partials, std::int64_t n, double* sum, const Where& where);
+
+// Number of devices; 0 without a driver.
+int device_count();
+
+}  // namespace onepass::cuda

@@ -1,0 +1,89 @@
+// What the CUDA sources need and g++ has not: with this header they compile under nvcc for a GPU and under g++ as host
+// code that tests execute (tests/cuda_on_host). Everything that differs between the two stands here and nowhere else.
+//
+//   ONEPASS_SHARED(T, name, n);          an array `T name[n]` in the block's shared memory, not initialised
+//   ONEPASS_DYNAMIC_SHARED(T, name);     `T* name`: the dynamic shared memory of the launch, 128-byte aligned
+//   ONEPASS_GRID_CONSTANT(T) name        as parameter of a kernel: a struct that all threads read and nobody copies
+//   ONEPASS_UNROLL                       before a loop: unroll it entirely
+//   launch(name, kernel, grid, block, dynamic_shared, stream, arguments...)
+//   allow_dynamic_shared(name, kernel, bytes)  before launches with more than 48 KB of it
+//   as_wide<Wide>(pointer)               the same memory as elements of type Wide, for accesses of 16 bytes
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#define ONEPASS_SHARED(T, name, n) __shared__ T name[n]
+#define ONEPASS_DYNAMIC_SHARED(T, name)                                           \
+  extern __shared__ __align__(128) unsigned char onepass_dynamic_shared_memory[]; \
+  T* const name = reinterpret_cast<T*>(onepass_dynamic_shared_memory)
+#define ONEPASS_GRID_CONSTANT(...) const __grid_constant__ __VA_ARGS__
+#define ONEPASS_UNROLL _Pragma("unroll")
+
+namespace onepass::cuda {
+
+inline void check(cudaError_t error, const char* name) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+// The only launch. Waits for nothing and allocates nothing, so that it is legal while a stream is captured: an error
+// inside the kernel shows at a later call.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared,
+            void* stream, Arguments&&... arguments) {
+  kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+template <class... Parameters>
+void allow_dynamic_shared(const char* name, void (*kernel)(Parameters...), std::size_t bytes) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        name);
+}
+
+__device__ __forceinline__ void require_aligned(const volatile void*, std::size_t) {}
+
+}  // namespace onepass::cuda
+
+#elif defined(ONEPASS_CUDA_ON_HOST)
+
+#include "cuda_on_host.hpp"
+
+#define ONEPASS_SHARED(T, name, n)  \
+  static char name##_of_this_block; \
+  T(&name)[n] = *static_cast<T(*)[n]>(::onepass::cuda_on_host::static_shared(&name##_of_this_block, sizeof(T[n])))
+#define ONEPASS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::onepass::cuda_on_host::dynamic_shared())
+#define ONEPASS_GRID_CONSTANT(...) const __VA_ARGS__&
+#define ONEPASS_UNROLL
+
+namespace onepass::cuda {
+using cuda_on_host::allow_dynamic_shared;
+using cuda_on_host::launch;
+using cuda_on_host::require_aligned;
+}  // namespace onepass::cuda
+
+#else
+#error "compile this with nvcc, or with -DONEPASS_CUDA_ON_HOST and tests/cuda_on_host on the include path"
+#endif
+
+namespace onepass::cuda {
+
+// On the host a misaligned pointer is an error that names kernel and thread; on a GPU it would end the process' context.
+template <class Wide, class T>
+__device__ __forceinline__ auto as_wide(T* pointer) {
+  require_aligned(pointer, alignof(Wide));
+  return reinterpret_cast<std::conditional_t<std::is_const_v<T>, const Wide, Wide>*>(pointer);
+}
+
+}  // namespace onepass::cuda

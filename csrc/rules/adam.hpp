@@ -1,0 +1,60 @@
+// Adam (Kingma & Ba 2015, alg. 1), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi et al. 2018). The only Adam here.
+#pragma once
+#include "core/rule.hpp"
+
+namespace onepass::rules {
+
+template <bool amsgrad>
+struct Adam {
+  // Memory streams beside param and grad.
+  static constexpr int n_state = amsgrad ? 3 : 2;
+  static constexpr const char* state_names = amsgrad ? "exp_avg, exp_avg_sq, max_exp_avg_sq" : "exp_avg, exp_avg_sq";
+  static constexpr bool reads_grad = true;
+
+  ONEPASS_HYPER(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, bias_correction, eps_inside_sqrt);
+
+  // What one step needs of them, in the arithmetic type F.
+  template <class F>
+  struct Step {
+    F grad_factor, coupled_decay, param_factor, beta1, beta2, new1, new2, step_size, inv_correction2, eps_in, eps_out;
+  };
+
+  template <class F>
+  ONEPASS_HD static Step<F> prepare(const Hyper& h, const StepContext& context) {
+    const double correction1 = h.bias_correction != 0 ? 1 - power(h.beta1, context.t) : 1;
+    const double correction2 = h.bias_correction != 0 ? 1 - power(h.beta2, context.t) : 1;
+    const bool decoupled = h.decoupled_weight_decay != 0, eps_in = h.eps_inside_sqrt != 0;
+    Step<F> k;
+    k.grad_factor = F(context.grad_factor);
+    k.coupled_decay = F(decoupled ? 0 : h.weight_decay);
+    k.param_factor = F(decoupled ? 1 - h.lr * h.weight_decay : 1);
+    k.beta1 = F(h.beta1);
+    k.beta2 = F(h.beta2);
+    k.new1 = F(1 - h.beta1);
+    k.new2 = F(1 - h.beta2);
+    k.step_size = F(h.lr / correction1);
+    k.inv_correction2 = F(1 / correction2);
+    k.eps_in = F(eps_in ? h.eps : 0);
+    k.eps_out = F(eps_in ? 0 : h.eps);
+    return k;
+  }
+
+  // One element, or one pack of elements: the new param from param p, grad g and states s.
+  template <class F, class V>
+  ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
+    V &exp_avg = s[0], &exp_avg_sq = s[1];
+    g = k.grad_factor * g;
+    if (k.coupled_decay != 0) g = g + k.coupled_decay * p;  // skipped, not multiplied by 0: an infinite weight is no NaN
+    p = k.param_factor * p;
+    exp_avg = k.beta1 * exp_avg + k.new1 * g;
+    exp_avg_sq = k.beta2 * exp_avg_sq + k.new2 * (g * g);
+    V second = exp_avg_sq;
+    if constexpr (amsgrad) second = s[2] = max_keep_nan(s[2], exp_avg_sq);
+    const V denominator = sqrt(second * k.inv_correction2 + k.eps_in) + k.eps_out;
+    return p - k.step_size * exp_avg / denominator;
+  }
+};
+
+using adam = Variants<Adam<false>, Adam<true>>;
+
+}  // namespace onepass::rules

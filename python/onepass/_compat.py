@@ -1,0 +1,86 @@
+"""Every private or version-dependent API of torch that onepass uses, each with what stands in for it elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def disable_dynamo(function: F) -> F:
+    """Keep torch.compile out of a function: a graph break instead of tracing into raw pointers."""
+    wrapped: F = torch._disable_dynamo(function)
+    return wrapped
+
+
+def exchange_api() -> object:
+    """DLPack's C interface to torch tensors (torch >= 2.10): a capsule, or None. Reads a tensor in 20 ns."""
+    return getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DEVICE_CODES = {"cpu": 1, "cuda": 2}
+
+
+def describe(tensor: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """What exchange_api() gives, for a torch without it: address, dtype, device type, device index, shape, strides."""
+    try:
+        dtype, device = _DTYPE_CODES[tensor.dtype], _DEVICE_CODES[tensor.device.type]
+        if tensor.layout is not torch.strided:
+            return None
+        return tensor.data_ptr(), dtype, device, tensor.device.index or 0, tuple(tensor.shape), tensor.stride()
+    except (KeyError, RuntimeError, NotImplementedError):
+        return None
+
+
+def increment_version(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that the tensors were written to, so that a stale backward raises instead of using new weights."""
+    try:
+        torch._C._increment_version(tensors)
+    except TypeError:  # torch < 2.6 takes one at a time
+        for tensor in tensors:
+            torch._C._increment_version(tensor)  # type: ignore[arg-type]
+
+
+def dtensor_type() -> type | None:
+    """The DTensor class if something in this process has imported it (without it there can be no instance)."""
+    import sys
+
+    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "DTensor"):
+            found: type = module.DTensor
+            return found
+    return None
+
+
+def has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether a tensor subclass handles operators itself (fake, functional, quantized ...): its memory is not its value."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_functional_wrapper(tensor: Tensor) -> bool:
+    """Tensors inside torch.func transforms and functionalization: the Python type is Tensor, the memory is not theirs."""
+    return bool(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+    )
+
+
+def is_capturing() -> bool:
+    """Whether the current CUDA stream records a graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: int) -> int:
+    """The cudaStream_t that torch enqueues on at this moment; never cached, or a captured graph would stay empty."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+def default_scalar_dtype() -> torch.dtype:
+    """The dtype of a `step` count as torch.optim makes it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -1,0 +1,42 @@
+"""What this installation of onepass is and can do."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import _C, _native
+
+try:
+    __version__ = metadata.version("onepass")
+except metadata.PackageNotFoundError:  # run from a source tree
+    __version__ = "0+unknown"
+
+has_cuda: bool = _native.has_cuda
+
+
+def show_config() -> str:
+    """A report of this build and machine, one fact a line, for bug reports."""
+    if not has_cuda:
+        cuda = "not in this build (rebuild where nvcc >= 12.1 is found, with -C cmake.define.ONEPASS_CUDA=ON)"
+    else:
+        devices = _C.cuda_device_count()
+        cuda = f"architectures {_C.cuda_archs}; {devices} device{'' if devices == 1 else 's'} visible"
+    runtime = _C.thread_runtime()
+    threads = "1 (no OpenMP runtime in this process)" if runtime == "none" else f"{torch.get_num_threads()} of {runtime}"
+    reader = "DLPack exchange" if _native.fast_reader else "Python attributes (torch >= 2.10 has a faster way)"
+    lines = {
+        "onepass": __version__,
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "compiler": _C.compiler,
+        "instruction set": f"{_native.isa()} (of {', '.join(_native.isas())})",
+        "threads": threads,
+        "cuda": cuda,
+        "tensor access": reader,
+        "rules": ", ".join(_native.rules()),
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -1,0 +1,287 @@
+"""The only importer of the extension: rules by name, threads, devices and streams, one update of many tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch  # first: the extension finds torch's OpenMP runtime in the process and links none
+from torch import Tensor
+
+from . import _C, _compat
+from ._mend import Mender
+
+__all__ = ["Clip", "Group", "has_cuda", "hyper_names", "isa", "isas", "norm_of", "update", "use_isa"]
+
+fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
+
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor, torch.nn.Parameter)
+_VARIANTS = {(rule, states): index for index, (rule, _, states) in enumerate(_C.rules())}
+_HYPER_NAMES = {rule: hyper for rule, hyper, _ in _C.rules()}
+
+has_cuda: bool = bool(_C.cuda_archs) and not _C.cuda_on_host
+
+
+def rules() -> tuple[str, ...]:
+    """Names of the rules in this build."""
+    return tuple(_HYPER_NAMES)
+
+
+def hyper_names(rule: str) -> tuple[str, ...]:
+    """The hyper-parameters of a rule, as its file in csrc/rules names them."""
+    return _HYPER_NAMES[rule]
+
+
+def isas() -> tuple[str, ...]:
+    """The CPU instruction sets that this build has and this machine runs, best last."""
+    return tuple(_C.isas())
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _C.isa()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run with another instruction set, for tests: "baseline", "v3" or "v4"."""
+    before = _C.isa()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(before)
+
+
+def _choose_isa() -> None:
+    wanted = os.environ.get("ONEPASS_ISA")
+    if wanted is not None and wanted not in isas():
+        raise ImportError(f"ONEPASS_ISA={wanted}: this build and machine have {', '.join(isas())}")
+    _C.use_isa(wanted or isas()[-1])
+
+
+_choose_isa()
+
+
+class Group:
+    """Parameters that share hyper-parameters, as the native side takes them.
+
+    Args:
+        rule: name of the rule, a file in csrc/rules.
+        state_names: the states of this variant of the rule, in the rule's order.
+        params: the parameters; their `.grad` is read if the rule reads gradients.
+        state: optimizer state, {parameter: {name: tensor}}.
+        hyper: a number or one-element tensor for each of hyper_names(rule).
+        counts_steps: whether the state has a "step".
+        device_scalars: whether "step" lives beside the parameter on CUDA.
+        maximize: whether the gradient's sign is turned.
+        fresh: parameters whose states were made for this very step, where the rule treats them apart.
+        mender: see onepass._mend.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        state_names: tuple[str, ...],
+        params: list[Tensor],
+        state: dict[Tensor, Any],
+        hyper: dict[str, float | Tensor],
+        mender: Mender,
+        *,
+        counts_steps: bool = False,
+        device_scalars: bool = False,
+        maximize: bool = False,
+        fresh: set[Tensor] | None = None,
+    ) -> None:
+        self.variant = _VARIANTS[rule, state_names]
+        self.params, self.state, self.mender = params, state, mender
+        self.hyper = tuple(self._scalar(hyper[name]) for name in _HYPER_NAMES[rule])
+        self.counts_steps, self.device_scalars, self.maximize, self.fresh = counts_steps, device_scalars, maximize, fresh
+
+    def _scalar(self, value: float | Tensor) -> float | Tensor:
+        if isinstance(value, Tensor):
+            value = value.detach()
+            on_device = _C.cuda_on_host or (value.is_cuda and all(p.is_cuda for p in self.params))
+            if on_device and value.dtype in (torch.float32, torch.float64):
+                return value
+        return float(value)  # of a CPU tensor: no synchronisation
+
+    def gather(self, plan: _C.Plan) -> list[int]:
+        return plan.gather(
+            self.variant,
+            self.params,
+            self.state,
+            self.hyper,
+            self.counts_steps,
+            self.device_scalars,
+            self.maximize,
+            self.fresh,
+            self.mender,
+        )
+
+
+def new_plan() -> _C.Plan:
+    """An empty plan: groups gather into it, `update` runs it."""
+    return _C.Plan(_TENSOR_TYPES)
+
+
+class Clip:
+    """What happens to the gradients of one step before the rule: see section "gradients" of the documentation.
+
+    Args:
+        max_norm: clip to this global norm; None: no clipping.
+        normalize: divide by the global norm instead.
+        grad_scale, found_inf: tensors of a GradScaler, or None.
+        reduce: turns the sum of squares of this process's gradients into that of all processes; for sharded parameters.
+    """
+
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        normalize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.max_norm, self.normalize = max_norm, normalize
+        self.grad_scale, self.found_inf = grad_scale, found_inf
+        self.reduce = reduce
+
+    @property
+    def needs_norm(self) -> bool:
+        return self.max_norm is not None or self.normalize
+
+
+def _sum_on_device(plan: _C.Plan, device: int) -> Tensor:
+    """Sum of squares of the gradients on a CUDA device: a float64 tensor there, no synchronisation."""
+    where = _torch_device(device)
+    partials = torch.empty(max(1, plan.cuda_partials(device)), dtype=torch.float64, device=where)
+    total = torch.empty((), dtype=torch.float64, device=where)
+    plan.cuda_sum_of_squares(device, partials.data_ptr(), total.data_ptr(), _stream(device))
+    return total
+
+
+def _torch_device(device: int) -> torch.device:
+    return torch.device("cpu") if _C.cuda_on_host else torch.device("cuda", device)
+
+
+def _stream(device: int) -> int:
+    return 0 if _C.cuda_on_host else _compat.current_stream(device)
+
+
+def norm_of(plan: _C.Plan, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Sum of squares over everything gathered, a 0-d float64 tensor: on the CPU, or on the first CUDA device in use."""
+    devices = plan.cuda_devices()
+    if not devices:
+        total = torch.tensor(plan.cpu_sum_of_squares(torch.get_num_threads()), dtype=torch.float64)
+    else:
+        total = _sum_on_device(plan, devices[0])
+        for device in devices[1:]:
+            total = total + _sum_on_device(plan, device).to(total.device)
+        on_cpu = plan.cpu_sum_of_squares(torch.get_num_threads())
+        if on_cpu != 0:
+            total = total + on_cpu
+    return total if reduce is None else reduce(total)
+
+
+def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, sums: Tensor | None = None) -> Tensor | None:
+    """Write: run the kernels over everything gathered, then what belongs to it. Gives the gradient norm, if it was needed.
+
+    sums: what norm_of(plan) gave, where the caller has asked already.
+
+    The norm is a 0-d float64 tensor on the parameters' device. Nothing waits for a CUDA device unless parameters live on
+    the CPU too and need its numbers.
+    """
+    devices = plan.cuda_devices()
+    threads = torch.get_num_threads()
+    if clip.needs_norm and sums is None:
+        sums = norm_of(plan, clip.reduce)
+    norm = None if sums is None else torch.sqrt(sums)
+
+    grad_scale, host_norm = 1.0, 0.0
+    host_too = len(devices) == 0 or plan.has_cpu()
+    if host_too:
+        grad_scale = 1.0 if clip.grad_scale is None else float(clip.grad_scale)
+        host_norm = 0.0 if norm is None else float(norm) / grad_scale
+        if norm is not None:
+            norm = norm / grad_scale
+    scaled_on_device = sums is not None or clip.grad_scale is not None
+    alive: list[Tensor] = []  # until the launches are enqueued; torch's allocator orders reuse by stream
+
+    def on_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, int, int]:
+        nonlocal norm
+        where = _torch_device(device)
+
+        def address(tensor: Tensor | None, dtype: torch.dtype) -> int:
+            if tensor is None:
+                return 0
+            moved = tensor.detach().to(device=where, dtype=dtype)
+            alive.append(moved)
+            return moved.data_ptr()
+
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=where) if workspace_bytes else None
+        if workspace is not None:
+            alive.append(workspace)
+        written_norm = torch.empty((), dtype=torch.float64, device=where) if sums is not None else None
+        if written_norm is not None:
+            norm = written_norm
+        return (
+            _stream(device),
+            0 if workspace is None else workspace.data_ptr(),
+            address(sums, torch.float64),
+            address(written_norm, torch.float64),
+            address(clip.grad_scale, torch.float32),
+            address(clip.found_inf, torch.float32),
+        )
+
+    plan.run(
+        threads,
+        -1.0 if clip.max_norm is None else float(clip.max_norm),
+        clip.normalize,
+        host_norm,
+        grad_scale,
+        scaled_on_device,
+        on_device,
+    )
+    updated = plan.updated()
+    if updated:
+        _compat.increment_version(updated)
+    for mender in menders:
+        mender.finish()
+    return norm
+
+
+def _gather_gradients(gradients: list[Tensor], limit: float) -> tuple[_C.Plan, Mender]:
+    mender = Mender([f"gradient {i}" for i in range(len(gradients))], 0, (), has_cuda or _C.cuda_on_host, None)
+    plan = new_plan()
+    Group("clip", (), gradients, {}, {"limit": limit}, mender).gather(plan)
+    return plan, mender
+
+
+def check_finite(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
+    """Raise torch's RuntimeError for a norm that is NaN or infinite, if asked to (that reads it on the host)."""
+    if error_if_nonfinite and not bool(torch.isfinite(norm)):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
+            f"disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+
+
+def clip_to_norm(gradients: list[Tensor], max_norm: float, dtype: torch.dtype, error_if_nonfinite: bool) -> Tensor:
+    """Scale tensors in place to a global 2-norm; gives the norm before, of the dtype asked for."""
+    plan, mender = _gather_gradients(gradients, math.inf)
+    sums = norm_of(plan)
+    norm = torch.sqrt(sums).to(dtype)
+    check_finite(norm, 2.0, error_if_nonfinite)
+    if plan.cuda_devices() or not float(sums) ** 0.5 + 1e-6 <= max_norm:  # on the CPU a factor of 1 needs no pass
+        update(plan, [mender], Clip(max_norm=max_norm), sums)
+    return norm
+
+
+def clip_to_value(gradients: list[Tensor], limit: float) -> None:
+    """Clamp tensors in place to [-limit, limit]."""
+    plan, mender = _gather_gradients(gradients, limit)
+    update(plan, [mender], Clip())

@@ -1,0 +1,313 @@
+"""What every optimizer here shares: options, state, checkpoints, and the step that gathers, checks and then writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import _compat, _native
+from .._mend import Mender, state_dtype
+from ._distributed import reduce_sharded
+
+# Options of every optimizer here beside its own; all are kept in the param groups.
+_SHARED: dict[str, Any] = {"max_norm": None, "normalize_grads": False, "fused_unscale": False}
+
+
+def check(ok: bool, text: str, value: object) -> None:
+    """Raise torch.optim's ValueError for a hyper-parameter out of range; NaN is out of every range."""
+    if not ok:
+        raise ValueError(f"{text}: {value}")
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """A hyper-parameter given as a tensor must have one element."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the fused optimizers. A subclass names its rule, its options, its states and its hyper-parameters.
+
+    Args:
+        params: parameters, named parameters or group dicts, as for torch.optim.
+        defaults: options of the rule, by their PyTorch names.
+        max_norm: clip the gradients of all groups together to this 2-norm, inside the step; None: no clipping.
+        normalize_grads: divide the gradients by their global 2-norm (0 where it is 0). Excludes max_norm.
+        fused_unscale: let torch.amp.GradScaler hand its scale to step(), which then unscales, checks and skips by itself.
+
+    `.grad` is read, never written: clipping, unscaling and the sign of maximize happen on the way into the rule.
+    """
+
+    rule: ClassVar[str]  # a word of the list in CMakeLists.txt
+    counts_steps: ClassVar[bool] = True  # whether the state has a "step"
+    sparse_text: ClassVar[str | None] = None  # torch's sentence about sparse gradients
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_norm: float | None,
+        normalize_grads: bool,
+        fused_unscale: bool,
+    ) -> None:
+        shared = {"max_norm": max_norm, "normalize_grads": normalize_grads, "fused_unscale": fused_unscale}
+        defaults = {**defaults, **shared}
+        self._check_options(defaults)
+        self._grad_norm: Tensor | None = None
+        super().__init__(params, defaults)
+
+    # --- what a subclass says -----------------------------------------------------------------------------------------
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the states of one element each, in the order of the rule."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        """A value for each hyper-parameter of the rule."""
+        raise NotImplementedError
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raise for options that are out of range or exclude each other. Subclasses add their own."""
+        if group.get("differentiable"):
+            raise RuntimeError(
+                f"`fused` does not support `differentiable`: {type(self).__name__} writes parameters in place in one kernel. "
+                f"Use torch.optim.{type(self).__name__}(differentiable=True) to differentiate through the step."
+            )
+        if group.get("foreach") and group.get("fused"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        max_norm = group["max_norm"]
+        if max_norm is not None:
+            check(max_norm >= 0, "Invalid max_norm value", max_norm)
+            if group["normalize_grads"]:
+                raise ValueError("max_norm and normalize_grads exclude each other: clip to a norm or divide by it")
+
+    def _needs_fresh(self, group: dict[str, Any]) -> bool:
+        """Whether the rule treats states apart that were made for this very step."""
+        return False
+
+    # --- torch.optim.Optimizer ----------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global 2-norm of the (unscaled) gradients of the last step that clipped or normalised: a 0-d tensor, or None.
+
+        It stays on the parameters' device; reading it as a number is what synchronises.
+        """
+        if self._grad_norm is None:
+            return None
+        wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        return self._grad_norm if wide else self._grad_norm.float()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(self.defaults["fused_unscale"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim does; its options are checked like those of the constructor."""
+        if isinstance(param_group, dict):
+            self._check_options({**self.defaults, **param_group})
+            for other in self.param_groups[:1]:
+                self._check_agreement(other, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @staticmethod
+    def _check_agreement(group: dict[str, Any], other: dict[str, Any]) -> None:
+        for option in _SHARED:
+            if group[option] != other[option]:
+                raise ValueError(
+                    f"{option} counts for the whole optimizer, but its groups disagree: {group[option]} and {other[option]}"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
+        loading: dict[str, Any] | None = self.__dict__.get("_loading")
+        defaults = state.get("defaults") or self.defaults
+        old_groups: Iterable[dict[str, Any]] = self.param_groups if loading is not None else [{}] * len(state["param_groups"])
+        for group, old in zip(state["param_groups"], old_groups, strict=True):
+            for option, value in {**defaults, **old}.items():
+                group.setdefault(option, value)
+            self._check_options(group)
+            for other in state["param_groups"][:1]:
+                self._check_agreement(other, group)
+        if loading is not None:
+            self._restore_precision(state, loading)
+        for group in state["param_groups"]:
+            self._check_loaded(group, state["state"])
+        if "_grad_norm" not in self.__dict__:
+            self._grad_norm = None
+        super().__setstate__(state)
+
+    @_compat.disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of its torch.optim namesake.
+
+        Options that the state lacks (ours, in a checkpoint of torch.optim) keep their values. States keep their precision:
+        float32 beside 16-bit parameters. Raises ValueError, with nothing changed, where groups, shapes or forms differ.
+        """
+        # The base class casts states to the parameter's dtype and then calls __setstate__, which repairs that from here.
+        loading: dict[str, Any] = {}
+
+        def see(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:  # runs after the user's own hooks
+            loading.update(loaded)
+
+        handle = self.register_load_state_dict_pre_hook(see)
+        self._loading = loading
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            del self._loading
+
+    def _restore_precision(self, state: dict[str, Any], loading: dict[str, Any]) -> None:
+        """Take states anew from the loaded dict where the base class cast them to less than state_dtype."""
+        ids = [i for group in loading["param_groups"] for i in group["params"]]
+        params = [p for group in state["param_groups"] for p in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            loaded, kept = loading["state"].get(i), state["state"].get(param)
+            if not isinstance(loaded, dict) or not isinstance(kept, dict) or not param.is_floating_point():
+                continue
+            for name, value in loaded.items():
+                if not isinstance(value, Tensor) or name == "step" or not value.is_floating_point():
+                    continue
+                dtype = state_dtype(param.dtype) if value.dim() > 0 or param.dim() == 0 else value.dtype
+                if kept[name].dtype != dtype:
+                    kept[name] = value.to(device=param.device, dtype=dtype)
+
+    def _check_loaded(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+        """Shapes of the states; the step count as a tensor where this optimizer wants it."""
+        for index, param in enumerate(group["params"]):
+            of_param = state.get(param)
+            if not of_param:
+                continue
+            for name in self._state_names(group):
+                value = of_param.get(name)
+                if isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"{_name(group, index)}: the loaded state '{name}' has shape {tuple(value.shape)}, the parameter has "
+                        f"{tuple(param.shape)}. The state belongs to another model."
+                    )
+            if self.counts_steps and "step" in of_param:
+                of_param["step"] = self._step_tensor(group, param, of_param["step"])
+
+    def _step_tensor(self, group: dict[str, Any], param: Tensor, step: float | Tensor = 0.0) -> Tensor:
+        """A step count where it has to live: on the CPU, or beside the parameter for CUDA graphs and fused_unscale."""
+        on_device = param.is_cuda and (group.get("capturable") or group["fused_unscale"])
+        device = param.device if on_device else torch.device("cpu")
+        dtype = torch.float32 if on_device else _compat.default_scalar_dtype()
+        if isinstance(step, Tensor):
+            keep = step.dtype in (torch.float32, torch.float64) and not on_device
+            return step.to(device=device, dtype=step.dtype if keep else dtype)
+        return torch.tensor(float(step), dtype=dtype, device=device)
+
+    # --- the step -------------------------------------------------------------------------------------------------------
+
+    @_compat.disable_dynamo
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, in one pass over memory.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: naming the parameter, before anything is written, where one cannot be updated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        clip = self._clip()
+        if clip.found_inf is None or clip.found_inf.is_cuda or not bool(clip.found_inf):
+            self._update(clip)
+        return loss
+
+    def _clip(self) -> _native.Clip:
+        options = self.param_groups[0]
+        for group in self.param_groups[1:]:
+            self._check_agreement(options, group)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not options["fused_unscale"] and (grad_scale is not None or found_inf is not None):
+            raise RuntimeError(
+                "grad_scale and found_inf are set on this optimizer, but it was made without fused_unscale=True and would "
+                "ignore them"
+            )
+        return _native.Clip(options["max_norm"], options["normalize_grads"], grad_scale, found_inf)
+
+    def _update(self, clip: _native.Clip) -> None:
+        gathered = self._gather(None)
+        if isinstance(gathered, list):  # parameters met for the first time; everything was checked before this
+            made: list[tuple[Tensor, str]] = []
+            fresh: set[Tensor] = set()
+            try:
+                for group, index in gathered:
+                    self._make_state(group, group["params"][index], made)
+                    if self._needs_fresh(group):
+                        fresh.add(group["params"][index])
+                gathered = self._gather(fresh)
+                assert not isinstance(gathered, list)
+            except BaseException:
+                for param, name in made:
+                    del self.state[param][name]
+                    if not self.state[param]:
+                        del self.state[param]
+                raise
+        plan, menders = gathered
+        if clip.needs_norm:
+            clip.reduce = reduce_sharded(self.param_groups)
+        norm = _native.update(plan, menders, clip)
+        if norm is not None:
+            self._grad_norm = norm
+
+    def _gather(self, fresh: set[Tensor] | None) -> Any:
+        """Check and collect every group: (plan, menders), or the [(group, index)] whose state is still to be made."""
+        plan = _native.new_plan()
+        menders, missing = [], []
+        for number, group in enumerate(self.param_groups):
+            states = self._state_names(group)
+            names = group.get("param_names")
+            mender = Mender(names, number, states, _native.has_cuda or _native._C.cuda_on_host, self.sparse_text)
+            menders.append(mender)
+            native = _native.Group(
+                self.rule,
+                states,
+                group["params"],
+                self.state,
+                self._hyper(group),
+                mender,
+                counts_steps=self.counts_steps,
+                device_scalars=bool(self.counts_steps and (group.get("capturable") or group["fused_unscale"])),
+                maximize=group["maximize"],
+                fresh=fresh,
+            )
+            missing += [(group, index) for index in native.gather(plan)]
+        return missing or (plan, menders)
+
+    def _make_state(self, group: dict[str, Any], param: Tensor, made: list[tuple[Tensor, str]]) -> None:
+        """Zero states, as tensors like the parameter: same strides, and a DTensor for a DTensor."""
+        state = self.state[param]
+        if self.counts_steps and "step" not in state:
+            state["step"] = self._step_tensor(group, param)
+            made.append((param, "step"))
+        for name in self._state_names(group):
+            if state.get(name) is None:
+                dtype = state_dtype(param.dtype)
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                made.append((param, name))
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return f"parameter '{names[index]}'" if names else f"parameter {index}"
+
+
+def is_finite_number(value: float | Tensor) -> bool:
+    """Not NaN and not infinite."""
+    return math.isfinite(float(value))

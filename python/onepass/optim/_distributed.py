@@ -1,0 +1,50 @@
+"""Global gradient norm over sharded parameters (DTensor: FSDP2, tensor parallel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import _compat
+
+
+def reduce_sharded(groups: list[dict[str, Any]]) -> Callable[[Tensor], Tensor] | None:
+    """How to turn the sum of squares of this process's shards into that of all: None where nothing is sharded.
+
+    Every gradient must then be a DTensor sharded over the same mesh dimensions: one all-reduce over each of them.
+    Replicated dimensions hold the same numbers everywhere and are not summed.
+    """
+    dtensor: Any = _compat.dtensor_type()
+    if dtensor is None:
+        return None
+    layouts = {}
+    plain = False
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is None and not isinstance(param, dtensor):
+                continue
+            if isinstance(param, dtensor):
+                sharded = tuple(d for d, placement in enumerate(param.placements) if placement.is_shard())
+                layouts[(param.device_mesh, sharded)] = None
+            else:
+                plain = True
+    sharded_layouts = [layout for layout in layouts if layout[1]]
+    if not sharded_layouts:
+        return None
+    if plain or len(layouts) > 1:
+        raise RuntimeError(
+            "max_norm and normalize_grads need all parameters sharded alike; here some are sharded over other mesh dimensions "
+            "or not at all. Clip before the step with torch.nn.utils.clip_grad_norm_ on each set, or split the optimizer."
+        )
+    mesh, dims = sharded_layouts[0]
+
+    def reduce(total: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        for dim in dims:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        return total
+
+    return reduce

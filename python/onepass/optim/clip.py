@@ -1,0 +1,83 @@
+"""Gradient clipping outside of a step, as torch.nn.utils has it. Inside a step: max_norm of the optimizers, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import _compat, _native
+
+
+def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # Of a sparse gradient the stored values are what torch clips too; they have to be coalesced, or rows count twice.
+    return [g.coalesce()._values() if g.is_sparse else g for g in gradients]
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale the gradients in place so that their norm, over all of them together, is at most max_norm.
+
+    Args:
+        parameters: a tensor, or tensors; those without a gradient are passed over.
+        max_norm: the largest norm to leave.
+        norm_type: p of the p-norm; inf for the largest absolute value. 2 is the fused path: one pass to sum, one to scale,
+            and none to scale where the norm is small enough already (on the CPU).
+        error_if_nonfinite: raise RuntimeError, with the gradients untouched, where the norm is NaN or infinite.
+        foreach: a hint to torch, accepted and without effect.
+
+    Returns:
+        The norm before clipping, a 0-d tensor on the gradients' device. The sums are float64.
+
+    Source: torch.nn.utils.clip_grad_norm_, whose factor max_norm / (norm + 1e-6) is kept.
+    """
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    gradients = _gradients(parameters)
+    if not gradients:
+        return torch.tensor(0.0)
+    dtensor = _compat.dtensor_type()
+    plain = dtensor is None or not any(isinstance(g, dtensor) for g in gradients)
+    if norm_type != 2.0 or not plain:
+        return _clip_by_torch(gradients, max_norm, norm_type, error_if_nonfinite)
+    dtype = gradients[0].abs().dtype if gradients[0].is_complex() else gradients[0].dtype
+    for other in gradients[1:]:
+        dtype = torch.promote_types(dtype, other.dtype.to_real() if other.is_complex() else other.dtype)
+    return _native.clip_to_norm(gradients, max_norm, dtype, error_if_nonfinite)
+
+
+def _clip_by_torch(gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """The other norms, and sharded gradients, with torch's own kernels."""
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(g, norm_type) for g in gradients]
+        device = norms[0].device
+        total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+        _native.check_finite(total, norm_type, error_if_nonfinite)
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for g in gradients:
+            g.mul_(factor.to(g.device))
+    return total
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamp every element of the gradients to [-clip_value, clip_value], in place and in one pass.
+
+    Args:
+        parameters: a tensor, or tensors; those without a gradient are passed over.
+        clip_value: the largest absolute value to leave. NaN stays NaN.
+        foreach: a hint to torch, accepted and without effect.
+
+    Source: torch.nn.utils.clip_grad_value_.
+    """
+    gradients = _gradients(parameters)
+    if gradients:
+        _native.clip_to_value(gradients, float(clip_value))

@@ -1,0 +1,118 @@
+"""SGD: arithmetic in csrc/rules/sgd.hpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, check, check_scalar
+
+
+class SGD(FusedOptimizer):
+    r"""Stochastic gradient descent with momentum and Nesterov momentum; torch.optim.SGD in one pass over memory.
+
+    With g the gradient after clipping, sign and weight decay (g + weight_decay * w):
+
+        v <- momentum * v + (1 - dampening) * g     (v = g in a parameter's first step)
+        w <- w - lr * v                             (Nesterov: w - lr * (g + momentum * v))
+
+    Sources: Polyak 1964; Nesterov as in Sutskever, Martens, Dahl & Hinton 2013.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD. lr may be a tensor.
+        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        differentiable: must be False.
+        lr_in_velocity: the textbook form, v <- momentum * v + lr * g; w <- w - v. It differs once lr changes between steps.
+            With nesterov the parameters hold the look-ahead point w - momentum * v. Excludes dampening.
+        max_norm, normalize_grads, fused_unscale: see FusedOptimizer. fused_unscale excludes dampening.
+
+    State: momentum_buffer, in the parameter's dtype (float32 for bfloat16 and float16); nothing without momentum.
+
+    Raises:
+        ValueError: an option out of range, with torch.optim's text.
+    """
+
+    rule = "sgd"
+    counts_steps = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        lr_in_velocity: bool = False,
+        max_norm: float | None = None,
+        normalize_grads: bool = False,
+        fused_unscale: bool = False,
+    ) -> None:
+        check_scalar("lr", lr)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "lr_in_velocity": lr_in_velocity,
+        }
+        super().__init__(
+            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        check(group["momentum"] >= 0, "Invalid momentum value", group["momentum"])
+        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if group["dampening"] != 0 and group["lr_in_velocity"]:
+            raise ValueError("lr_in_velocity has no dampening: its velocity already scales the gradient, by lr")
+        if group["dampening"] != 0 and group["fused_unscale"]:
+            raise ValueError(
+                "fused_unscale does not go with dampening: a first step skipped for an overflow would leave a momentum "
+                "buffer that dampening treats as a second one"
+            )
+
+    def _needs_fresh(self, group: dict[str, Any]) -> bool:
+        return bool(group["dampening"] != 0)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        return {
+            name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "lr_in_velocity")
+        }
+
+    def _check_loaded(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+        super()._check_loaded(group, state)
+        loading = self.__dict__.get("_loading")
+        if loading is None or group["lr_in_velocity"] == self._form_of(group):
+            return
+        for param in group["params"]:
+            if state.get(param, {}).get("momentum_buffer") is not None:
+                raise ValueError(
+                    f"the loaded state has lr_in_velocity={group['lr_in_velocity']}, this optimizer was made with "
+                    f"lr_in_velocity={self._form_of(group)}: their momentum buffers differ by a factor of lr"
+                )
+
+    def _form_of(self, group: dict[str, Any]) -> bool:
+        """lr_in_velocity of the present group that a loaded one is about to replace."""
+        for present in self.param_groups:
+            if present["params"] is group["params"]:
+                return bool(present["lr_in_velocity"])
+        return bool(self.defaults["lr_in_velocity"])
