@@ -2,18 +2,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
-
 #include "bind_plan.hpp"
 
 namespace onepass {
 namespace {
 
-std::optional<TensorReader> reader;
+// Never destroyed: at the end of the process Python is gone before static destructors run.
+TensorReader* reader = nullptr;
 
 #if defined(__x86_64__)
 bool cpu_has(const std::string& isa) {
-  if (isa == "v3") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (isa == "v3")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (isa == "v4")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
@@ -56,17 +56,18 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of onepass; use onepass._native, which checks what it passes on.";
 
   m.def("set_reader", [](const py::object& exchange_api, py::object describe) {
-    reader.emplace(exchange_api, std::move(describe));
+    reader = new TensorReader(exchange_api, std::move(describe));
     return reader->uses_exchange_api();
   });
-  m.def("rules", &list_rules, "(rule, hyper names, state names) of every rule variant; the index is what gather() takes.");
+  m.def("rules", &list_rules,
+        "(rule, hyper names, state names) of every rule variant; the index is what gather() takes.");
   m.def("isas", &isas);
   m.def("isa", [] { return isa_names[current_isa]; });
   m.def("use_isa", &use_isa);
   m.def("thread_runtime", &cpu::thread_runtime);
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init([](py::tuple types) { return std::make_unique<Plan>(reader.value(), std::move(types)); }))
+      .def(py::init([](py::tuple types) { return std::make_unique<Plan>(*reader, std::move(types)); }))
       .def("gather", &Plan::gather)
       .def("cpu_sum_of_squares", &Plan::cpu_sum_of_squares)
       .def("has_cpu", &Plan::has_cpu)

@@ -14,8 +14,9 @@ PyObject* lookup(PyObject* dict, PyObject* key) {
   return value;
 }
 
-// The same for a tensor as key. A tensor's hash is its address, but asking for it runs a Python function that costs more
-// than everything else this file does for a parameter; hence the lookup by known hash. A miss is asked again the slow way.
+// The same for a tensor as key. A tensor's hash is its address, but asking for it runs a Python function that costs
+// more than everything else this file does for a parameter; hence the lookup by known hash. A miss is asked again the
+// slow way.
 PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
   const auto hash = static_cast<Py_hash_t>(reinterpret_cast<std::intptr_t>(tensor));
   PyObject* const value = _PyDict_GetItem_KnownHash(dict, tensor, hash);
@@ -24,11 +25,12 @@ PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
   return lookup(dict, tensor);
 }
 
-// Neighbours in a list were mostly allocated one after the other, but Python and torch spread a tensor over several cache
-// lines. Fetching the next ones while this one is worked on hides the wait. A hint only: it never faults.
+// A thousand small tensors lie scattered over more memory than the caches hold. The object's first words lead to the
+// tensor proper (in which of the two depends on the torch version); fetching both is a hint only, it never faults.
 void prefetch_tensor(PyObject* object) {
-  __builtin_prefetch(object);
-  __builtin_prefetch(reinterpret_cast<char*>(object) + 64);
+  void* const* const words = reinterpret_cast<void* const*>(object) + sizeof(PyObject) / sizeof(void*);
+  for (int word = 0; word < 2; ++word)
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(static_cast<const char*>(words[word]) + 64 * line);
 }
 
 }  // namespace
@@ -52,9 +54,10 @@ bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states
   if (grad != nullptr) {
     if (!read(grad, other) || !fits(p, other, p.dtype)) return false;
     entry.item.grad = other.data;
-    if (check_negation && is_negated(grad)) return false;
+    // A lazily negated view (of the imaginary part of a conjugate) has a stride of 2, which fits nothing here, unless
+    // it has but one element. Asking every tensor would cost as much as all else together.
+    if (check_negation && other.size == 1 && is_negated(grad)) return false;
   }
-  if (check_negation && is_negated(param)) return false;
   for (std::size_t s = 0; s < n_states; ++s) {
     if (!read(states[s], other) || !fits(p, other, state_dtype)) return false;
     entry.item.state[s] = other.data;
@@ -105,68 +108,95 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
   references_.reserve(references_.size() + n * (n_states + 2));
   AddressSet seen(n);
   std::unordered_map<const void*, int> repeats;  // stays empty but for parameters listed twice
-  PyObject* states[max_states + 1] = {};
 
+  // First the Python objects, then their memory: so that the tensors ahead can be fetched while one is looked at.
+  struct Found {
+    Py_ssize_t index;
+    PyObject *param, *grad, *step, *states[max_states];
+    bool complete;
+  };
+  std::vector<Found> found;
+  found.reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    if (i + 4 < n) prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + 4));
-    PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
-    PyObject* grad = nullptr;
+    Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, nullptr, {}, true};
     if (rule.reads_grad) {
-      grad = PyObject_GetAttr(param, grad_name);
-      if (grad == nullptr) throw py::error_already_set();
-      references_.push_back(grad);
-      if (grad == Py_None) continue;
+      f.grad = PyObject_GetAttr(f.param, grad_name);
+      if (f.grad == nullptr) throw py::error_already_set();
+      references_.push_back(f.grad);
+      if (f.grad == Py_None) continue;
     }
-
-    PyObject *step = nullptr, *of_param = nullptr;
-    bool complete = true;
     if (n_states > 0 || counts_steps) {
-      of_param = lookup_tensor(state.ptr(), param);
-      complete = of_param != nullptr && PyDict_Check(of_param);
-      for (std::size_t s = 0; complete && s < n_states; ++s) {
-        states[s] = lookup(of_param, names[s]);
-        complete = states[s] != nullptr && states[s] != Py_None;
-        if (complete) keep(states[s]);
+      PyObject* const of_param = lookup_tensor(state.ptr(), f.param);
+      f.complete = of_param != nullptr && PyDict_Check(of_param);
+      for (std::size_t s = 0; f.complete && s < n_states; ++s) {
+        f.states[s] = lookup(of_param, names[s]);
+        f.complete = f.states[s] != nullptr && f.states[s] != Py_None;
+        if (f.complete) keep(f.states[s]);
       }
-      if (complete && counts_steps) {
-        step = lookup(of_param, step_name);
-        complete = step != nullptr;
-        if (complete) keep(step);
+      if (f.complete && counts_steps) {
+        f.step = lookup(of_param, step_name);
+        f.complete = f.step != nullptr;
+        if (f.complete) keep(f.step);
+      }
+      if (!f.complete) {
+        f.step = nullptr;
+        missing.append(i);
       }
     }
-    if (!complete) missing.append(i);
-    const std::size_t n_known = complete ? n_states : 0;
-    if (!complete) step = nullptr;
+    found.push_back(f);
+  }
 
-    Entry entry{};
-    bool fine = read_streams(param, grad, states, n_known, entry, true);
-    if (fine && step != nullptr) fine = read_step(step, device_scalars, entry);
-    if (!fine) {
-      py::list known;
-      for (std::size_t s = 0; s < n_known; ++s) known.append(py::handle(states[s]));
-      const auto handle = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
-      const py::list stand_ins = mend(i, py::handle(param), handle(grad), known, handle(step));
-      std::vector<PyObject*> streams;
-      for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
-      const std::size_t first_state = rule.reads_grad ? 2 : 1;
-      if (streams.size() != first_state + n_known)
-        throw py::value_error("mend() gave a wrong number of tensors");
-      fine = read_streams(streams[0], rule.reads_grad ? streams[1] : nullptr, streams.data() + first_state, n_known,
-                          entry, false) &&
-             (step == nullptr || read_step(step, device_scalars, entry));
-      if (!fine) throw py::value_error("parameter " + std::to_string(i) + " is of a kind that no kernel can update");
+  constexpr std::size_t ahead = 4;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (i + ahead < found.size()) {
+      const Found& next = found[i + ahead];
+      prefetch_tensor(next.param);
+      if (next.grad != nullptr) prefetch_tensor(next.grad);
+      if (next.step != nullptr) prefetch_tensor(next.step);
+      for (std::size_t s = 0; next.complete && s < n_states; ++s) prefetch_tensor(next.states[s]);
     }
-    if (!complete) continue;
-    entry.fresh = !fresh.is_none() && PySequence_Contains(fresh.ptr(), param) == 1;
+    const Found& f = found[i];
+    const std::size_t n_known = f.complete ? n_states : 0;
+    Entry entry{};
+    bool fine = read_streams(f.param, f.grad, f.states, n_known, entry, true);
+    if (fine && f.step != nullptr) fine = read_step(f.step, device_scalars, entry);
+    if (!fine) mend_entry(f.index, f.param, f.grad, f.states, n_known, f.step, device_scalars, mend, entry);
+    if (!f.complete) continue;
+    entry.fresh = !fresh.is_none() && PySequence_Contains(fresh.ptr(), f.param) == 1;
     if (entry.item.size > 0 && !seen.insert(entry.item.param)) {
       entry.occurrence = ++repeats[entry.item.param];
       entry.fresh = false;
       group.occurrences = std::max(group.occurrences, entry.occurrence + 1);
     }
     group.entries.push_back(entry);
-    PyList_Append(updated_.ptr(), param);
+    updated_.push_back(f.param);
   }
   return missing;
+}
+
+void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
+                      PyObject* step, bool device_scalars, const py::function& mend, Entry& entry) {
+  const auto or_none = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
+  py::list known;
+  for (std::size_t s = 0; s < n_states; ++s) known.append(py::handle(states[s]));
+  const py::list stand_ins = mend(index, py::handle(param), or_none(grad), known, or_none(step));
+  std::vector<PyObject*> streams;
+  for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
+  const std::size_t first_state = grad != nullptr ? 2 : 1;
+  if (streams.size() != first_state + n_states) throw py::value_error("mend() gave a wrong number of tensors");
+  const bool fine = read_streams(streams[0], grad != nullptr ? streams[1] : nullptr, streams.data() + first_state,
+                                 n_states, entry, false) &&
+                    (step == nullptr || read_step(step, device_scalars, entry));
+  if (!fine) throw py::value_error("parameter " + std::to_string(index) + " is of a kind that no kernel can update");
+}
+
+py::list Plan::updated() const {
+  py::list out(updated_.size());
+  for (std::size_t i = 0; i < updated_.size(); ++i) {
+    Py_INCREF(updated_[i]);
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), updated_[i]);
+  }
+  return out;
 }
 
 double Plan::cpu_sum_of_squares(int max_threads) const {
@@ -188,8 +218,8 @@ double Plan::cpu_sum_of_squares(int max_threads) const {
     if (data.empty()) continue;
     partials.resize(blocks);
     const py::gil_scoped_release release;
-    sum += sum_function()({dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()), partials.data(),
-                           max_threads});
+    sum += sum_function()(
+        {dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()), partials.data(), max_threads});
   }
   return sum;
 }
@@ -270,7 +300,8 @@ void Plan::run_cpu(const Group& group, const std::vector<const Entry*>& entries,
   const RuleVariant& rule = rule_variants()[group.options.variant];
   std::vector<double> hyper;
   for (const Scalar& scalar : group.options.hyper) {
-    if (scalar.device != nullptr) throw py::value_error("a hyper-parameter in device memory for a parameter on the CPU");
+    if (scalar.device != nullptr)
+      throw py::value_error("a hyper-parameter in device memory for a parameter on the CPU");
     hyper.push_back(scalar.value);
   }
   Lists lists;
@@ -326,8 +357,16 @@ void Plan::run_cuda(const Group& group, const std::vector<const Entry*>& entries
   const auto address = [&](int i) { return reinterpret_cast<void*>(device[i].cast<std::uintptr_t>()); };
   const DeviceGradScaling device_scaling{static_cast<double*>(address(2)), static_cast<double*>(address(3)),
                                          static_cast<float*>(address(4)), static_cast<float*>(address(5))};
-  rule.cuda({entries[0]->dtype, lists.items.data(), static_cast<std::int64_t>(lists.items.size()), lists.uses.data(),
-             n_uses, group.options.hyper.data(), scaling, device_scaling, grad_scale, address(1),
+  rule.cuda({entries[0]->dtype,
+             lists.items.data(),
+             static_cast<std::int64_t>(lists.items.size()),
+             lists.uses.data(),
+             n_uses,
+             group.options.hyper.data(),
+             scaling,
+             device_scaling,
+             grad_scale,
+             address(1),
              {entries[0]->device, address(0)}});
 }
 #else

@@ -1,6 +1,5 @@
 // One step of an optimizer: gather and check everything first, then write.
 #pragma once
-#include <optional>
 #include <unordered_map>
 
 #include "bind_rules.hpp"
@@ -59,6 +58,20 @@ struct GroupOptions {
   bool maximize;
 };
 
+// Keeps Python's garbage collector from running: a step makes a thousand short-lived wrappers of gradients and no
+// cycles, and would otherwise pay for a collection or two.
+class NoCollection {
+ public:
+  NoCollection() : was_enabled_(PyGC_Disable()) {}
+  ~NoCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  NoCollection(const NoCollection&) = delete;
+
+ private:
+  int was_enabled_;
+};
+
 class Plan {
  public:
   Plan(const TensorReader& reader, py::tuple tensor_types) : reader_(reader), tensor_types_(std::move(tensor_types)) {}
@@ -68,9 +81,9 @@ class Plan {
   }
 
   // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
-  // device and layout goes through mend(index, param, grad, states, step), which returns one-dimensional dense stand-ins
-  // [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters whose state is
-  // missing; if there are any the plan is not to be run.
+  // device and layout goes through mend(index, param, grad, states, step), which returns one-dimensional dense
+  // stand-ins [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters
+  // whose state is missing; if there are any the plan is not to be run.
   py::list gather(int variant, const py::list& params, const py::dict& state, const py::tuple& hyper, bool counts_steps,
                   bool device_scalars, bool maximize, const py::object& fresh, const py::function& mend);
 
@@ -90,7 +103,8 @@ class Plan {
   void run(int max_threads, double max_norm, bool normalize, double norm, double grad_scale, bool scaled_on_device,
            const py::function& on_device);
 
-  py::list updated() const { return updated_; }
+  // The parameters that were gathered, for their version counters.
+  py::list updated() const;
 
  private:
   struct Entry {
@@ -114,8 +128,9 @@ class Plan {
     return object;
   }
   bool plain(PyObject* object) const {
-    for (std::size_t i = 0; i < tensor_types_.size(); ++i)
-      if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(tensor_types_.ptr(), i)) return true;
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensor_types_.ptr()); ++i)
+      if (type == PyTuple_GET_ITEM(tensor_types_.ptr(), i)) return true;
     return false;
   }
   bool read(PyObject* object, TensorView& out) const { return plain(object) && reader_.read(object, out); }
@@ -126,16 +141,19 @@ class Plan {
   }
   bool read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
                     bool check_negation) const;
+  void mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
+                  PyObject* step, bool device_scalars, const py::function& mend, Entry& entry);
   bool read_step(PyObject* step, bool device_scalars, Entry& entry) const;
   void run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const;
   void run_cuda(const Group& group, const std::vector<const Entry*>& entries, const GradScaling& scaling,
                 double grad_scale, bool scaled_on_device, const py::function& on_device) const;
 
+  const NoCollection no_collection_;
   const TensorReader& reader_;
   py::tuple tensor_types_;
   std::vector<Group> groups_;
   std::vector<PyObject*> references_;
-  py::list updated_;
+  std::vector<PyObject*> updated_;  // borrowed: the caller's lists hold them
 };
 
 }  // namespace onepass

@@ -11,9 +11,9 @@
 // The instruction sets this build has, best last: ONEPASS_ISAS(X), made by CMake as well.
 namespace onepass {
 
-#define ONEPASS_DECLARE_ISA(isa)                              \
-  namespace cpu::isa {                                        \
-  extern const SumFunction sum_function;                      \
+#define ONEPASS_DECLARE_ISA(isa)         \
+  namespace cpu::isa {                   \
+  extern const SumFunction sum_function; \
   }
 ONEPASS_ISAS(ONEPASS_DECLARE_ISA)
 #undef ONEPASS_DECLARE_ISA
@@ -22,10 +22,10 @@ ONEPASS_ISAS(ONEPASS_DECLARE_ISA)
   namespace cpu::isa {                            \
   extern const ApplyFunction* const rule##_table; \
   }
-#define ONEPASS_DECLARE_RULE(rule)                 \
-  ONEPASS_ISAS_OF(ONEPASS_DECLARE_RULE_OF, rule)   \
-  namespace cuda {                                 \
-  extern const ApplyFunction* const rule##_table;  \
+#define ONEPASS_DECLARE_RULE(rule)                \
+  ONEPASS_ISAS_OF(ONEPASS_DECLARE_RULE_OF, rule)  \
+  namespace cuda {                                \
+  extern const ApplyFunction* const rule##_table; \
   }
 ONEPASS_RULES(ONEPASS_DECLARE_RULE)
 #undef ONEPASS_DECLARE_RULE

@@ -2,7 +2,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <array>
+#include <deque>
+#include <vector>
 
 #include "core/types.hpp"
 
@@ -39,13 +40,11 @@ struct ExchangeApi {
 }  // namespace dlpack
 
 struct TensorView {
-  static constexpr int max_ndim = 12;  // tensors of more dimensions go through the mending path, flattened
-
   char* data = nullptr;
   int device_type = 0, device = 0, ndim = 0;
   DType dtype = DType::float32;
   std::int64_t size = 0;
-  std::array<std::int64_t, max_ndim> shape, strides;
+  const std::int64_t *shape = nullptr, *strides = nullptr;  // borrowed from the tensor, as long as it is not changed
 
   bool same_layout(const TensorView& other) const {
     if (ndim != other.ndim) return false;
@@ -72,12 +71,13 @@ struct TensorView {
   }
 };
 
-// Reads a tensor; false where its memory cannot be reached like a plain dense-typed tensor's (sparse, fake, meta, integer,
-// subclass without storage ...): the caller then asks Python to explain or to mend.
+// Reads a tensor; false where its memory cannot be reached like a plain dense-typed tensor's (sparse, fake, meta,
+// integer, subclass without storage ...): the caller then asks Python to explain or to mend.
 class TensorReader {
  public:
-  // exchange_api: torch.Tensor.__dlpack_c_exchange_api__, or None where this torch has none (before 2.10); then describe, a
-  // Python function giving (address, dtype code, device type, device index, shape, strides), is called for each tensor.
+  // exchange_api: torch.Tensor.__dlpack_c_exchange_api__, or None where this torch has none (before 2.10); then
+  // describe, a Python function giving (address, dtype code, device type, device index, shape, strides), is called for
+  // each tensor.
   TensorReader(const py::object& exchange_api, py::object describe) : describe_(std::move(describe)) {
     if (exchange_api.is_none()) return;
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
@@ -98,7 +98,7 @@ class TensorReader {
       PyErr_Clear();
       return false;
     }
-    if (t.dtype.lanes != 1 || t.ndim > TensorView::max_ndim) return false;
+    if (t.dtype.lanes != 1) return false;
     const int kind = t.dtype.code * 256 + t.dtype.bits;
     switch (kind) {
       case dlpack::floating * 256 + 32: out.dtype = DType::float32; break;
@@ -111,11 +111,9 @@ class TensorReader {
     out.device = t.device.id;
     out.ndim = t.ndim;
     out.size = 1;
-    for (int d = 0; d < t.ndim; ++d) {
-      out.shape[d] = t.shape[d];
-      out.strides[d] = t.strides[d];
-      out.size *= t.shape[d];
-    }
+    out.shape = t.shape;
+    out.strides = t.strides;
+    for (int d = 0; d < t.ndim; ++d) out.size *= t.shape[d];
     out.data = static_cast<char*>(t.data) + t.byte_offset;
     return out.size == 0 || t.data != nullptr;
   }
@@ -125,23 +123,25 @@ class TensorReader {
     if (described.is_none()) return false;
     const py::tuple d = described;
     const py::tuple shape = d[4], strides = d[5];
-    if (shape.size() > TensorView::max_ndim) return false;
     out.data = reinterpret_cast<char*>(d[0].cast<std::uintptr_t>());
     out.dtype = static_cast<DType>(d[1].cast<int>());
     out.device_type = d[2].cast<int>();
     out.device = d[3].cast<int>();
     out.ndim = static_cast<int>(shape.size());
     out.size = 1;
-    for (int i = 0; i < out.ndim; ++i) {
-      out.shape[i] = shape[i].cast<std::int64_t>();
-      out.strides[i] = strides[i].cast<std::int64_t>();
-      out.size *= out.shape[i];
-    }
+    auto& layout = layouts_.emplace_back();
+    for (int i = 0; i < out.ndim; ++i) layout.push_back(shape[i].cast<std::int64_t>());
+    for (int i = 0; i < out.ndim; ++i) layout.push_back(strides[i].cast<std::int64_t>());
+    for (int i = 0; i < out.ndim; ++i) out.size *= layout[i];
+    out.shape = layout.data();
+    out.strides = layout.data() + out.ndim;
+    while (layouts_.size() > 8) layouts_.pop_front();  // a parameter's own view is used together with one other
     return out.size == 0 || out.data != nullptr;
   }
 
   const dlpack::ExchangeApi* api_ = nullptr;
   py::object describe_;
+  mutable std::deque<std::vector<std::int64_t>> layouts_;  // shapes and strides of the latest described tensors
 };
 
 }  // namespace onepass

@@ -4,10 +4,10 @@
 #include "core/value.hpp"
 
 // The hyper-parameters: doubles, in Python passed by these very names. Yes/no options are 0 or 1.
-#define ONEPASS_HYPER(...)                            \
-  struct Hyper {                                      \
-    double __VA_ARGS__;                               \
-  };                                                  \
+#define ONEPASS_HYPER(...) \
+  struct Hyper {           \
+    double __VA_ARGS__;    \
+  };                       \
   static constexpr const char* hyper_names = #__VA_ARGS__
 
 namespace onepass {

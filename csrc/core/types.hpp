@@ -6,9 +6,7 @@ namespace onepass {
 
 enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
 
-constexpr std::int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr std::int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 constexpr int max_states = 4;
 constexpr int max_hypers = 16;

@@ -2,8 +2,8 @@
 //
 // NOTE: [same bits everywhere]
 // Rules use only IEEE + - * / sqrt, comparison and select. Every one of these is correctly rounded on every target, and
-// the build forbids contraction and approximations, so an update has the same bits on SSE2, AVX2, AVX-512, NEON and CUDA.
-// It costs nothing: the work is bound by memory.
+// the build forbids contraction and approximations, so an update has the same bits on SSE2, AVX2, AVX-512, NEON and
+// CUDA. It costs nothing: the work is bound by memory.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -69,7 +69,8 @@ ONEPASS_HD V max_keep_nan(V a, V b) {
   return select(a != a, a, select(a > b, a, b));
 }
 
-// base**exponent for whole exponents >= 0, by squaring: the same bits on host and device, which libm's pow does not give.
+// base**exponent for whole exponents >= 0, by squaring: the same bits on host and device, which libm's pow does not
+// give.
 ONEPASS_HD double power(double base, double exponent) {
   double result = 1;
   for (std::int64_t n = static_cast<std::int64_t>(exponent); n > 0; n >>= 1) {

@@ -1,4 +1,5 @@
-// The CPU engine of the update rules: a list of tensors is one flat range of elements, cut in equal parts for the threads.
+// The CPU engine of the update rules: a list of tensors is one flat range of elements, cut in equal parts for the
+// threads.
 #pragma once
 #include "core/grad_factor.hpp"
 #include "core/rule.hpp"

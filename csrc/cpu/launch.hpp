@@ -20,8 +20,8 @@ using ApplyFunction = void (*)(const Apply&);
 // Uses of one Apply: their Steps stand on the stack. More of them are split over several.
 constexpr int max_uses = 32;
 
-// The sum of squares of a list of arrays of one dtype, in float64. The order of the additions depends on the sizes alone,
-// so neither threads nor the instruction set change a bit of it.
+// The sum of squares of a list of arrays of one dtype, in float64. The order of the additions depends on the sizes
+// alone, so neither threads nor the instruction set change a bit of it.
 struct SumOfSquares {
   DType dtype;
   const void* const* data;

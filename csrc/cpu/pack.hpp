@@ -1,5 +1,5 @@
-// Loads and stores of SIMD packs with conversion: float32 arithmetic over float32, bfloat16 and float16 storage, float64
-// over float64. Whole packs and partial ones (tails) give the same numbers.
+// Loads and stores of SIMD packs with conversion: float32 arithmetic over float32, bfloat16 and float16 storage,
+// float64 over float64. Whole packs and partial ones (tails) give the same numbers.
 //
 // Everything here and in the engines lives in a namespace named after the instruction set, so that the linker never
 // merges a function compiled for AVX-512 with its baseline twin. For the same reason nothing of the STL is used.

@@ -1,4 +1,5 @@
-// Sums of squares for the global gradient norm: blocks of a fixed size, 16 running sums a block, joined in a fixed order.
+// Sums of squares for the global gradient norm: blocks of a fixed size, 16 running sums a block, joined in a fixed
+// order.
 #pragma once
 #include "cpu/launch.hpp"
 #include "cpu/pack.hpp"
@@ -16,8 +17,7 @@ struct Sums {
     for (int r = 0; r < registers; ++r) {
       const int left = n - r * lanes<double>;
       if (!whole && left <= 0) return;
-      const Reg<double> x =
-          load<whole>(p + r * lanes<double>, left < lanes<double> ? left : lanes<double>);
+      const Reg<double> x = load<whole>(p + r * lanes<double>, left < lanes<double> ? left : lanes<double>);
       part[r] = part[r] + x * x;
     }
   }

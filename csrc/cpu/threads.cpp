@@ -8,7 +8,8 @@
 namespace onepass::cpu {
 namespace {
 
-// The part of the OpenMP runtime's binary interface that GCC's generated code uses. LLVM's and Intel's runtimes have it too.
+// The part of the OpenMP runtime's binary interface that GCC's generated code uses. LLVM's and Intel's runtimes have it
+// too.
 struct Runtime {
   void (*parallel)(void (*body)(void*), void* data, unsigned n_threads, unsigned flags) = nullptr;
   int (*thread_num)() = nullptr;

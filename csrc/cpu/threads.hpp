@@ -1,4 +1,5 @@
-// The threads of the process's own OpenMP runtime, which is torch's: found at run time, never linked, never a second pool.
+// The threads of the process's own OpenMP runtime, which is torch's: found at run time, never linked, never a second
+// pool.
 #pragma once
 #include <cstdint>
 
@@ -14,7 +15,8 @@ void run_team(int n_threads, TeamBody body, void* context);
 // "torch's OpenMP (libgomp.so.1)" or "none": for show_config().
 const char* thread_runtime();
 
-// [begin, end): the part of `total` that belongs to a thread; parts are multiples of `grain`, the last one's end is total.
+// [begin, end): the part of `total` that belongs to a thread; parts are multiples of `grain`, the last one's end is
+// total.
 inline __attribute__((always_inline)) void part_of(std::int64_t total, std::int64_t grain, int thread, int n_threads,
                                                    std::int64_t& begin, std::int64_t& end) {
   const std::int64_t grains = (total + grain - 1) / grain;

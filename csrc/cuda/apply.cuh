@@ -24,15 +24,16 @@ struct Table {
   void* stream[n_streams][capacity];  // param, grad if read, states
   std::int64_t size[capacity];
   std::uint32_t first_chunk[capacity];
-  std::int32_t step[capacity];     // index of its Step
-  Step steps[tuning::max_steps];   // prepared by the host
-  const Step* prepared;            // or by the prepare kernel; null: by the host
-  const float* found_inf;          // null, or: not 0 means that this launch changes nothing
+  std::int32_t step[capacity];    // index of its Step
+  Step steps[tuning::max_steps];  // prepared by the host
+  const Step* prepared;           // or by the prepare kernel; null: by the host
+  const float* found_inf;         // null, or: not 0 means that this launch changes nothing
   std::int32_t n_tensors;
 };
 
 template <class Rule, class T>
-__global__ void __launch_bounds__(tuning::apply_threads) apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T>) table) {
+__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm)
+    apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T>) table) {
   using F = Arithmetic<T>;
   using Step = typename Table<Rule, T>::Step;
   constexpr int w = width<T>, n_state = Rule::n_state;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(tuning::apply_threads) apply_kernel(ONEPASS_GR
   if constexpr (Rule::reads_grad) grad = static_cast<const T*>(table.stream[1][tensor]) + offset;
   F* state[n_state > 0 ? n_state : 1] = {};
   bool aligned = is_aligned16(param) && is_aligned16(grad);
-#pragma unroll
+  ONEPASS_UNROLL
   for (int s = 0; s < n_state; ++s) {
     state[s] = static_cast<F*>(table.stream[Table<Rule, T>::n_streams - n_state + s][tensor]) + offset;
     aligned = aligned && is_aligned16(state[s]);
@@ -61,32 +62,32 @@ __global__ void __launch_bounds__(tuning::apply_threads) apply_kernel(ONEPASS_GR
     Elements<T, w> g;
     if constexpr (Rule::reads_grad) g = Elements<T, w>::load(grad + i);
     Elements<F, w> s[n_state > 0 ? n_state : 1];
-#pragma unroll
+    ONEPASS_UNROLL
     for (int j = 0; j < n_state; ++j) s[j] = Elements<F, w>::load(state[j] + i);
-#pragma unroll
+    ONEPASS_UNROLL
     for (int e = 0; e < w; ++e) {
       F of_element[n_state > 0 ? n_state : 1];
-#pragma unroll
+      ONEPASS_UNROLL
       for (int j = 0; j < n_state; ++j) of_element[j] = s[j].at[e];
       const F gradient = Rule::reads_grad ? decode(g.at[e]) : F(0);
       encode(p.at[e], Rule::template update<F>(k, decode(p.at[e]), gradient, of_element));
-#pragma unroll
+      ONEPASS_UNROLL
       for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
     }
     p.store(param + i);
-#pragma unroll
+    ONEPASS_UNROLL
     for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
   }
 
   // The tail of an aligned chunk, or all of an unaligned one.
   for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads) {
     F s[n_state > 0 ? n_state : 1];
-#pragma unroll
+    ONEPASS_UNROLL
     for (int j = 0; j < n_state; ++j) s[j] = state[j][i];
     F gradient = 0;
     if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
     encode(param[i], Rule::template update<F>(k, decode(param[i]), gradient, s));
-#pragma unroll
+    ONEPASS_UNROLL
     for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
   }
 }
@@ -107,8 +108,8 @@ struct Sources {
   double grad_scale;
 };
 
-// Turns scalars in device memory into Steps, without the host: reads hyper-parameters, step counts, the loss scale and the
-// gradient norm, advances the counts. One thread a Use.
+// Turns scalars in device memory into Steps, without the host: reads hyper-parameters, step counts, the loss scale and
+// the gradient norm, advances the counts. One thread a Use.
 template <class Rule, class F>
 __global__ void __launch_bounds__(tuning::prepare_threads)
     prepare_kernel(ONEPASS_GRID_CONSTANT(Sources<Rule>) from, typename Rule::template Step<F>* steps) {
@@ -118,10 +119,10 @@ __global__ void __launch_bounds__(tuning::prepare_threads)
 
   typename Rule::Hyper hyper;
   double* const value = reinterpret_cast<double*>(&hyper);
-#pragma unroll
+  ONEPASS_UNROLL
   for (int i = 0; i < Sources<Rule>::n_hyper; ++i) {
     const void* const at = from.hyper_device[i];
-    value[i] = at == nullptr              ? from.hyper[i]
+    value[i] = at == nullptr             ? from.hyper[i]
                : from.hyper_is_double[i] ? *static_cast<const double*>(at)
                                          : double(*static_cast<const float*>(at));
   }
@@ -217,7 +218,8 @@ class Launcher {
     typename Rule::Hyper hyper;
     double* const value = reinterpret_cast<double*>(&hyper);
     for (int i = 0; i < Sources<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
-    const StepContext context{call_.uses[use].t, grad_factor(call_.scaling, call_.grad_scale, 0), call_.uses[use].fresh};
+    const StepContext context{call_.uses[use].t, grad_factor(call_.scaling, call_.grad_scale, 0),
+                              call_.uses[use].fresh};
     table_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
     use_of_[n_steps_] = use;
     return n_steps_++;

@@ -38,22 +38,22 @@ struct alignas(16) Elements {
   static __device__ Elements load(const T* p) {
     static_assert(sizeof(Elements) % sizeof(uint4) == 0, "whole 16-byte words");
     Elements e;
-#pragma unroll
+    ONEPASS_UNROLL
     for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
-      reinterpret_cast<uint4*>(&e)[word] = reinterpret_cast<const uint4*>(p)[word];
+      reinterpret_cast<uint4*>(&e)[word] = as_wide<uint4>(p)[word];
     return e;
   }
   __device__ void store(T* p) const {
-#pragma unroll
+    ONEPASS_UNROLL
     for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
-      reinterpret_cast<uint4*>(p)[word] = reinterpret_cast<const uint4*>(this)[word];
+      as_wide<uint4>(p)[word] = reinterpret_cast<const uint4*>(this)[word];
   }
 };
 
 __device__ inline bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
-// Number of the tensor that a block's chunk belongs to: the last one whose first chunk is not after it. The same for all
-// threads of the block, and the table stands in the constant bank.
+// Number of the tensor that a block's chunk belongs to: the last one whose first chunk is not after it. The same for
+// all threads of the block, and the table stands in the constant bank.
 __device__ inline int find_tensor(const std::uint32_t* first_chunk, int n_tensors, std::uint32_t chunk) {
   int low = 0, high = n_tensors;
   while (high - low > 1) {

@@ -79,7 +79,8 @@ using cuda_on_host::require_aligned;
 
 namespace onepass::cuda {
 
-// On the host a misaligned pointer is an error that names kernel and thread; on a GPU it would end the process' context.
+// On the host a misaligned pointer is an error that names kernel and thread; on a GPU it would end the process'
+// context.
 template <class Wide, class T>
 __device__ __forceinline__ auto as_wide(T* pointer) {
   require_aligned(pointer, alignof(Wide));

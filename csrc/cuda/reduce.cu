@@ -23,7 +23,7 @@ template <int threads>
 __device__ double block_sum(double x) {
   ONEPASS_SHARED(double, of_warp, 32);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-#pragma unroll
+  ONEPASS_UNROLL
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
   if (lane == 0) of_warp[warp] = x;
   __syncthreads();
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(tuning::sum_threads) sum_kernel(ONEPASS_GRID_C
   const int whole = is_aligned16(data) ? n / w * w : 0;
   for (int i = int(threadIdx.x) * w; i < whole; i += tuning::sum_threads * w) {
     const auto e = Elements<T, w>::load(data + i);
-#pragma unroll
+    ONEPASS_UNROLL
     for (int j = 0; j < w; ++j) sum += double(decode(e.at[j])) * double(decode(e.at[j]));
   }
   for (int i = whole + int(threadIdx.x); i < n; i += tuning::sum_threads)
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(tuning::sum_threads) sum_kernel(ONEPASS_GRID_C
   if (threadIdx.x == 0) table.partials[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(tuning::total_threads) join_kernel(const double* partials, std::int64_t n, double* out) {
+__global__ void __launch_bounds__(tuning::total_threads)
+    join_kernel(const double* partials, std::int64_t n, double* out) {
   double sum = 0;
   for (std::int64_t i = threadIdx.x; i < n; i += tuning::total_threads) sum += partials[i];
   sum = block_sum<tuning::total_threads>(sum);

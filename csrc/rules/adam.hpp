@@ -44,7 +44,8 @@ struct Adam {
   ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
     V &exp_avg = s[0], &exp_avg_sq = s[1];
     g = k.grad_factor * g;
-    if (k.coupled_decay != 0) g = g + k.coupled_decay * p;  // skipped, not multiplied by 0: an infinite weight is no NaN
+    if (k.coupled_decay != 0)
+      g = g + k.coupled_decay * p;  // skipped, not multiplied by 0: an infinite weight is no NaN
     p = k.param_factor * p;
     exp_avg = k.beta1 * exp_avg + k.new1 * g;
     exp_avg_sq = k.beta2 * exp_avg_sq + k.new2 * (g * g);
