@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def disable_dynamo(function: F) -> F:
     """Keep torch.compile out of a function: a graph break instead of tracing into raw pointers."""
-    wrapped: F = torch._disable_dynamo(function)
-    return wrapped
+    from torch._compile import _disable_dynamo
+
+    wrapped: Any = _disable_dynamo(function)
+    return cast(F, wrapped)
 
 
 def exchange_api() -> object:
@@ -43,7 +45,7 @@ def increment_version(tensors: Sequence[Tensor]) -> None:
         torch._C._increment_version(tensors)
     except TypeError:  # torch < 2.6 takes one at a time
         for tensor in tensors:
-            torch._C._increment_version(tensor)  # type: ignore[arg-type]
+            torch._C._increment_version(tensor)
 
 
 def dtensor_type() -> type | None:
@@ -65,9 +67,7 @@ def has_own_dispatch(tensor: Tensor) -> bool:
 
 def is_functional_wrapper(tensor: Tensor) -> bool:
     """Tensors inside torch.func transforms and functionalization: the Python type is Tensor, the memory is not theirs."""
-    return bool(
-        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
-    )
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
 
 
 def is_capturing() -> bool:

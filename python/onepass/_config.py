@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import _C, _native
+from . import _native
 
 try:
     __version__ = metadata.version("onepass")
@@ -22,16 +22,18 @@ def show_config() -> str:
     if not has_cuda:
         cuda = "not in this build (rebuild where nvcc >= 12.1 is found, with -C cmake.define.ONEPASS_CUDA=ON)"
     else:
-        devices = _C.cuda_device_count()
-        cuda = f"architectures {_C.cuda_archs}; {devices} device{'' if devices == 1 else 's'} visible"
-    runtime = _C.thread_runtime()
-    threads = "1 (no OpenMP runtime in this process)" if runtime == "none" else f"{torch.get_num_threads()} of {runtime}"
+        devices = _native.cuda_device_count()
+        cuda = f"architectures {_native.cuda_archs}; {devices} device{'' if devices == 1 else 's'} visible"
+    runtime = _native.thread_runtime
+    threads = (
+        "1 (no OpenMP runtime in this process)" if runtime == "none" else f"{torch.get_num_threads()} of {runtime}"
+    )
     reader = "DLPack exchange" if _native.fast_reader else "Python attributes (torch >= 2.10 has a faster way)"
     lines = {
         "onepass": __version__,
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "compiler": _C.compiler,
+        "compiler": _native.compiler,
         "instruction set": f"{_native.isa()} (of {', '.join(_native.isas())})",
         "threads": threads,
         "cuda": cuda,

@@ -8,7 +8,7 @@ what to do.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,9 +48,7 @@ class Mender:
             return f"parameter '{self.names[index]}'"
         return f"parameter {index} of group {self.group}"
 
-    def __call__(
-        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], step: Any
-    ) -> list[Tensor]:
+    def __call__(self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], step: Any) -> list[Tensor]:
         """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size."""
         who = self.name(index)
         if step is not None:
@@ -96,8 +94,8 @@ class Mender:
                 raise RuntimeError(f"{who}: it is a DTensor, its gradient is not. Use DTensor.from_local on it.")
             if grad.placements != param.placements:
                 grad = grad.redistribute(param.device_mesh, param.placements)
-            grad = grad._local_tensor
-        local = param._local_tensor
+            grad = cast(Any, grad)._local_tensor
+        local: Tensor = cast(Any, param)._local_tensor
         self.locals.append(local)
         return local, grad, local_states
 
@@ -139,7 +137,11 @@ class Mender:
 
     def _check_grad(self, who: str, param: Tensor, grad: Tensor) -> None:
         if grad.layout is not torch.strided:
-            text = f"{self.sparse_text} ({who})" if self.sparse_text else f"{who}: its gradient is {grad.layout}, not dense."
+            text = (
+                f"{self.sparse_text} ({who})"
+                if self.sparse_text
+                else f"{who}: its gradient is {grad.layout}, not dense."
+            )
             raise RuntimeError(text)
         self._check_memory(who, "gradient", grad)
         for what, came, expected in (
@@ -196,7 +198,7 @@ class Mender:
                 out.append(state)
                 continue
             same_strides = torch.empty_like(param, dtype=state.dtype)
-            if state.is_shared() or state._base is not None:
+            if cast(Any, state).is_shared() or state._base is not None:
                 out.append(self._copy(who, "a state's strides", state, same_strides, write_back=True))
             else:  # once and for all, the parameter keeps its memory format
                 state.data = same_strides.copy_(state)
@@ -205,7 +207,9 @@ class Mender:
 
     def _copy(self, who: str, why: str, source: Tensor, target: Tensor, write_back: bool) -> Tensor:
         if STRICT:
-            raise RuntimeError(f"{who}: {why} would need a copy at every step, and ONEPASS_STRICT=1 forbids slow paths.")
+            raise RuntimeError(
+                f"{who}: {why} would need a copy at every step, and ONEPASS_STRICT=1 forbids slow paths."
+            )
         target.copy_(source)
         if write_back:
             self.copies.append((source, target))

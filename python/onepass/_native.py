@@ -14,15 +14,18 @@ from torch import Tensor
 from . import _C, _compat
 from ._mend import Mender
 
-__all__ = ["Clip", "Group", "has_cuda", "hyper_names", "isa", "isas", "norm_of", "update", "use_isa"]
-
 fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
 
-_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor, torch.nn.Parameter)
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _VARIANTS = {(rule, states): index for index, (rule, _, states) in enumerate(_C.rules())}
 _HYPER_NAMES = {rule: hyper for rule, hyper, _ in _C.rules()}
 
-has_cuda: bool = bool(_C.cuda_archs) and not _C.cuda_on_host
+# CUDA kernels in this build; in the test build that runs them on the host they take CPU tensors, and no GPU is used.
+cuda_kernels: bool = bool(_C.cuda_archs)
+has_cuda: bool = cuda_kernels and not _C.cuda_on_host
+cuda_archs: str = _C.cuda_archs
+compiler: str = _C.compiler
+thread_runtime: str = _C.thread_runtime()
 
 
 def rules() -> tuple[str, ...]:
@@ -33,6 +36,11 @@ def rules() -> tuple[str, ...]:
 def hyper_names(rule: str) -> tuple[str, ...]:
     """The hyper-parameters of a rule, as its file in csrc/rules names them."""
     return _HYPER_NAMES[rule]
+
+
+def cuda_device_count() -> int:
+    """CUDA devices that this build's kernels see; 0 without a driver."""
+    return _C.cuda_device_count()
 
 
 def isas() -> tuple[str, ...]:
@@ -99,7 +107,12 @@ class Group:
         self.variant = _VARIANTS[rule, state_names]
         self.params, self.state, self.mender = params, state, mender
         self.hyper = tuple(self._scalar(hyper[name]) for name in _HYPER_NAMES[rule])
-        self.counts_steps, self.device_scalars, self.maximize, self.fresh = counts_steps, device_scalars, maximize, fresh
+        self.counts_steps, self.device_scalars, self.maximize, self.fresh = (
+            counts_steps,
+            device_scalars,
+            maximize,
+            fresh,
+        )
 
     def _scalar(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor):
@@ -255,7 +268,7 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, sums: Tensor | 
 
 
 def _gather_gradients(gradients: list[Tensor], limit: float) -> tuple[_C.Plan, Mender]:
-    mender = Mender([f"gradient {i}" for i in range(len(gradients))], 0, (), has_cuda or _C.cuda_on_host, None)
+    mender = Mender([f"gradient {i}" for i in range(len(gradients))], 0, (), cuda_kernels, None)
     plan = new_plan()
     Group("clip", (), gradients, {}, {"limit": limit}, mender).gather(plan)
     return plan, mender

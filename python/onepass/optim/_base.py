@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -128,7 +127,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
-        old_groups: Iterable[dict[str, Any]] = self.param_groups if loading is not None else [{}] * len(state["param_groups"])
+        old_groups: Iterable[dict[str, Any]] = (
+            self.param_groups if loading is not None else [{}] * len(state["param_groups"])
+        )
         for group, old in zip(state["param_groups"], old_groups, strict=True):
             for option, value in {**defaults, **old}.items():
                 group.setdefault(option, value)
@@ -273,7 +274,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
             names = group.get("param_names")
-            mender = Mender(names, number, states, _native.has_cuda or _native._C.cuda_on_host, self.sparse_text)
+            mender = Mender(names, number, states, _native.cuda_kernels, self.sparse_text)
             menders.append(mender)
             native = _native.Group(
                 self.rule,
@@ -299,15 +300,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in self._state_names(group):
             if state.get(name) is None:
                 dtype = state_dtype(param.dtype)
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                state[name] = torch.zeros_like(
+                    param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                )
                 made.append((param, name))
 
 
 def _name(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     return f"parameter '{names[index]}'" if names else f"parameter {index}"
-
-
-def is_finite_number(value: float | Tensor) -> bool:
-    """Not NaN and not infinite."""
-    return math.isfinite(float(value))

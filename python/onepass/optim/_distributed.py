@@ -19,7 +19,7 @@ def reduce_sharded(groups: list[dict[str, Any]]) -> Callable[[Tensor], Tensor] |
     dtensor: Any = _compat.dtensor_type()
     if dtensor is None:
         return None
-    layouts = {}
+    layouts: dict[tuple[Any, tuple[int, ...]], None] = {}
     plain = False
     for group in groups:
         for param in group["params"]:

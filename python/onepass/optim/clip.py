@@ -58,7 +58,7 @@ def _clip_by_torch(gradients: list[Tensor], max_norm: float, norm_type: float, e
     with torch.no_grad():
         norms = [torch.linalg.vector_norm(g, norm_type) for g in gradients]
         device = norms[0].device
-        total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
         _native.check_finite(total, norm_type, error_if_nonfinite)
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for g in gradients:
@@ -66,9 +66,7 @@ def _clip_by_torch(gradients: list[Tensor], max_norm: float, norm_type: float, e
     return total
 
 
-def clip_grad_value_(
-    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
-) -> None:
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
     """Clamp every element of the gradients to [-clip_value, clip_value], in place and in one pass.
 
     Args:

@@ -1,0 +1,111 @@
+# One command a task. All of them share one virtual environment, made from nothing when it is not there.
+#
+#   make test                        in .venv
+#   make test VENV=/tmp/other        in another virtual environment
+#   make test PYTHON=python3         in this Python's environment as it is: nothing is installed into it
+#
+# Needs python3 >= 3.10, a C++17 compiler and make. pip's own settings (an index with CPU-only torch, say) are honoured.
+
+VENV ?= .venv
+BASE_PYTHON ?= python3
+# Installed before what depends on it, so that pip does not choose another.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+RESULTS ?= benchmarks/results
+
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc python -type f -not -name '*.so' -not -name '*.pyc')
+NATIVE = $(shell find csrc tests/cuda_on_host benchmarks -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+
+ifdef PYTHON
+  # The environment as it is, the package beside it in build/site.
+  PY := $(PYTHON)
+  SITE := build/site
+  ENVIRONMENT :=
+  PACKAGE := $(SITE)/.installed
+  INSTALL := --upgrade --target $(SITE)
+  export PYTHONPATH := $(abspath $(SITE))
+else
+  PY := $(VENV)/bin/python
+  ENVIRONMENT := $(VENV)/.dependencies-installed
+  PACKAGE := $(VENV)/.onepass-installed
+  INSTALL := --force-reinstall
+endif
+
+# Compiled files stay in build/, one folder an environment: an edit recompiles only what it touches.
+BUILD_DIR := build/$(patsubst .%,%,$(notdir $(abspath $(or $(SITE),$(VENV)))))-{wheel_tag}
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD_DIR)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench gpu wheel clean
+.DELETE_ON_ERROR:
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(PACKAGE) ## Train two networks with torch.optim and with onepass: table and demo.png
+	$(PY) examples/demo.py
+
+test: $(PACKAGE) ## All tests; PYTEST_ARGS="-k adam" for some
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(PYTHON),,$(VENV)/bin/)clang-format --dry-run -Werror $(NATIVE)
+
+bench: $(PACKAGE) ## Benchmarks against torch and the memory's limit; BENCH_ARGS="--filter adamw" for some
+	$(PY) benchmarks/optimizers.py --out $(RESULTS) $(BENCH_ARGS)
+
+wheel: $(ENVIRONMENT) ## A wheel in dist/
+	$(PIP) wheel $(BUILD_FLAGS) --wheel-dir dist .
+
+clean: ## Remove what was built; the virtual environment stays
+	rm -rf build dist demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis python/onepass/_C*.so
+	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+# On a machine with a GPU, torch with CUDA, nvcc, pybind11, scikit-build-core and CMake; no network is used. Ends within
+# 8 minutes: a part that runs out of its time is stopped and what it has found so far is printed and saved.
+GPU_SITE := build/gpu-site
+GPU_TEST_SECONDS ?= 210
+GPU_BENCH_SECONDS ?= 120
+gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
+	rm -rf $(GPU_SITE)
+	timeout 120 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
+	  --config-settings=build-dir=build/gpu-{wheel_tag} --config-settings=cmake.define.ONEPASS_CUDA=ON \
+	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=native .
+	@export PYTHONPATH=$(abspath $(GPU_SITE)); result=0; \
+	$(PY) -c 'import onepass; print(onepass.show_config())' && \
+	{ timeout --signal=INT --kill-after=10 $(GPU_TEST_SECONDS) $(PY) -m pytest -q -k 'cuda and not host' $(PYTEST_ARGS) || result=$$?; } && \
+	{ timeout --kill-after=10 $$(($(GPU_BENCH_SECONDS) + 20)) $(PY) benchmarks/optimizers.py --device cuda \
+	  --seconds 1 --budget $(GPU_BENCH_SECONDS) --out $(RESULTS) $(BENCH_ARGS) || result=$$?; } && exit $$result
+
+# ---------------------------------------------------------------------------------------------------- the environment
+
+# What pyproject.toml asks for at build and run time and in every extra, without building the package.
+define REQUIREMENTS
+import importlib, shutil, sys
+toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
+with open("pyproject.toml", "rb") as file:
+    pyproject = toml.load(file)
+project = pyproject["project"]
+groups = [pyproject["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+tools = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
+print(*(need for group in [*groups, tools] for need in group if not need.startswith("onepass")), sep="\n")
+endef
+export REQUIREMENTS
+
+$(VENV)/bin/python:
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(VENV)/.dependencies-installed: pyproject.toml Makefile | $(VENV)/bin/python
+	$(PIP) install '$(TORCH)'
+	$(PY) -c "$$REQUIREMENTS" > $(VENV)/requirements.txt
+	$(PIP) install '$(TORCH)' -r $(VENV)/requirements.txt
+	touch $@
+
+$(PACKAGE): $(SOURCES) $(ENVIRONMENT)
+	$(PIP) install $(INSTALL) $(BUILD_FLAGS) --config-settings=cmake.define.ONEPASS_WERROR=ON .
+	touch $@

@@ -1,0 +1,66 @@
+"""`python -m onepass`: what this installation is and can do, and whether its kernels give torch's numbers here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from . import _native, optim, show_config
+
+_OPTIMIZERS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01},
+    "AdamW": {"lr": 0.01},
+}
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def _largest_difference(name: str, dtype: torch.dtype, device: str) -> float:
+    """Parameters after a few steps: ours against torch's in float64 from the same start and gradients."""
+    torch.manual_seed(0)
+    start = [torch.randn(size, dtype=dtype, device=device) for size in (1, 7, 1000)]
+    ours = [torch.nn.Parameter(p.clone()) for p in start]
+    theirs = [torch.nn.Parameter(p.double()) for p in start]
+    first = getattr(optim, name)(ours, **_OPTIMIZERS[name])
+    second = getattr(torch.optim, name)(theirs, **_OPTIMIZERS[name])
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.double()
+        first.step()
+        second.step()
+    return max((a.double() - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def _self_test() -> Iterator[tuple[str, bool]]:
+    places = [("cpu", isa) for isa in _native.isas()]
+    if _native.has_cuda and torch.cuda.is_available():
+        places.append(("cuda", _native.isa()))
+    for device, isa in places:
+        for name in _OPTIMIZERS:
+            with _native.use_isa(isa):
+                errors = {dtype: _largest_difference(name, dtype, device) for dtype in _TOLERANCE}
+            fine = all(error <= _TOLERANCE[dtype] for dtype, error in errors.items())
+            where = f"cpu ({isa})" if device == "cpu" else "cuda"
+            figures = ", ".join(f"{str(d).removeprefix('torch.')} {e:.0e}" for d, e in errors.items())
+            yield (
+                f"{'ok    ' if fine else 'WRONG '} {name:<6} {where:<14} largest difference from torch: {figures}",
+                fine,
+            )
+
+
+def main() -> int:
+    print(show_config())
+    print()
+    fine = True
+    for line, ok in _self_test():
+        print(line)
+        fine = fine and ok
+    print("\nall kernels agree with torch" if fine else "\nsome kernels disagree with torch: please report this output")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The house keeps its order: who may include or import whom, and every rule has all its rooms."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import onepass
+from onepass import _native
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "onepass"
+
+# Folder -> folders of csrc whose headers its files may include.
+MAY_INCLUDE = {
+    "core": {"core"},
+    "rules": {"core"},
+    "cpu": {"cpu", "core"},
+    "cuda": {"cuda", "core"},
+}
+# What only the binding knows.
+PYTHON_HEADERS = re.compile(r"pybind11|Python\.h|torch/|ATen|c10")
+
+
+def native_sources() -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in (".hpp", ".cpp", ".cu", ".cuh"))
+
+
+def rules_in_cmake(variable: str) -> set[str]:
+    text = (ROOT / "CMakeLists.txt").read_text()
+    found = re.search(rf"set\({variable} ([^)]*)\)", text)
+    assert found is not None, f"CMakeLists.txt has no list {variable}"
+    return set(found[1].split())
+
+
+@pytest.mark.parametrize("path", native_sources(), ids=lambda path: str(path.relative_to(CSRC)))
+def test_native_includes_go_one_way(path: Path) -> None:
+    folder = path.relative_to(CSRC).parts[0]
+    quoted = re.findall(r'#include "([^"]+)"', path.read_text())
+    brackets = re.findall(r"#include <([^>]+)>", path.read_text())
+    if folder.startswith("bind"):
+        return
+    wrong = [h for h in quoted + brackets if PYTHON_HEADERS.search(h)]
+    wrong += [h for h in quoted if "/" in h and h.split("/")[0] not in MAY_INCLUDE[folder]]
+    assert not wrong, f"{path.relative_to(ROOT)} may include {sorted(MAY_INCLUDE[folder])} only, but has {wrong}"
+
+
+@pytest.mark.parametrize("path", sorted((CSRC / "rules").glob("*.hpp")), ids=lambda path: path.stem)
+def test_rules_are_arithmetic_only(path: Path) -> None:
+    brackets = re.findall(r"#include <([^>]+)>", path.read_text())
+    assert not brackets, f"a rule needs core/rule.hpp and nothing else, {path.name} includes {brackets}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_native_imports_the_extension(path: Path) -> None:
+    imported = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported += [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+    uses = any(name == "_C" or name.endswith("._C") for name in imported)
+    assert uses == (path.name == "_native.py"), f"{path.name} imports the extension: {uses}"
+
+
+@pytest.mark.parametrize("rule", sorted(rules_in_cmake("ONEPASS_RULES")))
+def test_every_rule_has_its_rooms(rule: str) -> None:
+    rooms = [
+        CSRC / "rules" / f"{rule}.hpp",
+        PACKAGE / "optim" / f"{rule}.py",
+        ROOT / "tests" / "reference" / f"{rule}.py",
+        ROOT / "docs" / "rules" / f"{rule}.md",
+    ]
+    missing = [str(room.relative_to(ROOT)) for room in rooms if not room.exists()]
+    assert not missing, f"the rule {rule} lacks {missing}"
+
+
+def test_the_build_has_the_listed_rules() -> None:
+    assert set(_native.rules()) == rules_in_cmake("ONEPASS_RULES") | rules_in_cmake("ONEPASS_PASSES")
+
+
+def test_every_optimizer_names_a_rule_of_the_build() -> None:
+    classes = [getattr(onepass.optim, name) for name in onepass.optim.__all__ if name[0].isupper()]
+    assert {cls.rule for cls in classes} == rules_in_cmake("ONEPASS_RULES")
