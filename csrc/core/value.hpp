@@ -69,6 +69,12 @@ ONEPASS_HD V max_keep_nan(V a, V b) {
   return select(a != a, a, select(a > b, a, b));
 }
 
+// (1 - weight) * from + weight * to, as torch.lerp rounds it: exact at both ends, NaN between infinities of one sign.
+template <class F, class V>
+ONEPASS_HD V lerp(V from, V to, F weight, F one_minus_weight) {
+  return weight < F(0.5) ? from + weight * (to - from) : to - one_minus_weight * (to - from);
+}
+
 // base**exponent for whole exponents >= 0, by squaring: the same bits on host and device, which libm's pow does not
 // give.
 ONEPASS_HD double power(double base, double exponent) {

@@ -16,7 +16,8 @@ struct Adam {
   // What one step needs of them, in the arithmetic type F.
   template <class F>
   struct Step {
-    F grad_factor, coupled_decay, param_factor, beta1, beta2, new1, new2, step_size, inv_correction2, eps_in, eps_out;
+    F grad_factor, coupled_decay, param_factor, beta1, beta2, new1, new2, step_size, inv_root_correction2, eps_in,
+        eps_out;
   };
 
   template <class F>
@@ -33,8 +34,8 @@ struct Adam {
     k.new1 = F(1 - h.beta1);
     k.new2 = F(1 - h.beta2);
     k.step_size = F(h.lr / correction1);
-    k.inv_correction2 = F(1 / correction2);
-    k.eps_in = F(eps_in ? h.eps : 0);
+    k.inv_root_correction2 = F(1 / sqrt(correction2));
+    k.eps_in = F(eps_in ? h.eps * correction2 : 0);
     k.eps_out = F(eps_in ? 0 : h.eps);
     return k;
   }
@@ -47,11 +48,12 @@ struct Adam {
     if (k.coupled_decay != 0)
       g = g + k.coupled_decay * p;  // skipped, not multiplied by 0: an infinite weight is no NaN
     p = k.param_factor * p;
-    exp_avg = k.beta1 * exp_avg + k.new1 * g;
-    exp_avg_sq = k.beta2 * exp_avg_sq + k.new2 * (g * g);
+    exp_avg = lerp(exp_avg, g, k.new1, k.beta1);
+    exp_avg_sq = k.beta2 * exp_avg_sq + (k.new2 * g) * g;  // this order: g * g would overflow from 2e19 on
     V second = exp_avg_sq;
     if constexpr (amsgrad) second = s[2] = max_keep_nan(s[2], exp_avg_sq);
-    const V denominator = sqrt(second * k.inv_correction2 + k.eps_in) + k.eps_out;
+    // sqrt(v / c + eps_in) + eps_out, with the correction c outside of the root: v / c may overflow where v does not.
+    const V denominator = sqrt(second + k.eps_in) * k.inv_root_correction2 + k.eps_out;
     return p - k.step_size * exp_avg / denominator;
   }
 };

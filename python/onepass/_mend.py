@@ -8,6 +8,7 @@ what to do.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,24 +30,19 @@ class Mender:
     """Makes stand-ins for the tensors of one step, and writes results back where a stand-in is a copy.
 
     Args:
-        names: name of the i-th parameter for error messages.
+        name: what error messages call the i-th parameter.
         states: names of the states, in the order they come.
         has_cuda: whether this build has CUDA kernels.
         sparse_text: torch's sentence for this optimizer about sparse gradients, or None.
     """
 
     def __init__(
-        self, names: list[str] | None, group: int, states: tuple[str, ...], has_cuda: bool, sparse_text: str | None
+        self, name: Callable[[int], str], states: tuple[str, ...], has_cuda: bool, sparse_text: str | None = None
     ) -> None:
-        self.names, self.group, self.states = names, group, states
+        self.name, self.states = name, states
         self.has_cuda, self.sparse_text = has_cuda, sparse_text
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.locals: list[Tensor] = []
-
-    def name(self, index: int) -> str:
-        if self.names is not None and index < len(self.names):
-            return f"parameter '{self.names[index]}'"
-        return f"parameter {index} of group {self.group}"
 
     def __call__(self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], step: Any) -> list[Tensor]:
         """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size."""
@@ -60,7 +56,10 @@ class Mender:
         for name, state in zip(self.states, states, strict=False):
             self._check_state(who, name, param, state)
         with torch.no_grad():
-            return self._stand_ins(who, param.detach(), grad, states)
+            plain = [tensor.detach().as_subclass(Tensor) for tensor in (param, *states)]
+            if grad is not None:
+                grad = grad.detach().as_subclass(Tensor)
+            return self._stand_ins(who, plain[0], grad, plain[1:])
 
     def finish(self) -> None:
         """Write the results in copies back to where they belong, after the kernels ran."""
@@ -241,12 +240,15 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: a dimension's stride does not clear the extent of those inside it."""
-    if tensor.numel() == 0:
-        return False
+    """Whether two elements share memory."""
     extent = 0
     for stride, size in _by_stride(tensor):
-        if stride <= extent:
-            return True
+        if stride <= extent:  # this dimension does not clear the extent of those inside it; only counting decides
+            break
         extent += stride * (size - 1)
-    return False
+    else:
+        return False
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in _by_stride(tensor):
+        offsets = (offsets.unsqueeze(-1) + torch.arange(size) * stride).flatten()
+    return torch.bincount(offsets).max().item() > 1

@@ -268,7 +268,7 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, sums: Tensor | 
 
 
 def _gather_gradients(gradients: list[Tensor], limit: float) -> tuple[_C.Plan, Mender]:
-    mender = Mender([f"gradient {i}" for i in range(len(gradients))], 0, (), cuda_kernels, None)
+    mender = Mender(lambda index: f"gradient {index}", (), cuda_kernels)
     plan = new_plan()
     Group("clip", (), gradients, {}, {"limit": limit}, mender).gather(plan)
     return plan, mender

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -138,8 +139,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._check_agreement(other, group)
         if loading is not None:
             self._restore_precision(state, loading)
-        for group in state["param_groups"]:
-            self._check_loaded(group, state["state"])
+        for number, group in enumerate(state["param_groups"]):
+            self._check_loaded(group, number, state["state"])
         if "_grad_norm" not in self.__dict__:
             self._grad_norm = None
         super().__setstate__(state)
@@ -180,7 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if kept[name].dtype != dtype:
                     kept[name] = value.to(device=param.device, dtype=dtype)
 
-    def _check_loaded(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
         """Shapes of the states; the step count as a tensor where this optimizer wants it."""
         for index, param in enumerate(group["params"]):
             of_param = state.get(param)
@@ -190,7 +191,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 value = of_param.get(name)
                 if isinstance(value, Tensor) and value.shape != param.shape:
                     raise ValueError(
-                        f"{_name(group, index)}: the loaded state '{name}' has shape {tuple(value.shape)}, the parameter has "
+                        f"{_name(group, number, index)}: the loaded state '{name}' has shape {tuple(value.shape)}, the parameter has "
                         f"{tuple(param.shape)}. The state belongs to another model."
                     )
             if self.counts_steps and "step" in of_param:
@@ -273,8 +274,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         menders, missing = [], []
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
-            names = group.get("param_names")
-            mender = Mender(names, number, states, _native.cuda_kernels, self.sparse_text)
+            mender = Mender(partial(_name, group, number), states, _native.cuda_kernels, self.sparse_text)
             menders.append(mender)
             native = _native.Group(
                 self.rule,
@@ -306,6 +306,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 made.append((param, name))
 
 
-def _name(group: dict[str, Any], index: int) -> str:
+def _name(group: dict[str, Any], number: int, index: int) -> str:
+    """What error messages call a parameter: its name where the optimizer was given named parameters."""
     names = group.get("param_names")
-    return f"parameter '{names[index]}'" if names else f"parameter {index}"
+    return f"parameter '{names[index]}'" if names else f"parameter {index} of group {number}"

@@ -110,8 +110,6 @@ class AdamW(Adam):
     Source: Loshchilov & Hutter 2019. Arguments, state and errors as Adam; weight_decay is 1e-2 by default.
     """
 
-    sparse_text = "AdamW does not support sparse gradients, please consider SparseAdam instead"
-
     def __init__(
         self,
         params: ParamsT,

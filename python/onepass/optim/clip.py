@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -11,10 +13,28 @@ from .. import _compat, _native
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    # Of a sparse gradient the stored values are what torch clips too; they have to be coalesced, or rows count twice.
-    return [g.coalesce()._values() if g.is_sparse else g for g in gradients]
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    else:
+        is_generator = isinstance(parameters, types.GeneratorType)
+        parameters = list(parameters)
+        if is_generator and not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.", UserWarning, stacklevel=3
+            )
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if (
+            parameter.grad.is_sparse
+        ):  # the stored values are clipped; as long as rows may repeat they are not the gradient
+            if not parameter.grad.is_coalesced():
+                parameter.grad = parameter.grad.coalesce()
+            gradients.append(parameter.grad._values())
+        else:
+            gradients.append(parameter.grad)
+    return gradients
 
 
 def clip_grad_norm_(
@@ -77,5 +97,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     Source: torch.nn.utils.clip_grad_value_.
     """
     gradients = _gradients(parameters)
+    if any(g.is_complex() for g in gradients):
+        raise NotImplementedError("clamp is not supported for complex types: a complex gradient has no range of values")
     if gradients:
         _native.clip_to_value(gradients, float(clip_value))

@@ -98,21 +98,15 @@ class SGD(FusedOptimizer):
             name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "lr_in_velocity")
         }
 
-    def _check_loaded(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
-        super()._check_loaded(group, state)
+    def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
+        super()._check_loaded(group, number, state)
         loading = self.__dict__.get("_loading")
-        if loading is None or group["lr_in_velocity"] == self._form_of(group):
+        if loading is None:
             return
-        for param in group["params"]:
-            if state.get(param, {}).get("momentum_buffer") is not None:
-                raise ValueError(
-                    f"the loaded state has lr_in_velocity={group['lr_in_velocity']}, this optimizer was made with "
-                    f"lr_in_velocity={self._form_of(group)}: their momentum buffers differ by a factor of lr"
-                )
-
-    def _form_of(self, group: dict[str, Any]) -> bool:
-        """lr_in_velocity of the present group that a loaded one is about to replace."""
-        for present in self.param_groups:
-            if present["params"] is group["params"]:
-                return bool(present["lr_in_velocity"])
-        return bool(self.defaults["lr_in_velocity"])
+        ours = self.param_groups[number]["lr_in_velocity"]
+        theirs = loading["param_groups"][number].get("lr_in_velocity", False)  # torch's form where nothing is said
+        if ours != theirs and any(state.get(p, {}).get("momentum_buffer") is not None for p in group["params"]):
+            raise ValueError(
+                f"the loaded state has lr_in_velocity={theirs}, this optimizer was made with lr_in_velocity={ours}: their "
+                f"momentum buffers differ by a factor of lr"
+            )

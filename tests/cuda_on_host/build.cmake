@@ -1,0 +1,21 @@
+# The extension with its CUDA kernels compiled by g++ and executed on the CPU. Needs CUDA's headers, not its compiler.
+set(CUDA_INCLUDE_HINTS $ENV{CUDA_HOME}/include /usr/local/cuda/include)
+file(GLOB wheels "${Python_SITELIB}/nvidia/cu*/include")
+find_path(ONEPASS_CUDA_INCLUDE cuda_bf16.h HINTS ${CUDA_INCLUDE_HINTS} ${wheels} REQUIRED)
+
+set(sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/reduce.cu)
+set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
+add_library(cuda_kernels OBJECT ${sources})
+target_include_directories(cuda_kernels PRIVATE csrc tests/cuda_on_host ${ONEPASS_GENERATED})
+target_include_directories(cuda_kernels SYSTEM PRIVATE ${ONEPASS_CUDA_INCLUDE})
+target_compile_options(cuda_kernels PRIVATE -x c++ -O1 -g -ffp-contract=off -fno-strict-aliasing -fno-omit-frame-pointer ${warnings})
+target_compile_definitions(cuda_kernels PRIVATE ONEPASS_CUDA_ON_HOST)
+
+target_link_libraries(_C PRIVATE cuda_kernels)
+target_compile_definitions(_C PRIVATE ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
+if(ONEPASS_SANITIZE)
+  foreach(target _C cuda_kernels)
+    target_compile_options(${target} PRIVATE -fsanitize=${ONEPASS_SANITIZE} -fno-sanitize-recover=undefined)
+  endforeach()
+  target_link_options(_C PRIVATE -fsanitize=${ONEPASS_SANITIZE})
+endif()

@@ -1,0 +1,60 @@
+"""How CUDA sources are compiled as host code: flags, sanitizers, and where CUDA's headers are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+
+# -ffp-contract=off: as nvcc's -fmad=false. -fno-strict-aliasing: kernels see memory as 16-byte words.
+FLAGS = ["-std=c++17", "-g1", "-O1", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing", "-DONEPASS_CUDA_ON_HOST"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+SANITIZERS = {
+    "plain": [],
+    "asan+ubsan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "tsan": ["-fsanitize=thread"],
+}
+# atexit_sleep_ms: ThreadSanitizer waits a second for late races otherwise.
+SANITIZER_ENVIRONMENT = {"TSAN_OPTIONS": "atexit_sleep_ms=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def cuda_include() -> Path | None:
+    """CUDA's headers: a toolkit, or the PyPI wheels nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl."""
+
+    def candidates() -> Iterator[Path]:
+        for variable in ("CUDA_HOME", "CUDA_PATH"):
+            if os.environ.get(variable):
+                yield Path(os.environ[variable]) / "include"
+        yield Path("/usr/local/cuda/include")
+        for entry in sys.path:
+            yield Path(entry or ".") / "nvidia" / "cu13" / "include"
+
+    needed = ("cuda_fp16.h", "cuda_bf16.h", "vector_functions.h", "crt/host_defines.h", "nv/target")
+    return next((path for path in candidates() if all((path / header).exists() for header in needed)), None)
+
+
+def compile_program(source: Path, program: Path, include: Path, extra_flags: list[str]) -> None:
+    flags = [*FLAGS, *WARNINGS, *extra_flags]
+    folders = ["-I", str(CSRC), "-I", str(HERE), "-isystem", str(include)]
+    command = [os.environ.get("CXX", "g++"), *flags, *folders, "-x", "c++", str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+def run_program(command: list[str], order: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **SANITIZER_ENVIRONMENT, "ONEPASS_HOST_ORDER": order}
+
+    def run(*prefix: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*prefix, *command], env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    done = run()
+    # A kernel that randomises more address bits than ThreadSanitizer knows of.
+    if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
+        done = run("setarch", "-R")
+    return done

@@ -1,0 +1,77 @@
+"""Adam (Kingma & Ba 2015, alg. 1), AMSGrad, and AdamW (decoupled decay, Loshchilov & Hutter 2019)."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from .common import SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+
+
+class Adam(Reference):
+    DEFAULTS: ClassVar[Case] = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "amsgrad": False,
+        "capturable": False,
+        "decoupled_weight_decay": False,
+        "bias_correction": True,
+        "eps_inside_sqrt": False,
+    }
+
+    def decoupled(self, o: Case) -> bool:
+        return bool(o["decoupled_weight_decay"])
+
+    def update(self, w: Array, g: Array, state: dict[str, Array], o: Case) -> None:
+        (b1, b2), eps = o["betas"], o["eps"]
+        if not state:
+            state.update(step=np.zeros(()), exp_avg=np.zeros_like(w), exp_avg_sq=np.zeros_like(w))
+            if o["amsgrad"]:
+                state["max_exp_avg_sq"] = np.zeros_like(w)
+
+        t = state["step"] = state["step"] + 1
+        m = state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * g
+        v = state["exp_avg_sq"] = b2 * state["exp_avg_sq"] + (1 - b2) * g**2
+        if o["amsgrad"]:
+            v = state["max_exp_avg_sq"] = np.maximum(state["max_exp_avg_sq"], v)
+
+        m_hat, v_hat = (m / (1 - b1**t), v / (1 - b2**t)) if o["bias_correction"] else (m, v)
+        denominator = np.sqrt(v_hat + eps) if o["eps_inside_sqrt"] else np.sqrt(v_hat) + eps
+        w[...] = w - o["lr"] * m_hat / denominator
+
+
+class AdamW(Adam):
+    DEFAULTS: ClassVar[Case] = {**Adam.DEFAULTS, "weight_decay": 1e-2, "decoupled_weight_decay": True}
+
+
+# A large eps, so that its place in the formula shows; betas far from 1, so that the corrections do. With the default of
+# 1e-8 the first steps are sign(g)·lr, and where g = u + λw cancels no tolerance describes the rounding.
+OPTIONS = {
+    "lr": (0.1,),
+    "betas": ((0.9, 0.999), (0.5, 0.8)),
+    "eps": (1e-4, 0.1),
+    "amsgrad": (False, True),
+    "capturable": (False, True),
+    "decoupled_weight_decay": (False, True),
+    "bias_correction": (True, False),
+    "eps_inside_sqrt": (False, True),
+    **SHARED_OPTIONS,
+}
+
+
+def valid(case: Case) -> bool:
+    """What the constructor accepts: everything."""
+    return True
+
+
+PRODUCT = every(OPTIONS, valid)
+CASES = pairwise(PRODUCT)
+ADAMW_CASES = pairwise(every({k: v for k, v in OPTIONS.items() if k != "decoupled_weight_decay"}, valid))
+
+
+def to_torch(case: Case) -> Case | None:
+    """torch clips outside the step: the caller does it with `max_norm`; torch's capturable is for accelerators only."""
+    if case.get("eps_inside_sqrt") or case.get("normalize_grads") or not case.get("bias_correction", True):
+        return None
+    ours = ("eps_inside_sqrt", "normalize_grads", "bias_correction", "max_norm", "fused_unscale", "capturable")
+    return {key: value for key, value in case.items() if key not in ours}

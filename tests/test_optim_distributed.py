@@ -1,0 +1,229 @@
+"""More than one process, and tensors that are sharded: DTensor, FSDP2, distributed checkpoints, Hogwild."""
+
+import os
+import tempfile
+from collections.abc import Callable
+
+import onepass
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support import assert_close
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+    pytest.mark.filterwarnings("ignore"),  # torch's own, about what it deprecates
+]
+
+if dist.is_available():
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+OPTIMIZERS: dict[str, tuple[type, type, dict]] = {
+    "SGD": (onepass.optim.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "Adam": (onepass.optim.Adam, torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
+    "AdamW": (onepass.optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
+}
+
+
+def make_model() -> torch.nn.Module:
+    """Sizes that 2 does not divide: shards are uneven, of the bias of 1 one rank has nothing."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)).double()
+
+
+def train(model, optimizer, steps: int, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
+    """Parameters and states, gathered, are those of the plain model under torch.optim."""
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(whole(p), q, 1e-12, f"{name} under {what}")
+        assert optimizer.state[p].keys() == theirs.state[q].keys(), f"states of {name} under {what}"
+        for key, value in theirs.state[q].items():
+            came = optimizer.state[p][key]
+            assert isinstance(came, DTensor) == (isinstance(p, DTensor) and key != "step"), (
+                f"{key} of {name}: {type(came)}"
+            )
+            assert_close(whole(came), value, 1e-12, f"{key} of {name} under {what}")
+
+
+def in_group(rank: int, world: int, store: str, work: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        work()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world: int, work: Callable[[], None]) -> None:
+    """The work in a group of `world` processes, in this one where there is only one."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        if world == 1:
+            in_group(0, 1, store, work)
+        else:
+            mp.spawn(in_group, (world, store, work), nprocs=world)
+
+
+# ---- what the processes do -------------------------------------------------------------------------------------------
+
+
+def sharded_and_replicated() -> None:
+    """DTensor parameters as tensor parallelism makes them; gradients may come in another placement."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for ours, theirs, kwargs in OPTIMIZERS.values():
+        torch.manual_seed(0)
+        full = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
+        placements = [[Shard(0)], [Shard(1)], [Replicate()]]
+        params = [torch.nn.Parameter(distribute_tensor(w, mesh, pl)) for w, pl in zip(full, placements, strict=True)]
+        twins = [torch.nn.Parameter(w.clone()) for w in full]
+        optimizer, other = ours(params, **kwargs), theirs(twins, **kwargs)
+        for t in range(4):
+            for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+                q.grad = torch.randn(5, 3, dtype=torch.float64)
+                p.grad = distribute_tensor(q.grad, mesh, placements[(i + t) % 3])
+            optimizer.step()
+            other.step()
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            assert p.placements == tuple(placements[i])
+            assert_close(whole(p), q, 1e-12, f"parameter placed {placements[i]} under {ours.__name__}")
+
+
+def fsdp_and_checkpoint() -> None:
+    """fully_shard with uneven shards; a checkpoint in mid-training, loaded into a fresh model, goes on equally."""
+    for name, (ours, theirs, kwargs) in OPTIMIZERS.items():
+        twin, model = make_model(), make_model()
+        fully_shard(model)
+        optimizer, other = ours(model.parameters(), **kwargs), theirs(twin.parameters(), **kwargs)
+        train(model, optimizer, 3)
+        train(twin, other, 3)
+        assert_same_training(model, optimizer, twin, other, f"FSDP2 with {name}")
+
+        fresh = make_model()
+        fully_shard(fresh)
+        again = ours(fresh.parameters(), **kwargs)
+        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(folder)
+        dcp.save(
+            {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder[0]
+        )
+        before = {key: whole(p).detach().clone() for key, p in fresh.named_parameters()}
+        content = {"model": fresh.state_dict(), "optim": get_optimizer_state_dict(fresh, again)}
+        for key, p in fresh.named_parameters():
+            assert_close(whole(p), before[key], 0.0, f"{key} after the checkpoint's step of zero gradients")
+        dcp.load(content, checkpoint_id=folder[0])
+        fresh.load_state_dict(content["model"])
+        set_optimizer_state_dict(fresh, again, content["optim"])
+        train(fresh, again, 3, seed=2)
+        train(twin, other, 3, seed=2)
+        assert_same_training(fresh, again, twin, other, f"FSDP2 with {name}, resumed")
+
+
+def clip_plain(optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.01)
+
+
+def clipped_shards() -> None:
+    """The global norm of shards needs every rank: the fused clip is refused or right, never a local norm."""
+    for ours, theirs, kwargs in OPTIMIZERS.values():
+        twin, model = make_model(), make_model()
+        fully_shard(model)
+        try:
+            optimizer = ours(model.parameters(), max_norm=0.01, **kwargs)
+            train(model, optimizer, 1)
+        except (RuntimeError, NotImplementedError) as error:
+            assert "max_norm" in str(error), f"the error should say max_norm: {error}"  # noqa: PT017
+            continue
+        other = theirs(twin.parameters(), **kwargs)
+        other.register_step_pre_hook(lambda o, *_: clip_plain(o))
+        train(twin, other, 1)
+        assert_same_training(model, optimizer, twin, other, "FSDP2 and max_norm")
+
+
+def ddp() -> None:
+    """Gradients are views into DDP's buckets, aligned to one element only."""
+    for name, (ours, theirs, kwargs) in OPTIMIZERS.items():
+        twin, model = make_model(), make_model()
+        parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizer, other = ours(parallel.parameters(), **kwargs), theirs(twin.parameters(), **kwargs)
+        train(parallel, optimizer, 4)
+        train(twin, other, 4)
+        assert_same_training(model, optimizer, twin, other, f"DDP with {name}")
+
+
+def all_of_it() -> None:
+    sharded_and_replicated()
+    fsdp_and_checkpoint()
+    clipped_shards()
+    ddp()
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("work", [sharded_and_replicated, fsdp_and_checkpoint, clipped_shards, ddp])
+def test_one_process(work):
+    run(1, work)
+
+
+def test_two_processes():
+    """Everything in one pair of processes: starting them costs more than the work."""
+    run(2, all_of_it)
+
+
+def hogwild(rank: int, jobs: list[tuple]) -> None:
+    """Each process: its own optimizers over the shared parameters and states, its own gradients, one thread."""
+    torch.set_num_threads(1)
+    for optimizer_class, model, states in jobs:
+        optimizer = optimizer_class(model.parameters(), lr=0.02)
+        for p, state in zip(model.parameters(), states, strict=True):
+            optimizer.state[p].update(state)
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(100):
+            x = torch.randn(16, 4, generator=generator)
+            optimizer.zero_grad()
+            distance_from_sum(model, x).backward()
+            optimizer.step()
+
+
+def distance_from_sum(model, x: torch.Tensor) -> torch.Tensor:
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def test_hogwild():
+    """Two processes train shared models at once, states shared too; both take part and the loss falls."""
+    x, jobs, before = torch.randn(64, 4), [], []
+    for key in ("Adam", "SGD"):
+        model = torch.nn.Linear(4, 1).share_memory()
+        before.append(distance_from_sum(model, x).item())
+        optimizer = OPTIMIZERS[key][0](model.parameters(), lr=0.02)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        states = [{k: v.share_memory_() for k, v in optimizer.state[p].items()} for p in model.parameters()]
+        jobs.append((OPTIMIZERS[key][0], model, states))
+    mp.spawn(hogwild, (jobs,), nprocs=2)
+    for (optimizer_class, model, states), start in zip(jobs, before, strict=True):
+        after = distance_from_sum(model, x).item()
+        assert after < 0.5 * start, f"{optimizer_class.__name__}: the loss was {start}, is {after}"
+        for state in states:
+            # Counts are shared without a lock; one process alone would make 101.
+            assert 101 < state.get("step", 150) <= 201, f"between 101 and 201 steps expected, came {state['step']}"

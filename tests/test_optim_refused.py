@@ -1,0 +1,175 @@
+"""Arguments, groups and checkpoints that are refused: torch's errors where torch has them, and nothing has changed."""
+
+import re
+
+import pytest
+import torch
+from rules import RULES
+from support import assert_same, parameter, snapshot
+
+EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def good_parameters(sizes=(5, 3, 8, 6)) -> list[torch.nn.Parameter]:
+    params = [parameter(torch.randn(n)) for n in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+# ---- hyper-parameters ------------------------------------------------------------------------------------------------
+
+OF_ALL = [{"lr": -1.0}, {"weight_decay": -0.1}, {"lr": torch.tensor([0.1, 0.2])}]
+OF_ADAM = [
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, 1.0)},
+    {"betas": (-0.1, 0.9)},
+    {"betas": (0.9, torch.tensor(0.9))},
+    {"eps": -1e-8},
+]
+OF_SGD = [
+    {"momentum": -0.1},
+    {"nesterov": True},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+]
+WRONG = [(key, kwargs) for key in RULES for kwargs in OF_ALL + (OF_SGD if key == "SGD" else OF_ADAM)]
+
+
+@pytest.mark.parametrize(("key", "kwargs"), WRONG, ids=str)
+def test_wrong_arguments_are_torchs_errors(key, kwargs):
+    """The type and the beginning of the text are what torch says to the same arguments."""
+    errors = []
+    for optimizer_class in (RULES[key].theirs, RULES[key].ours):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - the type is what the test is about
+            optimizer_class([parameter(torch.zeros(2))], **kwargs)
+        errors.append(caught.value)
+    theirs, ours = errors
+    assert isinstance(ours, type(theirs)), f"expected {theirs!r}, came {ours!r}"
+    assert str(ours).startswith(str(theirs)), f"expected {theirs}, came {ours}"
+
+
+@EVERY_RULE
+def test_differentiable_is_refused(rule):
+    with pytest.raises(RuntimeError, match="differentiable"):
+        rule.ours([parameter(torch.zeros(2))], differentiable=True)
+
+
+OURS = [
+    ("SGD", {"max_norm": 1.0, "normalize_grads": True}, "max_norm"),
+    ("Adam", {"max_norm": 1.0, "normalize_grads": True}, "max_norm"),
+    ("Adam", {"max_norm": -1.0}, "max_norm"),
+    (
+        "Adam",
+        {"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.9))},
+        "1-element",
+    ),  # torch: an accidental RuntimeError
+    ("SGD", {"momentum": 0.9, "dampening": 0.1, "lr_in_velocity": True}, "lr_in_velocity"),
+    ("SGD", {"momentum": 0.9, "dampening": 0.1, "fused_unscale": True}, "fused_unscale"),
+]
+
+
+@pytest.mark.parametrize(("key", "kwargs", "word"), OURS, ids=str)
+def test_wrong_arguments_of_ours(key, kwargs, word):
+    with pytest.raises(ValueError, match=word):
+        RULES[key].ours([parameter(torch.zeros(2))], **kwargs)
+
+
+@pytest.mark.parametrize("arguments", [{"max_norm": 1.0}, {"normalize_grads": True}], ids=str)
+@EVERY_RULE
+def test_groups_that_disagree_on_the_norm(rule, arguments):
+    """Both are optimizer-wide; a group of its own mind is refused when made, when added and when changed."""
+    params = good_parameters()
+    (word,) = arguments
+    with pytest.raises(ValueError, match=word):
+        rule.ours([{"params": params[:2], **arguments}, {"params": params[2:]}])
+
+    optimizer = rule.ours(params[:2], **rule.usual)
+    with pytest.raises(ValueError, match=word):
+        optimizer.add_param_group({"params": params[2:], **arguments})
+    assert len(optimizer.param_groups) == 1, "the refused group was added"
+    optimizer.step()
+
+    optimizer = rule.ours([{"params": params[:2]}, {"params": params[2:]}], **rule.usual)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[1].update(arguments)
+    with pytest.raises(ValueError, match=word):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before, "after the error")
+
+
+@EVERY_RULE
+def test_one_parameter_in_two_groups(rule):
+    p = parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"^some parameters appear in more than one parameter group"):
+        rule.ours([{"params": [p]}, {"params": [p]}])
+
+
+@EVERY_RULE
+def test_what_the_base_class_refuses(rule):
+    """torch's own checks are still there."""
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+        rule.ours([])
+    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
+        rule.ours(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"^can't optimize a non-leaf Tensor"):
+        rule.ours([parameter(torch.zeros(2)) * 2])
+    with pytest.raises(TypeError, match="optimizer can only optimize Tensors"):
+        rule.ours([1.0])
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@EVERY_RULE
+def test_checkpoint_of_other_shapes(rule):
+    """Refused when loaded or at the next step; the parameters stay."""
+    params, others = good_parameters(), good_parameters((5, 3, 8, 7))
+    names = ["first.weight", "first.bias", "second.weight", "bad.weight"]
+    optimizer = rule.ours(list(zip(names, params, strict=True)), **rule.usual)
+    saving = rule.ours(others, **rule.usual)
+    for o in (optimizer, saving):
+        o.step()
+    before = [p.detach().clone() for p in params]
+
+    def load_and_step():
+        optimizer.load_state_dict(saving.state_dict())
+        optimizer.step()
+
+    with pytest.raises((RuntimeError, ValueError), match=re.escape("bad.weight")):
+        load_and_step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)), "parameters were written"
+
+
+@pytest.mark.parametrize("lecture", [False, True])
+def test_checkpoint_of_the_other_sgd(lecture):
+    """A velocity that holds lr is no momentum buffer of torch's: refused when loaded, nothing changes."""
+    p = parameter(torch.randn(4))
+    p.grad = torch.randn(4)
+    optimizers = {form: RULES["SGD"].ours([p], lr=0.1, momentum=0.9, lr_in_velocity=form) for form in (False, True)}
+    for optimizer in optimizers.values():
+        optimizer.step()
+    loading, saving = optimizers[lecture], optimizers[not lecture]
+    before = snapshot(loading)
+    with pytest.raises(ValueError, match="lr_in_velocity"):
+        loading.load_state_dict(saving.state_dict())
+    assert_same(snapshot(loading), before, "after the refusal")
+    assert loading.param_groups[0]["lr_in_velocity"] is lecture
+    if lecture:
+        theirs = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+        theirs.step()
+        before = snapshot(loading)
+        with pytest.raises(ValueError, match="lr_in_velocity"):
+            loading.load_state_dict(theirs.state_dict())
+        assert_same(snapshot(loading), before, "after refusing torch's")
+
+
+@EVERY_RULE
+def test_checkpoint_of_another_number_of_groups(rule):
+    """torch's own sentences."""
+    params = good_parameters()
+    optimizer = rule.ours(params)
+    with pytest.raises(ValueError, match=r"^loaded state dict has a different number of parameter groups"):
+        optimizer.load_state_dict(rule.ours([{"params": params[:1]}, {"params": params[1:]}]).state_dict())
+    with pytest.raises(ValueError, match=r"^loaded state dict contains a parameter group that doesn't match the size"):
+        optimizer.load_state_dict(rule.ours(params[:2]).state_dict())
