@@ -69,11 +69,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init([](py::tuple types) { return std::make_unique<Plan>(*reader, std::move(types)); }))
       .def("gather", &Plan::gather)
-      .def("cpu_sum_of_squares", &Plan::cpu_sum_of_squares)
+      .def("cpu_total", &Plan::cpu_total)
       .def("has_cpu", &Plan::has_cpu)
       .def("cuda_devices", &Plan::cuda_devices)
       .def("cuda_partials", &Plan::cuda_partials)
-      .def("cuda_sum_of_squares", &Plan::cuda_sum_of_squares)
+      .def("cuda_total", &Plan::cuda_total)
       .def("run", &Plan::run)
       .def("updated", &Plan::updated);
 

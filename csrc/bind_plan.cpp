@@ -1,11 +1,14 @@
 #include "bind_plan.hpp"
 
 #include <algorithm>
+#include <cmath>
+
+#include "core/reduction.hpp"
 
 namespace onepass {
 namespace {
 
-PyObject* interned(const std::string& name) { return PyUnicode_InternFromString(name.c_str()); }
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
 // dict[key], borrowed; null if absent.
 PyObject* lookup(PyObject* dict, PyObject* key) {
@@ -99,9 +102,6 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
       throw py::type_error("a hyper-parameter must be a float, or a float32 or float64 tensor in device memory");
     group.options.hyper.push_back(scalar);
   }
-  std::vector<PyObject*> names;
-  for (const std::string& name : rule.state_names) names.push_back(interned(name));
-
   py::list missing;
   const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
   group.entries.reserve(n);
@@ -115,9 +115,11 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
     PyObject *param, *grad, *step, *states[max_states];
     bool complete;
   };
+  constexpr Py_ssize_t ahead = 8;
   std::vector<Found> found;
   found.reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
+    if (i + ahead < n) prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + ahead));
     Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, nullptr, {}, true};
     if (rule.reads_grad) {
       f.grad = PyObject_GetAttr(f.param, grad_name);
@@ -129,7 +131,7 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
       PyObject* const of_param = lookup_tensor(state.ptr(), f.param);
       f.complete = of_param != nullptr && PyDict_Check(of_param);
       for (std::size_t s = 0; f.complete && s < n_states; ++s) {
-        f.states[s] = lookup(of_param, names[s]);
+        f.states[s] = lookup(of_param, rule.state_keys[s]);
         f.complete = f.states[s] != nullptr && f.states[s] != Py_None;
         if (f.complete) keep(f.states[s]);
       }
@@ -146,7 +148,6 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
     found.push_back(f);
   }
 
-  constexpr std::size_t ahead = 4;
   for (std::size_t i = 0; i < found.size(); ++i) {
     if (i + ahead < found.size()) {
       const Found& next = found[i + ahead];
@@ -199,8 +200,20 @@ py::list Plan::updated() const {
   return out;
 }
 
-double Plan::cpu_sum_of_squares(int max_threads) const {
-  double sum = 0;
+namespace {
+
+Reduction reduction_of(double norm_type) {
+  if (norm_type == 2) return {Total::squares, 2};
+  if (norm_type == 1) return {Total::magnitudes, 1};
+  if (std::isinf(norm_type)) return {norm_type > 0 ? Total::largest : Total::smallest, norm_type};
+  return {Total::powers, norm_type};
+}
+
+}  // namespace
+
+double Plan::cpu_total(double norm_type, int max_threads) const {
+  const Reduction reduction = reduction_of(norm_type);
+  double total = empty_total(reduction.total);
   std::vector<double> partials;
   std::vector<const void*> data;
   std::vector<std::int64_t> sizes;
@@ -213,15 +226,16 @@ double Plan::cpu_sum_of_squares(int max_threads) const {
         if (!e.cuda && e.dtype == dtype) {
           data.push_back(e.item.grad != nullptr ? e.item.grad : e.item.param);
           sizes.push_back(e.item.size);
-          blocks += cpu::sum_blocks(e.item.size);
+          blocks += cpu::reduce_blocks(e.item.size);
         }
     if (data.empty()) continue;
     partials.resize(blocks);
     const py::gil_scoped_release release;
-    sum += sum_function()(
-        {dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()), partials.data(), max_threads});
+    total = join(reduction.total, total,
+                 reduce_function()({reduction, dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()),
+                                    partials.data(), max_threads}));
   }
-  return sum;
+  return total;
 }
 
 bool Plan::has_cpu() const {
@@ -244,11 +258,13 @@ std::int64_t Plan::cuda_partials(int device) const {
   std::int64_t n = 0;
   for (const Group& group : groups_)
     for (const Entry& e : group.entries)
-      if (e.cuda && e.device == device) n += cuda::sum_chunks(e.item.size);
+      if (e.cuda && e.device == device) n += cuda::reduce_chunks(e.item.size);
   return n;
 }
 
-void Plan::cuda_sum_of_squares(int device, std::uintptr_t partials, std::uintptr_t sum, std::uintptr_t stream) const {
+void Plan::cuda_total(double norm_type, int device, std::uintptr_t partials, std::uintptr_t total,
+                      std::uintptr_t stream) const {
+  const Reduction reduction = reduction_of(norm_type);
   const cuda::Where where{device, reinterpret_cast<void*>(stream)};
   std::int64_t done = 0;
   for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
@@ -260,18 +276,19 @@ void Plan::cuda_sum_of_squares(int device, std::uintptr_t partials, std::uintptr
         if (e.cuda && e.device == device && e.dtype == dtype) {
           data.push_back(e.item.grad != nullptr ? e.item.grad : e.item.param);
           sizes.push_back(e.item.size);
-          chunks += cuda::sum_chunks(e.item.size);
+          chunks += cuda::reduce_chunks(e.item.size);
         }
     if (data.empty()) continue;
-    cuda::sum_of_squares({dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()),
-                          reinterpret_cast<double*>(partials) + done, where});
+    cuda::reduce({reduction, dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()),
+                  reinterpret_cast<double*>(partials) + done, where});
     done += chunks;
   }
-  cuda::join_sums(reinterpret_cast<double*>(partials), done, reinterpret_cast<double*>(sum), where);
+  cuda::join_partials(reduction.total, reinterpret_cast<double*>(partials), done, reinterpret_cast<double*>(total),
+                      where);
 }
 #else
 std::int64_t Plan::cuda_partials(int) const { return 0; }
-void Plan::cuda_sum_of_squares(int, std::uintptr_t, std::uintptr_t, std::uintptr_t) const {}
+void Plan::cuda_total(double, int, std::uintptr_t, std::uintptr_t, std::uintptr_t) const {}
 #endif
 
 namespace {

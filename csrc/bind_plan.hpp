@@ -12,10 +12,10 @@ namespace onepass {
 // The instruction set in use: an index into isa_names.
 inline int current_isa = 0;
 
-inline cpu::SumFunction sum_function() {
-#define ONEPASS_SUM_OF(isa) cpu::isa::sum_function,
-  static const cpu::SumFunction functions[] = {ONEPASS_ISAS(ONEPASS_SUM_OF)};
-#undef ONEPASS_SUM_OF
+inline cpu::ReduceFunction reduce_function() {
+#define ONEPASS_REDUCE_OF(isa) cpu::isa::reduce_function,
+  static const cpu::ReduceFunction functions[] = {ONEPASS_ISAS(ONEPASS_REDUCE_OF)};
+#undef ONEPASS_REDUCE_OF
   return functions[current_isa];
 }
 
@@ -58,20 +58,6 @@ struct GroupOptions {
   bool maximize;
 };
 
-// Keeps Python's garbage collector from running: a step makes a thousand short-lived wrappers of gradients and no
-// cycles, and would otherwise pay for a collection or two.
-class NoCollection {
- public:
-  NoCollection() : was_enabled_(PyGC_Disable()) {}
-  ~NoCollection() {
-    if (was_enabled_) PyGC_Enable();
-  }
-  NoCollection(const NoCollection&) = delete;
-
- private:
-  int was_enabled_;
-};
-
 class Plan {
  public:
   Plan(const TensorReader& reader, py::tuple tensor_types) : reader_(reader), tensor_types_(std::move(tensor_types)) {}
@@ -87,8 +73,9 @@ class Plan {
   py::list gather(int variant, const py::list& params, const py::dict& state, const py::tuple& hyper, bool counts_steps,
                   bool device_scalars, bool maximize, const py::object& fresh, const py::function& mend);
 
-  // Sum of squares of all gradients that live in host memory.
-  double cpu_sum_of_squares(int max_threads) const;
+  // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
+  // p of |g|**p; infinity the largest magnitude and -infinity the smallest.
+  double cpu_total(double norm_type, int max_threads) const;
 
   // Whether anything gathered is for the CPU kernels.
   bool has_cpu() const;
@@ -96,9 +83,10 @@ class Plan {
   // Devices (of the CUDA kernels) that hold gradients.
   std::vector<int> cuda_devices() const;
   std::int64_t cuda_partials(int device) const;
-  void cuda_sum_of_squares(int device, std::uintptr_t partials, std::uintptr_t sum, std::uintptr_t stream) const;
+  void cuda_total(double norm_type, int device, std::uintptr_t partials, std::uintptr_t total,
+                  std::uintptr_t stream) const;
 
-  // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, sum of squares, norm,
+  // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, scaled_norm, norm,
   // grad_scale, found_inf): addresses, 0 where there is none.
   void run(int max_threads, double max_norm, bool normalize, double norm, double grad_scale, bool scaled_on_device,
            const py::function& on_device);
@@ -148,7 +136,6 @@ class Plan {
   void run_cuda(const Group& group, const std::vector<const Entry*>& entries, const GradScaling& scaling,
                 double grad_scale, bool scaled_on_device, const py::function& on_device) const;
 
-  const NoCollection no_collection_;
   const TensorReader& reader_;
   py::tuple tensor_types_;
   std::vector<Group> groups_;

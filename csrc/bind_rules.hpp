@@ -1,5 +1,7 @@
 // The table of rules: what Python may ask for, and the function of each instruction set and device that does it.
 #pragma once
+#include <pybind11/pybind11.h>
+
 #include <string>
 #include <vector>
 
@@ -11,9 +13,9 @@
 // The instruction sets this build has, best last: ONEPASS_ISAS(X), made by CMake as well.
 namespace onepass {
 
-#define ONEPASS_DECLARE_ISA(isa)         \
-  namespace cpu::isa {                   \
-  extern const SumFunction sum_function; \
+#define ONEPASS_DECLARE_ISA(isa)               \
+  namespace cpu::isa {                         \
+  extern const ReduceFunction reduce_function; \
   }
 ONEPASS_ISAS(ONEPASS_DECLARE_ISA)
 #undef ONEPASS_DECLARE_ISA
@@ -41,6 +43,7 @@ inline const std::vector<std::string> isa_names = {
 struct RuleVariant {
   std::string rule;
   std::vector<std::string> hyper_names, state_names;
+  std::vector<PyObject*> state_keys;  // state_names as interned Python strings, never freed
   bool reads_grad;
   std::vector<cpu::ApplyFunction> cpu;  // one for each of isa_names
   cuda::ApplyFunction cuda;             // null in a build without CUDA
@@ -66,7 +69,8 @@ void describe(std::vector<RuleVariant>& out, const char* name, Variants<Rules...
               const std::vector<const cpu::ApplyFunction*>& cpu_tables, const cuda::ApplyFunction* cuda_table) {
   int variant = 0;
   const auto add = [&](const char* hyper_names, const char* state_names, bool reads_grad) {
-    RuleVariant v{name, split_names(hyper_names), split_names(state_names), reads_grad, {}, nullptr};
+    RuleVariant v{name, split_names(hyper_names), split_names(state_names), {}, reads_grad, {}, nullptr};
+    for (const std::string& state : v.state_names) v.state_keys.push_back(PyUnicode_InternFromString(state.c_str()));
     for (const auto* table : cpu_tables) v.cpu.push_back(table[variant]);
     if (cuda_table != nullptr) v.cuda = cuda_table[variant];
     out.push_back(v);

@@ -227,15 +227,16 @@ def test_gradient_with_a_graph():
     assert_close(p.grad.norm(), torch.tensor(1.0), 1e-5, "norm after clipping")
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf, -math.inf])
 @pytest.mark.parametrize("isa", onepass._native.isas())
-def test_same_bits_for_any_thread_count(isa):
+def test_same_bits_for_any_thread_count(isa, norm_type):
     results = {}
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         params = with_grads([(2_500_001,), (3,), (70_001,)])
         with onepass._native.use_isa(isa):
-            norm = clip_grad_norm_(params, 1.0)
+            norm = clip_grad_norm_(params, 1.0, norm_type)
         results[threads] = {**grads_of(params), "norm": bits(norm)}
     assert_same(results[2], results[1], "2 threads against 1")
     assert_same(results[3], results[1], "3 threads against 1")

@@ -45,10 +45,17 @@ struct GradScaling {
 
 // The same, where the numbers live in device memory. Null: not used.
 struct DeviceGradScaling {
-  const double* sum_of_squares;
-  double* norm;  // written: the norm of the unscaled gradients
+  const double* scaled_norm;  // of the gradients as they came
+  double* norm;               // written: the norm after division by grad_scale
   const float* grad_scale;
   const float* found_inf;
+};
+
+// What a reduction over many tensors computes; the p-norms are roots of these.
+enum class Total : std::uint8_t { squares, magnitudes, powers, largest, smallest };
+struct Reduction {
+  Total total;
+  double power;  // for powers: of the magnitudes
 };
 
 // Compile-time list of the variants of one rule: they differ in their memory streams and in nothing else.

@@ -20,20 +20,21 @@ using ApplyFunction = void (*)(const Apply&);
 // Uses of one Apply: their Steps stand on the stack. More of them are split over several.
 constexpr int max_uses = 32;
 
-// The sum of squares of a list of arrays of one dtype, in float64. The order of the additions depends on the sizes
-// alone, so neither threads nor the instruction set change a bit of it.
-struct SumOfSquares {
+// A total over a list of arrays of one dtype, in float64. The order of the additions depends on the sizes alone, so
+// neither threads nor the instruction set change a bit of it.
+struct Reduce {
+  Reduction reduction;
   DType dtype;
   const void* const* data;
   const std::int64_t* sizes;
   std::int64_t n_tensors;
-  double* partials;  // workspace: sum over the tensors of sum_blocks(size)
+  double* partials;  // workspace: the sum over the arrays of reduce_blocks(size)
   int max_threads;
 };
-using SumFunction = double (*)(const SumOfSquares&);
+using ReduceFunction = double (*)(const Reduce&);
 
-constexpr std::int64_t sum_block = 16384;
-constexpr std::int64_t sum_blocks(std::int64_t size) { return (size + sum_block - 1) / sum_block; }
+constexpr std::int64_t reduce_block = 16384;
+constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
 
 // Below this many bytes of memory traffic for each thread a further one costs more than it brings (measured: a region
 // costs 1 us when its threads spin and 75 us when they sleep).

@@ -1,6 +1,6 @@
 #include "cpu/reduce.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
-extern const SumFunction sum_function;
-const SumFunction sum_function = &sum_of_squares;
+extern const ReduceFunction reduce_function;
+const ReduceFunction reduce_function = &reduce;
 }  // namespace onepass::cpu::ONEPASS_ISA

@@ -1,101 +1,108 @@
-// Sums of squares for the global gradient norm: blocks of a fixed size, 16 running sums a block, joined in a fixed
-// order.
+// Totals over many tensors, for the global gradient norm: blocks of a fixed size, 16 running totals a block, joined in
+// a fixed order.
 #pragma once
+#include "core/reduction.hpp"
 #include "cpu/launch.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/threads.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
 
-// 16 float64 sums whatever the register width, so that every instruction set adds in the same order.
-struct Sums {
+// 16 float64 totals whatever the register width, so that every instruction set adds in the same order.
+struct RunningTotals {
   static constexpr int count = 16, registers = count / lanes<double>;
-  Reg<double> part[registers] = {};
+  Reg<double> part[registers];
 
-  template <bool whole>
-  __attribute__((always_inline)) void add(const double* p, int n) {
-    for (int r = 0; r < registers; ++r) {
-      const int left = n - r * lanes<double>;
-      if (!whole && left <= 0) return;
-      const Reg<double> x = load<whole>(p + r * lanes<double>, left < lanes<double> ? left : lanes<double>);
-      part[r] = part[r] + x * x;
-    }
+  __attribute__((always_inline)) explicit RunningTotals(Total total) {
+    for (auto& p : part) p = Reg<double>{} + empty_total(total);
   }
-  template <bool whole, class T>
-  __attribute__((always_inline)) void add(const T* p, int n) {
+
+  __attribute__((always_inline)) void add(const Reduction& reduction, const double* p) {
+    for (int r = 0; r < registers; ++r) part[r] = add_element(reduction, part[r], decode(p + r * lanes<double>));
+  }
+  template <class T>
+  __attribute__((always_inline)) void add(const Reduction& reduction, const T* p) {
     using Half = Pack<float, register_bytes / 2>;
     for (int r = 0; r < registers; r += 2) {
-      const int left = n - r * lanes<double>;
-      if (!whole && left <= 0) return;
-      const Reg<float> x = load<whole>(p + r * lanes<double>, left < lanes<float> ? left : lanes<float>);
+      const Reg<float> x = decode(p + r * lanes<double>);
       Half half[2];
       std::memcpy(half, &x, sizeof x);
-      const auto low = __builtin_convertvector(half[0], Reg<double>);
-      const auto high = __builtin_convertvector(half[1], Reg<double>);
-      part[r] = part[r] + low * low;
-      part[r + 1] = part[r + 1] + high * high;
+      part[r] = add_element(reduction, part[r], __builtin_convertvector(half[0], Reg<double>));
+      part[r + 1] = add_element(reduction, part[r + 1], __builtin_convertvector(half[1], Reg<double>));
     }
   }
 
-  double total() const {
+  // Everything so far and the last few elements, fewer than count.
+  template <class T>
+  double finish(const Reduction& reduction, const T* rest, int n) const {
     double lane[count];
     std::memcpy(lane, part, sizeof lane);
+    for (int i = 0; i < n; ++i) lane[i] = add_element(reduction, lane[i], double(load<false>(rest + i, 1)[0]));
     for (int width = count / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+      for (int i = 0; i < width; ++i) lane[i] = join(reduction.total, lane[i], lane[i + width]);
     return lane[0];
   }
 };
 
 template <class T>
-static double block_sum(const T* p, std::int64_t n) {
-  Sums sums;
+static inline __attribute__((always_inline)) double block_total(const Reduction& reduction, const T* p,
+                                                                std::int64_t n) {
+  RunningTotals totals(reduction.total);
   std::int64_t i = 0;
-  for (; i + Sums::count <= n; i += Sums::count) sums.template add<true>(p + i, Sums::count);
-  if (i < n) sums.template add<false>(p + i, static_cast<int>(n - i));
-  return sums.total();
+  for (; i + RunningTotals::count <= n; i += RunningTotals::count) totals.add(reduction, p + i);
+  return totals.finish(reduction, p + i, static_cast<int>(n - i));
 }
 
-template <class T>
-struct SumTeam {
-  const SumOfSquares& call;
+// squares: known when compiled, so that the usual norm's loop has no branch in it.
+template <class T, bool squares>
+struct ReduceTeam {
+  const Reduce& call;
+  Reduction reduction;
   std::int64_t blocks;
 
   static void body(void* context, int thread, int n_threads) {
-    const SumTeam& team = *static_cast<SumTeam*>(context);
+    const ReduceTeam& team = *static_cast<ReduceTeam*>(context);
+    Reduction reduction = team.reduction;
+    if constexpr (squares) reduction.total = Total::squares;
     std::int64_t begin, end;
     part_of(team.blocks, 1, thread, n_threads, begin, end);
-    std::int64_t first = 0;  // number of the tensor's first block
-    for (std::int64_t tensor = 0; first < end; ++tensor) {
-      const std::int64_t size = team.call.sizes[tensor], blocks = sum_blocks(size);
-      const T* const data = static_cast<const T*>(team.call.data[tensor]);
+    std::int64_t first = 0;  // number of the array's first block
+    for (std::int64_t array = 0; first < end; ++array) {
+      const std::int64_t size = team.call.sizes[array], blocks = reduce_blocks(size);
+      const T* const data = static_cast<const T*>(team.call.data[array]);
       for (std::int64_t b = begin > first ? begin - first : 0; b < blocks && first + b < end; ++b) {
-        const std::int64_t from = b * sum_block, n = size - from < sum_block ? size - from : sum_block;
-        team.call.partials[first + b] = block_sum(data + from, n);
+        const std::int64_t from = b * reduce_block, n = size - from < reduce_block ? size - from : reduce_block;
+        team.call.partials[first + b] = block_total(reduction, data + from, n);
       }
       first += blocks;
     }
   }
 
-  static double run(const SumOfSquares& call) {
-    SumTeam team{call, 0};
+  static double run(const Reduce& call) {
+    ReduceTeam team{call, call.reduction, 0};
     std::int64_t elements = 0;
     for (std::int64_t i = 0; i < call.n_tensors; ++i) {
       elements += call.sizes[i];
-      team.blocks += sum_blocks(call.sizes[i]);
+      team.blocks += reduce_blocks(call.sizes[i]);
     }
     run_team(threads_for(elements * static_cast<std::int64_t>(sizeof(T)), call.max_threads), &body, &team);
-    double sum = 0;
-    for (std::int64_t b = 0; b < team.blocks; ++b) sum += call.partials[b];
-    return sum;
+    double total = empty_total(call.reduction.total);
+    for (std::int64_t b = 0; b < team.blocks; ++b) total = join(call.reduction.total, total, call.partials[b]);
+    return total;
   }
 };
 
-static double sum_of_squares(const SumOfSquares& call) {
+template <class T>
+static double reduce_as(const Reduce& call) {
+  return call.reduction.total == Total::squares ? ReduceTeam<T, true>::run(call) : ReduceTeam<T, false>::run(call);
+}
+
+static double reduce(const Reduce& call) {
   switch (call.dtype) {
-    case DType::float32: return SumTeam<float>::run(call);
-    case DType::float64: return SumTeam<double>::run(call);
-    case DType::bfloat16: return SumTeam<bfloat16>::run(call);
-    case DType::float16: return SumTeam<float16>::run(call);
+    case DType::float32: return reduce_as<float>(call);
+    case DType::float64: return reduce_as<double>(call);
+    case DType::bfloat16: return reduce_as<bfloat16>(call);
+    case DType::float16: return reduce_as<float16>(call);
   }
   return 0;
 }

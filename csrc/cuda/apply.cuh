@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(tuning::prepare_threads)
 
   const double scale = from.device.grad_scale != nullptr ? double(*from.device.grad_scale) : from.grad_scale;
   double norm = 0;
-  if (from.device.sum_of_squares != nullptr) {
-    norm = sqrt(*from.device.sum_of_squares) / scale;
+  if (from.device.scaled_norm != nullptr) {
+    norm = *from.device.scaled_norm / scale;
     if (u == 0) *from.device.norm = norm;
   }
 

@@ -30,8 +30,9 @@ using ApplyFunction = void (*)(const Apply&);
 constexpr std::int64_t max_step_bytes = 256;
 constexpr std::int64_t workspace_bytes(std::int64_t n_uses) { return n_uses * max_step_bytes; }
 
-// partials[i]: sum of squares of the i-th chunk of this list, in float64.
-struct SumOfSquares {
+// partials[i]: the total of the i-th chunk of this list, in float64.
+struct Reduce {
+  Reduction reduction;
   DType dtype;
   const void* const* data;
   const std::int64_t* sizes;
@@ -39,11 +40,11 @@ struct SumOfSquares {
   double* partials;
   Where where;
 };
-void sum_of_squares(const SumOfSquares& call);
-std::int64_t sum_chunks(std::int64_t size);
+void reduce(const Reduce& call);
+std::int64_t reduce_chunks(std::int64_t size);
 
-// *sum = partials[0] + ... + partials[n - 1], in an order that n alone decides.
-void join_sums(const double* partials, std::int64_t n, double* sum, const Where& where);
+// *out: the partials joined, in an order that n alone decides.
+void join_partials(Total total, const double* partials, std::int64_t n, double* out, const Where& where);
 
 // Number of devices; 0 without a driver.
 int device_count();

@@ -1,5 +1,6 @@
-// Sum of squares over a list of tensors: a float64 sum a chunk, then one block joins the chunks in a fixed order.
-#include "core/value.hpp"
+// Totals over a list of tensors, for the global gradient norm: one in float64 for each chunk, then one block joins them
+// in a fixed order.
+#include "core/reduction.hpp"
 #include "cuda/device.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch.hpp"
@@ -8,79 +9,84 @@
 namespace onepass::cuda {
 namespace {
 
-struct SumTable {
+struct ReduceTable {
   static constexpr int capacity = (tuning::parameter_bytes - 64) / (8 + 8 + 4);
 
   const void* data[capacity];
   std::int64_t size[capacity];
   std::uint32_t first_chunk[capacity];
   double* partials;
+  Reduction reduction;
   std::int32_t n_tensors;
 };
 
-// The sum over the block, in thread 0. Every thread of the block calls it once.
+// The total over the block, in thread 0. Every thread of the block calls it once.
 template <int threads>
-__device__ double block_sum(double x) {
+__device__ double block_total(Total total, double x) {
   ONEPASS_SHARED(double, of_warp, 32);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   ONEPASS_UNROLL
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  for (int distance = 16; distance > 0; distance /= 2) x = join(total, x, __shfl_xor_sync(0xffffffffu, x, distance));
   if (lane == 0) of_warp[warp] = x;
   __syncthreads();
-  x = 0;
+  x = empty_total(total);
   if (threadIdx.x == 0)
-    for (int i = 0; i < threads / 32; ++i) x += of_warp[i];
+    for (int i = 0; i < threads / 32; ++i) x = join(total, x, of_warp[i]);
   return x;
 }
 
-template <class T>
-__global__ void __launch_bounds__(tuning::sum_threads) sum_kernel(ONEPASS_GRID_CONSTANT(SumTable) table) {
+// squares: known when compiled, so that the usual norm's loop has no branch in it.
+template <class T, bool squares>
+__global__ void __launch_bounds__(tuning::reduce_threads) reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
   constexpr int w = width<T>;
+  Reduction reduction = table.reduction;
+  if constexpr (squares) reduction.total = Total::squares;
   const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
-  const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::sum_chunk;
+  const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::reduce_chunk;
   const std::int64_t left = table.size[tensor] - offset;
-  const int n = left < tuning::sum_chunk ? int(left) : tuning::sum_chunk;
+  const int n = left < tuning::reduce_chunk ? int(left) : tuning::reduce_chunk;
   const T* const data = static_cast<const T*>(table.data[tensor]) + offset;
 
-  double sum = 0;
+  double total = empty_total(reduction.total);
   const int whole = is_aligned16(data) ? n / w * w : 0;
-  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::sum_threads * w) {
+  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::reduce_threads * w) {
     const auto e = Elements<T, w>::load(data + i);
     ONEPASS_UNROLL
-    for (int j = 0; j < w; ++j) sum += double(decode(e.at[j])) * double(decode(e.at[j]));
+    for (int j = 0; j < w; ++j) total = add_element(reduction, total, double(decode(e.at[j])));
   }
-  for (int i = whole + int(threadIdx.x); i < n; i += tuning::sum_threads)
-    sum += double(decode(data[i])) * double(decode(data[i]));
+  for (int i = whole + int(threadIdx.x); i < n; i += tuning::reduce_threads)
+    total = add_element(reduction, total, double(decode(data[i])));
 
-  sum = block_sum<tuning::sum_threads>(sum);
-  if (threadIdx.x == 0) table.partials[blockIdx.x] = sum;
+  total = block_total<tuning::reduce_threads>(reduction.total, total);
+  if (threadIdx.x == 0) table.partials[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(tuning::total_threads)
-    join_kernel(const double* partials, std::int64_t n, double* out) {
-  double sum = 0;
-  for (std::int64_t i = threadIdx.x; i < n; i += tuning::total_threads) sum += partials[i];
-  sum = block_sum<tuning::total_threads>(sum);
-  if (threadIdx.x == 0) *out = sum;
+__global__ void __launch_bounds__(tuning::join_threads)
+    join_kernel(Total kind, const double* partials, std::int64_t n, double* out) {
+  double total = empty_total(kind);
+  for (std::int64_t i = threadIdx.x; i < n; i += tuning::join_threads) total = join(kind, total, partials[i]);
+  total = block_total<tuning::join_threads>(kind, total);
+  if (threadIdx.x == 0) *out = total;
 }
 
 template <class T>
-void launch_sum(const SumOfSquares& call) {
-  SumTable table{};
+void launch_reduce(const Reduce& call) {
+  ReduceTable table{};
+  table.reduction = call.reduction;
   table.partials = call.partials;
   std::uint64_t n_chunks = 0;
   const auto flush = [&] {
+    const auto kernel = call.reduction.total == Total::squares ? &reduce_kernel<T, true> : &reduce_kernel<T, false>;
     if (table.n_tensors > 0)
-      launch("sum_of_squares", sum_kernel<T>, dim3(unsigned(n_chunks)), dim3(tuning::sum_threads), 0, call.where.stream,
-             table);
+      launch("reduce", kernel, dim3(unsigned(n_chunks)), dim3(tuning::reduce_threads), 0, call.where.stream, table);
     table.partials += n_chunks;
     table.n_tensors = 0;
     n_chunks = 0;
   };
   for (std::int64_t i = 0; i < call.n_tensors; ++i) {
-    const std::int64_t chunks = sum_chunks(call.sizes[i]);
+    const std::int64_t chunks = reduce_chunks(call.sizes[i]);
     if (chunks == 0) continue;
-    if (table.n_tensors == SumTable::capacity || n_chunks + std::uint64_t(chunks) > 0x7fffffffu) flush();
+    if (table.n_tensors == ReduceTable::capacity || n_chunks + std::uint64_t(chunks) > 0x7fffffffu) flush();
     table.data[table.n_tensors] = call.data[i];
     table.size[table.n_tensors] = call.sizes[i];
     table.first_chunk[table.n_tensors++] = std::uint32_t(n_chunks);
@@ -91,22 +97,22 @@ void launch_sum(const SumOfSquares& call) {
 
 }  // namespace
 
-std::int64_t sum_chunks(std::int64_t size) { return (size + tuning::sum_chunk - 1) / tuning::sum_chunk; }
+std::int64_t reduce_chunks(std::int64_t size) { return (size + tuning::reduce_chunk - 1) / tuning::reduce_chunk; }
 
-void sum_of_squares(const SumOfSquares& call) {
-  static_assert(sizeof(SumTable) <= tuning::parameter_bytes, "the table must fit the parameter block");
+void reduce(const Reduce& call) {
+  static_assert(sizeof(ReduceTable) <= tuning::parameter_bytes, "the table must fit the parameter block");
   const DeviceGuard guard(call.where.device);
   switch (call.dtype) {
-    case DType::float32: return launch_sum<float>(call);
-    case DType::float64: return launch_sum<double>(call);
-    case DType::bfloat16: return launch_sum<__nv_bfloat16>(call);
-    case DType::float16: return launch_sum<__half>(call);
+    case DType::float32: return launch_reduce<float>(call);
+    case DType::float64: return launch_reduce<double>(call);
+    case DType::bfloat16: return launch_reduce<__nv_bfloat16>(call);
+    case DType::float16: return launch_reduce<__half>(call);
   }
 }
 
-void join_sums(const double* partials, std::int64_t n, double* sum, const Where& where) {
+void join_partials(Total total, const double* partials, std::int64_t n, double* out, const Where& where) {
   const DeviceGuard guard(where.device);
-  launch("join_sums", join_kernel, dim3(1), dim3(tuning::total_threads), 0, where.stream, partials, n, sum);
+  launch("join", join_kernel, dim3(1), dim3(tuning::join_threads), 0, where.stream, total, partials, n, out);
 }
 
 int device_count() {

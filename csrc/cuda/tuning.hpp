@@ -21,8 +21,8 @@ constexpr int max_steps = 16;
 
 constexpr int prepare_threads = 128;
 
-constexpr int sum_threads = 256;
-constexpr int sum_chunk = 8192;
-constexpr int total_threads = 512;  // of the single block that joins the chunks' sums
+constexpr int reduce_threads = 256;
+constexpr int reduce_chunk = 8192;
+constexpr int join_threads = 512;  // of the single block that joins the chunks' totals
 
 }  // namespace onepass::cuda::tuning

@@ -38,6 +38,11 @@ def hyper_names(rule: str) -> tuple[str, ...]:
     return _HYPER_NAMES[rule]
 
 
+def is_on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take this tensor."""
+    return tensor.is_cuda or _C.cuda_on_host
+
+
 def cuda_device_count() -> int:
     """CUDA devices that this build's kernels see; 0 without a driver."""
     return _C.cuda_device_count()
@@ -117,7 +122,7 @@ class Group:
     def _scalar(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor):
             value = value.detach()
-            on_device = _C.cuda_on_host or (value.is_cuda and all(p.is_cuda for p in self.params))
+            on_device = is_on_cuda(value) and all(is_on_cuda(p) for p in self.params)
             if on_device and value.dtype in (torch.float32, torch.float64):
                 return value
         return float(value)  # of a CPU tensor: no synchronisation
@@ -168,12 +173,12 @@ class Clip:
         return self.max_norm is not None or self.normalize
 
 
-def _sum_on_device(plan: _C.Plan, device: int) -> Tensor:
-    """Sum of squares of the gradients on a CUDA device: a float64 tensor there, no synchronisation."""
+def _total_on_device(plan: _C.Plan, norm_type: float, device: int) -> Tensor:
+    """Total over the gradients on a CUDA device: a float64 tensor there, no synchronisation."""
     where = _torch_device(device)
     partials = torch.empty(max(1, plan.cuda_partials(device)), dtype=torch.float64, device=where)
     total = torch.empty((), dtype=torch.float64, device=where)
-    plan.cuda_sum_of_squares(device, partials.data_ptr(), total.data_ptr(), _stream(device))
+    plan.cuda_total(norm_type, device, partials.data_ptr(), total.data_ptr(), _stream(device))
     return total
 
 
@@ -185,43 +190,55 @@ def _stream(device: int) -> int:
     return 0 if _C.cuda_on_host else _compat.current_stream(device)
 
 
-def norm_of(plan: _C.Plan, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Sum of squares over everything gathered, a 0-d float64 tensor: on the CPU, or on the first CUDA device in use."""
+def norm_of(plan: _C.Plan, norm_type: float = 2.0, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The p-norm of everything gathered, a 0-d float64 tensor: on the CPU, or on the first CUDA device in use.
+
+    norm_type: p, not 0; inf and -inf for the largest and the smallest magnitude.
+    reduce: turns this process's sum of squares into that of all, for sharded parameters.
+    """
     devices = plan.cuda_devices()
-    if not devices:
-        total = torch.tensor(plan.cpu_sum_of_squares(torch.get_num_threads()), dtype=torch.float64)
-    else:
-        total = _sum_on_device(plan, devices[0])
-        for device in devices[1:]:
-            total = total + _sum_on_device(plan, device).to(total.device)
-        on_cpu = plan.cpu_sum_of_squares(torch.get_num_threads())
-        if on_cpu != 0:
-            total = total + on_cpu
-    return total if reduce is None else reduce(total)
+    totals = [_total_on_device(plan, norm_type, device) for device in devices]
+    if not devices or plan.has_cpu():
+        on_cpu = plan.cpu_total(norm_type, torch.get_num_threads())
+        totals.append(torch.tensor(on_cpu, dtype=torch.float64, device="cpu"))
+    total = totals[0]
+    for other in totals[1:]:
+        other = other.to(total.device)
+        if math.isinf(norm_type):
+            total = torch.maximum(total, other) if norm_type > 0 else torch.minimum(total, other)
+        else:
+            total = total + other
+    if reduce is not None:
+        total = reduce(total)
+    if norm_type == 2.0:
+        return torch.sqrt(total)
+    return total if math.isinf(norm_type) or norm_type == 1.0 else total ** (1 / norm_type)
 
 
-def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, sums: Tensor | None = None) -> Tensor | None:
+def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | None = None) -> Tensor | None:
     """Write: run the kernels over everything gathered, then what belongs to it. Gives the gradient norm, if it was needed.
 
-    sums: what norm_of(plan) gave, where the caller has asked already.
+    norm: what norm_of(plan) gave, where the caller has asked already.
 
     The norm is a 0-d float64 tensor on the parameters' device. Nothing waits for a CUDA device unless parameters live on
     the CPU too and need its numbers.
     """
     devices = plan.cuda_devices()
     threads = torch.get_num_threads()
-    if clip.needs_norm and sums is None:
-        sums = norm_of(plan, clip.reduce)
-    norm = None if sums is None else torch.sqrt(sums)
+    host_too = len(devices) == 0 or plan.has_cpu()
+    if host_too and clip.found_inf is not None and bool(clip.found_inf):
+        return None
+    if clip.needs_norm and norm is None:
+        norm = norm_of(plan, reduce=clip.reduce)
+    scaled_norm = norm  # of the gradients as they are, before division by the loss scale
 
     grad_scale, host_norm = 1.0, 0.0
-    host_too = len(devices) == 0 or plan.has_cpu()
     if host_too:
         grad_scale = 1.0 if clip.grad_scale is None else float(clip.grad_scale)
-        host_norm = 0.0 if norm is None else float(norm) / grad_scale
         if norm is not None:
             norm = norm / grad_scale
-    scaled_on_device = sums is not None or clip.grad_scale is not None
+            host_norm = float(norm)
+    scaled_on_device = scaled_norm is not None or clip.grad_scale is not None
     alive: list[Tensor] = []  # until the launches are enqueued; torch's allocator orders reuse by stream
 
     def on_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, int, int]:
@@ -238,13 +255,13 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, sums: Tensor | 
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=where) if workspace_bytes else None
         if workspace is not None:
             alive.append(workspace)
-        written_norm = torch.empty((), dtype=torch.float64, device=where) if sums is not None else None
+        written_norm = torch.empty((), dtype=torch.float64, device=where) if scaled_norm is not None else None
         if written_norm is not None:
             norm = written_norm
         return (
             _stream(device),
             0 if workspace is None else workspace.data_ptr(),
-            address(sums, torch.float64),
+            address(scaled_norm, torch.float64),
             address(written_norm, torch.float64),
             address(clip.grad_scale, torch.float32),
             address(clip.found_inf, torch.float32),
@@ -283,14 +300,13 @@ def check_finite(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> No
         )
 
 
-def clip_to_norm(gradients: list[Tensor], max_norm: float, dtype: torch.dtype, error_if_nonfinite: bool) -> Tensor:
-    """Scale tensors in place to a global 2-norm; gives the norm before, of the dtype asked for."""
+def clip_to_norm(gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """Scale tensors in place to a global p-norm; gives the norm before, a 0-d float64 tensor."""
     plan, mender = _gather_gradients(gradients, math.inf)
-    sums = norm_of(plan)
-    norm = torch.sqrt(sums).to(dtype)
-    check_finite(norm, 2.0, error_if_nonfinite)
-    if plan.cuda_devices() or not float(sums) ** 0.5 + 1e-6 <= max_norm:  # on the CPU a factor of 1 needs no pass
-        update(plan, [mender], Clip(max_norm=max_norm), sums)
+    norm = norm_of(plan, norm_type)
+    check_finite(norm, norm_type, error_if_nonfinite)
+    if plan.cuda_devices() or not float(norm) + 1e-6 <= max_norm:  # on the CPU a factor of 1 needs no pass
+        update(plan, [mender], Clip(max_norm=max_norm), norm)
     return norm
 
 

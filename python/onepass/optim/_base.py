@@ -227,7 +227,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         clip = self._clip()
-        if clip.found_inf is None or clip.found_inf.is_cuda or not bool(clip.found_inf):
+        if clip.found_inf is None or _native.is_on_cuda(clip.found_inf) or not bool(clip.found_inf):
             self._update(clip)
         return loss
 

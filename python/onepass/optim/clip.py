@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections.abc import Iterable
@@ -49,8 +50,9 @@ def clip_grad_norm_(
     Args:
         parameters: a tensor, or tensors; those without a gradient are passed over.
         max_norm: the largest norm to leave.
-        norm_type: p of the p-norm; inf for the largest absolute value. 2 is the fused path: one pass to sum, one to scale,
-            and none to scale where the norm is small enough already (on the CPU).
+        norm_type: p of the p-norm; inf and -inf for the largest and the smallest absolute value. One pass to sum, one to
+            scale, and none to scale where the norm is small enough already (on the CPU). 0, which counts the gradients that
+            are not all zero, and sharded gradients (DTensor) are torch's own work.
         error_if_nonfinite: raise RuntimeError, with the gradients untouched, where the norm is NaN or infinite.
         foreach: a hint to torch, accepted and without effect.
 
@@ -64,17 +66,15 @@ def clip_grad_norm_(
     if not gradients:
         return torch.tensor(0.0)
     dtensor = _compat.dtensor_type()
-    plain = dtensor is None or not any(isinstance(g, dtensor) for g in gradients)
-    if norm_type != 2.0 or not plain:
+    sharded = dtensor is not None and any(isinstance(g, dtensor) for g in gradients)
+    if norm_type == 0 or sharded:
         return _clip_by_torch(gradients, max_norm, norm_type, error_if_nonfinite)
-    dtype = gradients[0].abs().dtype if gradients[0].is_complex() else gradients[0].dtype
-    for other in gradients[1:]:
-        dtype = torch.promote_types(dtype, other.dtype.to_real() if other.is_complex() else other.dtype)
-    return _native.clip_to_norm(gradients, max_norm, dtype, error_if_nonfinite)
+    dtype = functools.reduce(torch.promote_types, (g.dtype.to_real() for g in gradients))
+    return _native.clip_to_norm(gradients, max_norm, norm_type, error_if_nonfinite).to(dtype)
 
 
 def _clip_by_torch(gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    """The other norms, and sharded gradients, with torch's own kernels."""
+    """The same with torch's own kernels."""
     with torch.no_grad():
         norms = [torch.linalg.vector_norm(g, norm_type) for g in gradients]
         device = norms[0].device
