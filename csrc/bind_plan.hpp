@@ -1,7 +1,5 @@
 // One step of an optimizer: gather and check everything first, then write.
 #pragma once
-#include <unordered_map>
-
 #include "bind_rules.hpp"
 #include "bind_tensor.hpp"
 #include "core/grad_factor.hpp"

@@ -1,0 +1,202 @@
+// The first half of a step: find the tensors, check them, note their addresses. Nothing is written here.
+#include <algorithm>
+#include <unordered_map>
+
+#include "bind_plan.hpp"
+
+namespace onepass {
+namespace {
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// dict[key], borrowed; null if absent.
+PyObject* lookup(PyObject* dict, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// The same for a tensor as key. A tensor's hash is its address, but asking for it runs a Python function that costs
+// more than everything else this file does for a parameter; hence the lookup by known hash. A miss is asked again the
+// slow way.
+PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
+  const auto hash = static_cast<Py_hash_t>(reinterpret_cast<std::intptr_t>(tensor));
+  PyObject* const value = _PyDict_GetItem_KnownHash(dict, tensor, hash);
+  if (value != nullptr) return value;
+  PyErr_Clear();
+  return lookup(dict, tensor);
+}
+
+// A thousand small tensors lie scattered over more memory than the caches hold. The object's first words lead to the
+// tensor proper (in which of the two depends on the torch version); fetching both is a hint only, it never faults.
+void prefetch_tensor(PyObject* object) {
+  void* const* const words = reinterpret_cast<void* const*>(object) + sizeof(PyObject) / sizeof(void*);
+  for (int word = 0; word < 2; ++word)
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(static_cast<const char*>(words[word]) + 64 * line);
+}
+
+}  // namespace
+
+bool Plan::is_negated(PyObject* tensor) const {
+  static PyObject* const method = interned("is_neg");
+  PyObject* const answer = PyObject_CallMethodNoArgs(tensor, method);
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
+bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
+                        bool check_negation) const {
+  TensorView p, other;
+  if (!read(param, p) || !p.is_dense()) return false;
+  const DType state_dtype = p.dtype == DType::float64 ? DType::float64 : DType::float32;
+  entry.item.param = p.data;
+  entry.item.size = p.size;
+  entry.item.grad = nullptr;
+  if (grad != nullptr) {
+    if (!read(grad, other) || !fits(p, other, p.dtype)) return false;
+    entry.item.grad = other.data;
+    // A lazily negated view (of the imaginary part of a conjugate) has a stride of 2, which fits nothing here, unless
+    // it has but one element. Asking every tensor would cost as much as all else together.
+    if (check_negation && other.size == 1 && is_negated(grad)) return false;
+  }
+  for (std::size_t s = 0; s < n_states; ++s) {
+    if (!read(states[s], other) || !fits(p, other, state_dtype)) return false;
+    entry.item.state[s] = other.data;
+  }
+  entry.dtype = p.dtype;
+  entry.device_type = p.device_type;
+  entry.device = p.device;
+  entry.cuda = runs_on_cuda(p);
+  return entry.cuda || p.device_type == dlpack::cpu;
+}
+
+bool Plan::read_step(PyObject* step, bool device_scalars, Entry& entry) const {
+  TensorView s;
+  if (!read(step, s) || s.size != 1) return false;
+  entry.step = s.data;
+  entry.step_is_double = s.dtype == DType::float64;
+  if (entry.cuda && device_scalars) return s.dtype == DType::float32 && runs_on_cuda(s) && s.device == entry.device;
+  return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.device_type == dlpack::cpu;
+}
+
+py::list Plan::gather(int variant, const py::list& params, const py::dict& state, const py::tuple& hyper,
+                      bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
+                      const py::function& mend) {
+  static PyObject* const grad_name = interned("grad");
+  static PyObject* const step_name = interned("step");
+  const RuleVariant& rule = rule_variants().at(variant);
+  const std::size_t n_states = rule.state_names.size();
+
+  Group& group = groups_.emplace_back();
+  group.options = {variant, {}, counts_steps, device_scalars, maximize};
+  for (const py::handle value : hyper) {
+    Scalar scalar{0, nullptr, DType::float64};
+    TensorView view;
+    if (PyFloat_Check(value.ptr()))
+      scalar.value = PyFloat_AS_DOUBLE(value.ptr());
+    else if (read(value.ptr(), view) && (view.dtype == DType::float32 || view.dtype == DType::float64))
+      scalar = {0, view.data, view.dtype}, keep(value.ptr());
+    else
+      throw py::type_error("a hyper-parameter must be a float, or a float32 or float64 tensor in device memory");
+    group.options.hyper.push_back(scalar);
+  }
+  py::list missing;
+  const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
+  group.entries.reserve(n);
+  references_.reserve(references_.size() + n * (n_states + 2));
+  AddressSet seen(n);
+  std::unordered_map<const void*, int> repeats;  // stays empty but for parameters listed twice
+
+  // First the Python objects, then their memory: so that the tensors ahead can be fetched while one is looked at.
+  struct Found {
+    Py_ssize_t index;
+    PyObject *param, *grad, *step, *states[max_states];
+    bool complete;
+  };
+  constexpr Py_ssize_t ahead = 8;
+  std::vector<Found> found;
+  found.reserve(n);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    if (i + ahead < n) prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + ahead));
+    Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, nullptr, {}, true};
+    if (rule.reads_grad) {
+      f.grad = PyObject_GetAttr(f.param, grad_name);
+      if (f.grad == nullptr) throw py::error_already_set();
+      references_.push_back(f.grad);
+      if (f.grad == Py_None) continue;
+    }
+    if (n_states > 0 || counts_steps) {
+      PyObject* const of_param = lookup_tensor(state.ptr(), f.param);
+      f.complete = of_param != nullptr && PyDict_Check(of_param);
+      for (std::size_t s = 0; f.complete && s < n_states; ++s) {
+        f.states[s] = lookup(of_param, rule.state_keys[s]);
+        f.complete = f.states[s] != nullptr && f.states[s] != Py_None;
+        if (f.complete) keep(f.states[s]);
+      }
+      if (f.complete && counts_steps) {
+        f.step = lookup(of_param, step_name);
+        f.complete = f.step != nullptr;
+        if (f.complete) keep(f.step);
+      }
+      if (!f.complete) {
+        f.step = nullptr;
+        missing.append(i);
+      }
+    }
+    found.push_back(f);
+  }
+
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (i + ahead < found.size()) {
+      const Found& next = found[i + ahead];
+      prefetch_tensor(next.param);
+      if (next.grad != nullptr) prefetch_tensor(next.grad);
+      if (next.step != nullptr) prefetch_tensor(next.step);
+      for (std::size_t s = 0; next.complete && s < n_states; ++s) prefetch_tensor(next.states[s]);
+    }
+    const Found& f = found[i];
+    const std::size_t n_known = f.complete ? n_states : 0;
+    Entry entry{};
+    bool fine = read_streams(f.param, f.grad, f.states, n_known, entry, true);
+    if (fine && f.step != nullptr) fine = read_step(f.step, device_scalars, entry);
+    if (!fine) mend_entry(f.index, f.param, f.grad, f.states, n_known, f.step, device_scalars, mend, entry);
+    if (!f.complete) continue;
+    entry.fresh = !fresh.is_none() && PySequence_Contains(fresh.ptr(), f.param) == 1;
+    if (entry.item.size > 0 && !seen.insert(entry.item.param)) {
+      entry.occurrence = ++repeats[entry.item.param];
+      entry.fresh = false;
+      group.occurrences = std::max(group.occurrences, entry.occurrence + 1);
+    }
+    group.entries.push_back(entry);
+    updated_.push_back(f.param);
+  }
+  return missing;
+}
+
+void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
+                      PyObject* step, bool device_scalars, const py::function& mend, Entry& entry) {
+  const auto or_none = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
+  py::list known;
+  for (std::size_t s = 0; s < n_states; ++s) known.append(py::handle(states[s]));
+  const py::list stand_ins = mend(index, py::handle(param), or_none(grad), known, or_none(step));
+  std::vector<PyObject*> streams;
+  for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
+  const std::size_t first_state = grad != nullptr ? 2 : 1;
+  if (streams.size() != first_state + n_states) throw py::value_error("mend() gave a wrong number of tensors");
+  const bool fine = read_streams(streams[0], grad != nullptr ? streams[1] : nullptr, streams.data() + first_state,
+                                 n_states, entry, false) &&
+                    (step == nullptr || read_step(step, device_scalars, entry));
+  if (!fine) throw py::value_error("parameter " + std::to_string(index) + " is of a kind that no kernel can update");
+}
+
+py::list Plan::updated() const {
+  py::list out(updated_.size());
+  for (std::size_t i = 0; i < updated_.size(); ++i) {
+    Py_INCREF(updated_[i]);
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), updated_[i]);
+  }
+  return out;
+}
+
+}  // namespace onepass
