@@ -69,13 +69,14 @@ clean: ## Remove what was built; the virtual environment stays
 # On a machine with a GPU, torch with CUDA, nvcc, pybind11, scikit-build-core and CMake; no network is used. Ends within
 # 8 minutes: a part that runs out of its time is stopped and what it has found so far is printed and saved.
 GPU_SITE := build/gpu-site
+GPU_ARCHS ?= native
 GPU_TEST_SECONDS ?= 210
 GPU_BENCH_SECONDS ?= 120
 gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
 	rm -rf $(GPU_SITE)
 	timeout 120 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
 	  --config-settings=build-dir=build/gpu-{wheel_tag} --config-settings=cmake.define.ONEPASS_CUDA=ON \
-	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=native .
+	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=$(GPU_ARCHS) .
 	@export PYTHONPATH=$(abspath $(GPU_SITE)); result=0; \
 	$(PY) -c 'import onepass; print(onepass.show_config())' && \
 	{ timeout --signal=INT --kill-after=10 $(GPU_TEST_SECONDS) $(PY) -m pytest -q -k 'cuda and not host' $(PYTEST_ARGS) || result=$$?; } && \

@@ -1,0 +1,298 @@
+"""How long a step takes: onepass against every path of torch.optim, on lists of tensors from one large to many tiny.
+
+What is timed is the whole ``step()`` as a user calls it, checks and bookkeeping included (with clipping, what a user
+writes for it). Lists too small to leave the caches get new gradient tensors before each step, as a backward pass would
+leave them. The columns: milliseconds (20th percentile) of onepass and of the fastest torch path, their ratio, the
+bytes a step has to move over the time onepass needs, and the part of the memory's limit that is (see limit.py).
+
+    python benchmarks/optimizers.py --filter 'adamw'     # rows whose name matches a regular expression
+    python benchmarks/optimizers.py --device cuda
+
+Saves <out>/optimizers-<date>-<machine>.json after every row, and a plot of it at the end; report.py reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import limit
+import report
+import torch
+from harness import Json, Variant, onepass
+
+Shapes = list[tuple[int, ...]]
+
+MAX_NORM = 1.0
+HYPER: dict[str, dict[str, float]] = {
+    "SGD": {"lr": 1e-3, "momentum": 0.9},
+    "Adam": {"lr": 1e-3},
+    "AdamW": {"lr": 1e-3, "weight_decay": 0.01},
+}
+STATES = {"SGD": 1, "Adam": 2, "AdamW": 2}
+TORCH_PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+
+# Where a step moves less than this, it runs in the caches and the limit of the memory says nothing.
+MEMORY_BOUND_BYTES = 64 * 2**20
+# Larger lists share parameters and gradients between the variants, to fit the memory of a small machine. Smaller ones
+# must not: a variant would find the parameters in the cache, where the one before it left them.
+SHARED_ABOVE = 64_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a list of tensors and what is done to it."""
+
+    case: str
+    shapes: Shapes
+    rule: str
+    dtype: torch.dtype = torch.float32
+    clip: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.case, self.rule.lower(), "clip" * self.clip, "bf16" * (self.dtype == torch.bfloat16)]
+        return " ".join(filter(None, words))
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def passes(self) -> list[limit.Pattern]:
+        return limit.passes(self.dtype.itemsize, STATES[self.rule], self.clip)
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.elements * sum(pattern.bytes_per_element for pattern in self.passes)
+
+    def bytes_needed(self, variants: int) -> int:
+        """Memory of all variants together; torch's foreach and loop paths take up to two temporaries of all sizes."""
+        own = 1 if self.elements > SHARED_ABOVE else variants
+        limit_streams = 4 * 4 * min(self.elements, limit.MAX_ELEMENTS)
+        return self.elements * (2 * self.dtype.itemsize * own + 4 * STATES[self.rule] * variants + 8) + limit_streams
+
+
+def resnet50() -> Shapes:
+    """The 161 parameters of ResNet-50 (He et al. 2015), 25.6M elements: two thirds of the tensors are tiny."""
+
+    def conv_bn(out: int, inp: int, kernel: int) -> Shapes:
+        return [(out, inp, kernel, kernel), (out,), (out,)]
+
+    shapes = conv_bn(64, 3, 7)
+    inp = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += conv_bn(width, inp, 1) + conv_bn(width, width, 3) + conv_bn(4 * width, width, 1)
+            if block == 0:
+                shapes += conv_bn(4 * width, inp, 1)
+            inp = 4 * width
+    return [*shapes, (1000, inp), (1000,)]
+
+
+def gpt2_small() -> Shapes:
+    """The 148 parameters of GPT-2 small (Radford et al. 2019), 124.4M elements."""
+    norm: Shapes = [(768,), (768,)]
+    attention: Shapes = [(768, 2304), (2304,), (768, 768), (768,)]
+    mlp: Shapes = [(768, 3072), (3072,), (3072, 768), (768,)]
+    return [(50257, 768), (1024, 768), *(norm + attention + norm + mlp) * 12, *norm]
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """The table, top to bottom. ``quick`` has the same kinds of rows on lists that take no time."""
+    big: dict[str, Shapes]
+    if quick:
+        big = {"1 x 4M": [(4_000_000,)], "25 x 160k": [(400, 400)] * 25}
+    else:
+        big = {"1 x 25M": [(25_000_000,)], "160 x 160k": [(400, 400)] * 160}
+    tiny: dict[str, Shapes] = {"1000 x 256": [(256,)] * 1000}
+    nets = {} if quick else {"ResNet-50": resnet50(), "GPT-2 small": gpt2_small()}
+    for case, shapes in (big | tiny | nets).items():
+        yield from (Row(case, shapes, rule) for rule in HYPER)
+        yield Row(case, shapes, "AdamW", clip=True)
+        if case in big:
+            yield Row(case, shapes, "SGD", torch.bfloat16)
+            yield Row(case, shapes, "AdamW", torch.bfloat16)
+        if case in tiny:  # twice as many: together they give the cost of a further tensor
+            yield from (Row("2000 x 256", shapes * 2, rule) for rule in ("SGD", "AdamW"))
+
+
+def make_optimizer(
+    row: Row, path: str, params: Sequence[torch.Tensor]
+) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
+    """The optimizer of a path ("onepass" or one of TORCH_PATHS) and the step that is timed."""
+    if path == "onepass":
+        ours = getattr(onepass.optim, row.rule)(params, **HYPER[row.rule], max_norm=MAX_NORM if row.clip else None)
+        return ours, ours.step
+    theirs = getattr(torch.optim, row.rule)(params, **HYPER[row.rule], **TORCH_PATHS[path])
+    if not row.clip:
+        return theirs, theirs.step
+
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        theirs.step()
+
+    return theirs, clip_and_step
+
+
+def make_params(row: Row, device: torch.device) -> list[torch.Tensor]:
+    """Parameters with gradients, of the size they have in training."""
+    params = []
+    for shape in row.shapes:
+        param = torch.randn(shape, device=device).mul_(0.02).to(row.dtype).requires_grad_()
+        param.grad = param.detach().clone()
+        params.append(param)
+    return params
+
+
+def copies(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same parameters and gradients in memory of their own."""
+    result = []
+    for param in params:
+        copy = param.detach().clone().requires_grad_()
+        copy.grad = param.detach().clone()
+        result.append(copy)
+    return result
+
+
+def fresh_gradients(params: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """Gives every parameter a new gradient tensor, as a backward pass after ``zero_grad`` does."""
+    gradients = [param.grad.clone() for param in params if param.grad is not None]
+
+    def prepare() -> None:
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient.clone()
+
+    return prepare
+
+
+def first_steps(optimizer: torch.optim.Optimizer, step: Callable[[], object], device: torch.device) -> Json:
+    """The peak memory of the first step beyond the states it makes, and of a later step."""
+    with harness.PeakMemory(device) as first:
+        step()
+    with harness.PeakMemory(device) as later:
+        step()
+    states = sum(
+        value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.device.type == device.type
+    )
+    return {
+        "state_bytes": states,
+        "first_step_extra_bytes": None if first.extra is None else max(0, first.extra - states),
+        "step_extra_bytes": later.extra,
+    }
+
+
+def make_variants(row: Row, paths: Sequence[str], device: torch.device) -> tuple[list[Variant], dict[str, Json]]:
+    """The variants of a row after two steps each, and what these steps tell of the memory."""
+    torch.manual_seed(0)
+    variants: list[Variant] = []
+    memory: dict[str, Json] = {}
+    params = make_params(row, device)
+    for path in paths:
+        if variants and row.elements <= SHARED_ABOVE:
+            params = copies(params)
+        optimizer, step = make_optimizer(row, path, params)
+        memory[path] = first_steps(optimizer, step, device)
+        if row.bytes_moved < MEMORY_BOUND_BYTES:
+            variants.append(Variant(path, step, prepare=fresh_gradients(params)))
+        else:
+            variants.append(Variant(path, step))
+    return variants, memory
+
+
+def limit_variant(row: Row, device: torch.device) -> Variant | None:
+    if row.bytes_moved < MEMORY_BOUND_BYTES:
+        return None
+    if device.type == "cuda":
+        return Variant("limit", limit.CopyLimit(row.passes, row.elements, device).seconds)
+    return Variant("limit", limit.StreamLimit(row.passes, row.elements).seconds) if limit.available() else None
+
+
+def measure_row(row: Row, paths: Sequence[str], device: torch.device, seconds: float, rounds: int) -> Json:
+    """The numbers of one row, as they go into the JSON file."""
+    variants, memory = make_variants(row, paths, device)
+    ceiling = limit_variant(row, device)
+    samples = harness.measure(
+        [*variants, ceiling] if ceiling else variants, device, seconds=seconds, min_rounds=rounds, warm_up=1
+    )
+    summaries = {name: sample.summary() | memory.get(name, {}) for name, sample in samples.items()}
+    return {
+        "case": row.case,
+        "name": row.name,
+        "rule": row.rule,
+        "dtype": str(row.dtype).removeprefix("torch."),
+        "clip": row.clip,
+        "tensors": len(row.shapes),
+        "elements": row.elements,
+        "bytes_moved": row.bytes_moved,
+        "limit": summaries.pop("limit", None),
+        "variants": summaries,
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small lists and few samples: shows that it works")
+    parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches, as 'x 25M adamw'")
+    parser.add_argument("--seconds", type=float, help="time for each row (default 4, quick 0.1)")
+    parser.add_argument("--budget", type=float, default=math.inf, help="begin no row after this many seconds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    device = torch.device(args.device)
+    paths = (["onepass"] if onepass is not None else []) + list(TORCH_PATHS)
+    if onepass is None:
+        print("onepass is not installed: only torch is measured", file=sys.stderr)
+    seconds, rounds = args.seconds or (0.1 if args.quick else 4.0), 3 if args.quick else 5
+    end = time.monotonic() + args.budget
+    result: Json = {
+        "benchmark": "optimizers",
+        "environment": harness.environment(device),
+        "quick": args.quick,
+        "rows": [],
+    }
+    benchmark = "optimizers-quick" if args.quick else "optimizers"
+
+    print(report.heading(result))
+    for row in rows(args.quick):
+        if not re.search(args.filter, row.name, re.IGNORECASE):
+            continue
+        if time.monotonic() > end:
+            print(f"the budget of {args.budget:g} s is used up before {row.name}", file=sys.stderr)
+            break
+        if row.bytes_needed(len(paths)) > 0.8 * harness.available_memory(device):
+            print(f"{row.name}: skipped, needs {row.bytes_needed(len(paths)) / 2**30:.1f} GiB", file=sys.stderr)
+            continue
+        result["rows"].append(measure_row(row, paths, device, seconds, rounds))
+        gc.collect()
+        print(report.line(result["rows"][-1]), flush=True)
+        path = harness.save(result, args.out, benchmark)
+    if not result["rows"]:
+        print("no row matches", file=sys.stderr)
+        return 1
+    print(report.footnotes(result))
+    report.plot(result, path.with_suffix(".png"))
+    print(f"saved {path} and its plot {path.with_suffix('.png').name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+/* What the memory of this machine allows: the streams of an optimizer step with next to no arithmetic.
+ *
+ * An optimizer reads a gradient once and updates the parameter and its states in place. These sweeps touch memory in
+ * the same order and the same widths and only add integers, so that nothing but the memory can be the bottleneck (and
+ * no value turns into a denormal or a NaN, whatever the number of sweeps). limit.py compiles this file for the machine
+ * it runs on and calls stream_seconds() in the middle of every benchmark.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { MAX_THREADS = 256 };
+
+/* The order of limit.py's PATTERNS. */
+enum pattern { READ, READ_1_INPLACE_2, READ_1_INPLACE_3, READ_1_INPLACE_2_HALF, READ_1_INPLACE_3_HALF, READ_HALF };
+
+typedef struct {
+  enum pattern pattern;
+  void* const* streams; /* the gradient first, then what is updated in place, the parameter first */
+  size_t begin, end;
+  pthread_barrier_t* barrier;
+  uint32_t sink; /* keeps the compiler from dropping a sweep that only reads */
+} job;
+
+static uint32_t read_1(const uint32_t* g, size_t begin, size_t end) {
+  uint32_t sum = 0;
+  for (size_t i = begin; i < end; i++) sum += g[i];
+  return sum;
+}
+
+static uint32_t read_1_half(const uint16_t* g, size_t begin, size_t end) {
+  uint16_t sum = 0;
+  for (size_t i = begin; i < end; i++) sum = (uint16_t)(sum + g[i]);
+  return sum;
+}
+
+static void inplace_2(const uint32_t* restrict g, uint32_t* restrict p, uint32_t* restrict m, size_t begin,
+                      size_t end) {
+  for (size_t i = begin; i < end; i++) {
+    m[i] += g[i];
+    p[i] += g[i];
+  }
+}
+
+static void inplace_3(const uint32_t* restrict g, uint32_t* restrict p, uint32_t* restrict m, uint32_t* restrict v,
+                      size_t begin, size_t end) {
+  for (size_t i = begin; i < end; i++) {
+    m[i] += g[i];
+    v[i] += g[i];
+    p[i] += g[i];
+  }
+}
+
+static void inplace_2_half(const uint16_t* restrict g, uint16_t* restrict p, uint32_t* restrict m, size_t begin,
+                           size_t end) {
+  for (size_t i = begin; i < end; i++) {
+    m[i] += g[i];
+    p[i] = (uint16_t)(p[i] + g[i]);
+  }
+}
+
+static void inplace_3_half(const uint16_t* restrict g, uint16_t* restrict p, uint32_t* restrict m, uint32_t* restrict v,
+                           size_t begin, size_t end) {
+  for (size_t i = begin; i < end; i++) {
+    m[i] += g[i];
+    v[i] += g[i];
+    p[i] = (uint16_t)(p[i] + g[i]);
+  }
+}
+
+static void sweep(job* j) {
+  void* const* s = j->streams;
+  switch (j->pattern) {
+    case READ: j->sink = read_1(s[0], j->begin, j->end); break;
+    case READ_1_INPLACE_2: inplace_2(s[0], s[1], s[2], j->begin, j->end); break;
+    case READ_1_INPLACE_3: inplace_3(s[0], s[1], s[2], s[3], j->begin, j->end); break;
+    case READ_1_INPLACE_2_HALF: inplace_2_half(s[0], s[1], s[2], j->begin, j->end); break;
+    case READ_1_INPLACE_3_HALF: inplace_3_half(s[0], s[1], s[2], s[3], j->begin, j->end); break;
+    case READ_HALF: j->sink = read_1_half(s[0], j->begin, j->end); break;
+  }
+}
+
+static void* worker(void* argument) {
+  job* j = argument;
+  pthread_barrier_wait(j->barrier); /* start together */
+  sweep(j);
+  pthread_barrier_wait(j->barrier); /* the last one ends the measurement */
+  return NULL;
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Seconds of one sweep, thread creation not counted; negative for a number of threads it is not made for. */
+double stream_seconds(int pattern, void* const* streams, size_t elements, int threads) {
+  if (threads < 1 || threads > MAX_THREADS) return -1.0;
+  pthread_t handles[MAX_THREADS];
+  job jobs[MAX_THREADS];
+  pthread_barrier_t barrier;
+  pthread_barrier_init(&barrier, NULL, (unsigned)threads);
+
+  /* Parts are multiples of 1024 elements: whole pages and full-width accesses for every thread but the last. */
+  size_t part = (elements / (size_t)threads + 1023) / 1024 * 1024;
+  for (int t = 0; t < threads; t++) {
+    size_t begin = part * (size_t)t < elements ? part * (size_t)t : elements;
+    size_t end = t + 1 < threads && begin + part < elements ? begin + part : elements;
+    jobs[t] = (job){(enum pattern)pattern, streams, begin, end, &barrier, 0};
+  }
+  for (int t = 1; t < threads; t++) {
+    if (pthread_create(&handles[t], NULL, worker, &jobs[t])) {
+      perror("stream_seconds: pthread_create"); /* the threads already started wait for this one: no way back */
+      abort();
+    }
+  }
+  pthread_barrier_wait(&barrier);
+  double start = now();
+  sweep(&jobs[0]);
+  pthread_barrier_wait(&barrier);
+  double seconds = now() - start;
+
+  for (int t = 1; t < threads; t++) pthread_join(handles[t], NULL);
+  pthread_barrier_destroy(&barrier);
+  return seconds;
+}
