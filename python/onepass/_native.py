@@ -215,30 +215,53 @@ def norm_of(plan: _C.Plan, norm_type: float = 2.0, reduce: Callable[[Tensor], Te
     return total if math.isinf(norm_type) or norm_type == 1.0 else total ** (1 / norm_type)
 
 
-def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | None = None) -> Tensor | None:
+def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | None = None) -> Tensor | float | None:
     """Write: run the kernels over everything gathered, then what belongs to it. Gives the gradient norm, if it was needed.
 
     norm: what norm_of(plan) gave, where the caller has asked already.
 
-    The norm is a 0-d float64 tensor on the parameters' device. Nothing waits for a CUDA device unless parameters live on
+    The norm is a number, or a 0-d float64 tensor on a CUDA device. Nothing waits for the device unless parameters live on
     the CPU too and need its numbers.
     """
     devices = plan.cuda_devices()
+    result = _update_with_cuda(plan, clip, devices, norm) if devices else _update_on_cpu(plan, clip, norm)
+    updated = plan.updated()
+    if updated:
+        _compat.increment_version(updated)
+    for mender in menders:
+        mender.finish()
+    return result
+
+
+def _update_on_cpu(plan: _C.Plan, clip: Clip, known_norm: Tensor | None) -> float | None:
     threads = torch.get_num_threads()
-    host_too = len(devices) == 0 or plan.has_cpu()
-    if host_too and clip.found_inf is not None and bool(clip.found_inf):
+    grad_scale = 1.0 if clip.grad_scale is None else float(clip.grad_scale)
+    norm = None
+    if clip.needs_norm:
+        if known_norm is not None:
+            norm = float(known_norm) / grad_scale
+        elif clip.reduce is not None:
+            norm = float(norm_of(plan, reduce=clip.reduce)) / grad_scale
+        else:
+            norm = math.sqrt(plan.cpu_total(2.0, threads)) / grad_scale
+    max_norm = -1.0 if clip.max_norm is None else float(clip.max_norm)
+    plan.run(threads, max_norm, clip.normalize, norm or 0.0, grad_scale, False, _no_device)
+    return norm
+
+
+def _no_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, int, int]:
+    raise AssertionError(f"a launch on device {device} in a plan without any")
+
+
+def _update_with_cuda(plan: _C.Plan, clip: Clip, devices: list[int], norm: Tensor | None) -> Tensor | None:
+    on_host = plan.has_cpu()
+    if on_host and clip.found_inf is not None and bool(clip.found_inf):
         return None
     if clip.needs_norm and norm is None:
         norm = norm_of(plan, reduce=clip.reduce)
     scaled_norm = norm  # of the gradients as they are, before division by the loss scale
-
-    grad_scale, host_norm = 1.0, 0.0
-    if host_too:
-        grad_scale = 1.0 if clip.grad_scale is None else float(clip.grad_scale)
-        if norm is not None:
-            norm = norm / grad_scale
-            host_norm = float(norm)
-    scaled_on_device = scaled_norm is not None or clip.grad_scale is not None
+    host_scale = float(clip.grad_scale) if on_host and clip.grad_scale is not None else 1.0
+    host_norm = float(norm) / host_scale if on_host and norm is not None else 0.0
     alive: list[Tensor] = []  # until the launches are enqueued; torch's allocator orders reuse by stream
 
     def on_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, int, int]:
@@ -253,34 +276,20 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | 
             return moved.data_ptr()
 
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=where) if workspace_bytes else None
-        if workspace is not None:
-            alive.append(workspace)
-        written_norm = torch.empty((), dtype=torch.float64, device=where) if scaled_norm is not None else None
-        if written_norm is not None:
-            norm = written_norm
+        if scaled_norm is not None:  # the prepare kernel writes the norm after division by the loss scale
+            norm = torch.empty((), dtype=torch.float64, device=where)
         return (
             _stream(device),
-            0 if workspace is None else workspace.data_ptr(),
+            address(workspace, torch.uint8),
             address(scaled_norm, torch.float64),
-            address(written_norm, torch.float64),
+            address(norm, torch.float64),
             address(clip.grad_scale, torch.float32),
             address(clip.found_inf, torch.float32),
         )
 
-    plan.run(
-        threads,
-        -1.0 if clip.max_norm is None else float(clip.max_norm),
-        clip.normalize,
-        host_norm,
-        grad_scale,
-        scaled_on_device,
-        on_device,
-    )
-    updated = plan.updated()
-    if updated:
-        _compat.increment_version(updated)
-    for mender in menders:
-        mender.finish()
+    max_norm = -1.0 if clip.max_norm is None else float(clip.max_norm)
+    scaled_on_device = scaled_norm is not None or clip.grad_scale is not None
+    plan.run(torch.get_num_threads(), max_norm, clip.normalize, host_norm, host_scale, scaled_on_device, on_device)
     return norm
 
 

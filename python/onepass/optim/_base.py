@@ -59,7 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         shared = {"max_norm": max_norm, "normalize_grads": normalize_grads, "fused_unscale": fused_unscale}
         defaults = {**defaults, **shared}
         self._check_options(defaults)
-        self._grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | float | None = None
         super().__init__(params, defaults)
 
     # --- what a subclass says -----------------------------------------------------------------------------------------
@@ -102,7 +102,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._grad_norm is None:
             return None
         wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
-        return self._grad_norm if wide else self._grad_norm.float()
+        dtype = torch.float64 if wide else torch.float32
+        if isinstance(self._grad_norm, Tensor):
+            return self._grad_norm.to(dtype)
+        return torch.tensor(self._grad_norm, dtype=dtype, device="cpu")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -262,7 +265,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         del self.state[param]
                 raise
         plan, menders = gathered
-        if clip.needs_norm:
+        if clip.needs_norm and any(mender.locals for mender in menders):
             clip.reduce = reduce_sharded(self.param_groups)
         norm = _native.update(plan, menders, clip)
         if norm is not None:
