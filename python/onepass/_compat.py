@@ -39,13 +39,24 @@ def describe(tensor: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple
         return None
 
 
+def _increments_lists() -> bool:
+    try:
+        torch._C._increment_version([])
+    except (TypeError, RuntimeError):  # older torch takes one tensor at a time; so does 2.4.1
+        return False
+    return True
+
+
+_INCREMENTS_LISTS = _increments_lists()
+
+
 def increment_version(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors were written to, so that a stale backward raises instead of using new weights."""
-    try:
+    if _INCREMENTS_LISTS:
         torch._C._increment_version(tensors)
-    except TypeError:  # torch < 2.6 takes one at a time
+    else:
         for tensor in tensors:
-            torch._C._increment_version(tensor)
+            torch.autograd.graph.increment_version(tensor)
 
 
 def dtensor_type() -> type | None:
