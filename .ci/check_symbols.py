@@ -23,7 +23,9 @@ def foreign_libraries(extension: Path) -> list[str]:
 
 def foreign_symbols(extension: Path) -> list[str]:
     undefined = run("nm", "-DC", "--undefined-only", str(extension))
-    return [line.strip() for line in undefined.splitlines() if re.search(r"\b(at|c10|torch)::|GOMP|omp_|\bcuda[A-Z]", line)]
+    return [
+        line.strip() for line in undefined.splitlines() if re.search(r"\b(at|c10|torch)::|GOMP|omp_|\bcuda[A-Z]", line)
+    ]
 
 
 def leaked_symbols(build: Path) -> list[str]:

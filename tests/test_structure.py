@@ -2,11 +2,12 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
-import pytest
-
 import onepass
+import pytest
 from onepass import _native
 
 ROOT = Path(__file__).parent.parent
@@ -84,3 +85,18 @@ def test_the_build_has_the_listed_rules() -> None:
 def test_every_optimizer_names_a_rule_of_the_build() -> None:
     classes = [getattr(onepass.optim, name) for name in onepass.optim.__all__ if name[0].isupper()]
     assert {cls.rule for cls in classes} == rules_in_cmake("ONEPASS_RULES")
+
+
+def test_the_rule_in_contributing_compiles(tmp_path: Path) -> None:
+    """The first of the four edits is code a newcomer copies."""
+    blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1, f"CONTRIBUTING.md should have one C++ block, has {len(blocks)}"
+    compiler = shutil.which("g++") or pytest.skip("no g++ here")
+    (tmp_path / "rule.hpp").write_text(blocks[0])
+    (tmp_path / "rule.cpp").write_text(
+        '#include "cpu/apply.hpp"\n#include "rule.hpp"\n'
+        "const auto* table = onepass::cpu::baseline::ApplyTable<onepass::rules::adagrad>::functions;\n"
+    )
+    flags = ["-std=gnu++17", "-fsyntax-only", "-DONEPASS_ISA=baseline", "-Wno-psabi", f"-I{CSRC}"]
+    run = subprocess.run([compiler, *flags, "rule.cpp"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
