@@ -70,6 +70,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](py::tuple types) { return std::make_unique<Plan>(*reader, std::move(types)); }))
       .def("gather", &Plan::gather)
       .def("cpu_total", &Plan::cpu_total)
+      .def("has_subclasses", &Plan::has_subclasses)
+      .def("has_run", &Plan::has_run)
       .def("has_cpu", &Plan::has_cpu)
       .def("cuda_devices", &Plan::cuda_devices)
       .def("cuda_partials", &Plan::cuda_partials)

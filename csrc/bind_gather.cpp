@@ -28,7 +28,7 @@ PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
 }
 
 // A thousand small tensors lie scattered over more memory than the caches hold. The object's first words lead to the
-// tensor proper (in which of the two depends on the torch version); fetching both is a hint only, it never faults.
+// tensor proper (in which of the two depends on the torch version); fetching is a hint only, whatever they hold.
 void prefetch_tensor(PyObject* object) {
   void* const* const words = reinterpret_cast<void* const*>(object) + sizeof(PyObject) / sizeof(void*);
   for (int word = 0; word < 2; ++word)
@@ -37,7 +37,7 @@ void prefetch_tensor(PyObject* object) {
 
 }  // namespace
 
-bool Plan::is_negated(PyObject* tensor) const {
+bool Plan::is_negated(PyObject* tensor) {
   static PyObject* const method = interned("is_neg");
   PyObject* const answer = PyObject_CallMethodNoArgs(tensor, method);
   if (answer == nullptr) throw py::error_already_set();
@@ -46,7 +46,7 @@ bool Plan::is_negated(PyObject* tensor) const {
 }
 
 bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
-                        bool check_negation) const {
+                        bool check_negation) {
   TensorView p, other;
   if (!read(param, p) || !p.is_dense()) return false;
   const DType state_dtype = p.dtype == DType::float64 ? DType::float64 : DType::float32;
@@ -56,13 +56,17 @@ bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states
   if (grad != nullptr) {
     if (!read(grad, other) || !fits(p, other, p.dtype)) return false;
     entry.item.grad = other.data;
-    // A lazily negated view (of the imaginary part of a conjugate) has a stride of 2, which fits nothing here, unless
-    // it has but one element. Asking every tensor would cost as much as all else together.
-    if (check_negation && other.size == 1 && is_negated(grad)) return false;
   }
   for (std::size_t s = 0; s < n_states; ++s) {
     if (!read(states[s], other) || !fits(p, other, state_dtype)) return false;
     entry.item.state[s] = other.data;
+  }
+  // A lazily negated view (of the imaginary part of a conjugate) has a stride of 2, which is not dense, unless it has
+  // but one element. Asking every tensor would cost as much as reading it.
+  if (check_negation && p.size == 1) {
+    if (is_negated(param) || (grad != nullptr && is_negated(grad))) return false;
+    for (std::size_t s = 0; s < n_states; ++s)
+      if (is_negated(states[s])) return false;
   }
   entry.dtype = p.dtype;
   entry.device_type = p.device_type;
@@ -71,7 +75,7 @@ bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states
   return entry.cuda || p.device_type == dlpack::cpu;
 }
 
-bool Plan::read_step(PyObject* step, bool device_scalars, Entry& entry) const {
+bool Plan::read_step(PyObject* step, bool device_scalars, Entry& entry) {
   TensorView s;
   if (!read(step, s) || s.size != 1) return false;
   entry.step = s.data;
@@ -80,7 +84,7 @@ bool Plan::read_step(PyObject* step, bool device_scalars, Entry& entry) const {
   return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.device_type == dlpack::cpu;
 }
 
-py::list Plan::gather(int variant, const py::list& params, const py::dict& state, const py::tuple& hyper,
+py::list Plan::gather(int variant, const py::object& param_list, const py::dict& state, const py::tuple& hyper,
                       bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
                       const py::function& mend) {
   static PyObject* const grad_name = interned("grad");
@@ -101,6 +105,10 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
       throw py::type_error("a hyper-parameter must be a float, or a float32 or float64 tensor in device memory");
     group.options.hyper.push_back(scalar);
   }
+  // A copy of the list, kept: Python code that runs meanwhile, here or in another thread, may change the caller's.
+  const py::list params = py::reinterpret_steal<py::list>(PySequence_List(param_list.ptr()));
+  if (!params) throw py::error_already_set();
+  keep(params.ptr());
   py::list missing;
   const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
   group.entries.reserve(n);
@@ -118,8 +126,10 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
   std::vector<Found> found;
   found.reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    if (i + ahead < n) prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + ahead));
+    if (i + ahead < n && plain(PyList_GET_ITEM(params.ptr(), i + ahead)))
+      prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + ahead));
     Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, nullptr, {}, true};
+    has_subclasses_ = has_subclasses_ || !plain(f.param);
     if (rule.reads_grad) {
       f.grad = PyObject_GetAttr(f.param, grad_name);
       if (f.grad == nullptr) throw py::error_already_set();
@@ -136,7 +146,7 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
       }
       if (f.complete && counts_steps) {
         f.step = lookup(of_param, step_name);
-        f.complete = f.step != nullptr;
+        f.complete = f.step != nullptr && f.step != Py_None;
         if (f.complete) keep(f.step);
       }
       if (!f.complete) {
@@ -150,10 +160,10 @@ py::list Plan::gather(int variant, const py::list& params, const py::dict& state
   for (std::size_t i = 0; i < found.size(); ++i) {
     if (i + ahead < found.size()) {
       const Found& next = found[i + ahead];
-      prefetch_tensor(next.param);
-      if (next.grad != nullptr) prefetch_tensor(next.grad);
-      if (next.step != nullptr) prefetch_tensor(next.step);
-      for (std::size_t s = 0; next.complete && s < n_states; ++s) prefetch_tensor(next.states[s]);
+      for (PyObject* object : {next.param, next.grad, next.step})
+        if (object != nullptr && plain(object)) prefetch_tensor(object);
+      for (std::size_t s = 0; next.complete && s < n_states; ++s)
+        if (plain(next.states[s])) prefetch_tensor(next.states[s]);
     }
     const Found& f = found[i];
     const std::size_t n_known = f.complete ? n_states : 0;

@@ -1,5 +1,7 @@
 // One step of an optimizer: gather and check everything first, then write.
 #pragma once
+#include <optional>
+
 #include "bind_rules.hpp"
 #include "bind_tensor.hpp"
 #include "core/grad_factor.hpp"
@@ -68,12 +70,19 @@ class Plan {
   // device and layout goes through mend(index, param, grad, states, step), which returns one-dimensional dense
   // stand-ins [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters
   // whose state is missing; if there are any the plan is not to be run.
-  py::list gather(int variant, const py::list& params, const py::dict& state, const py::tuple& hyper, bool counts_steps,
-                  bool device_scalars, bool maximize, const py::object& fresh, const py::function& mend);
+  py::list gather(int variant, const py::object& params, const py::dict& state, const py::tuple& hyper,
+                  bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
+                  const py::function& mend);
 
   // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
   // p of |g|**p; infinity the largest magnitude and -infinity the smallest.
   double cpu_total(double norm_type, int max_threads) const;
+
+  // Whether any parameter, with a gradient or without, is of a subclass of Tensor: it may be sharded.
+  bool has_subclasses() const { return has_subclasses_; }
+
+  // Whether run() has begun to write.
+  bool has_run() const { return has_run_; }
 
   // Whether anything gathered is for the CPU kernels.
   bool has_cpu() const;
@@ -86,8 +95,8 @@ class Plan {
 
   // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, scaled_norm, norm,
   // grad_scale, found_inf): addresses, 0 where there is none.
-  void run(int max_threads, double max_norm, bool normalize, double norm, double grad_scale, bool scaled_on_device,
-           const py::function& on_device);
+  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double norm, double grad_scale,
+           bool scaled_on_device, const py::function& on_device);
 
   // The parameters that were gathered, for their version counters.
   py::list updated() const;
@@ -119,26 +128,31 @@ class Plan {
       if (type == PyTuple_GET_ITEM(tensor_types_.ptr(), i)) return true;
     return false;
   }
-  bool read(PyObject* object, TensorView& out) const { return plain(object) && reader_.read(object, out); }
-  bool is_negated(PyObject* tensor) const;
+  bool read(PyObject* object, TensorView& out) { return plain(object) && reader_.read(object, out, layouts_); }
+  static bool is_negated(PyObject* tensor);
   bool fits(const TensorView& param, const TensorView& other, DType dtype) const {
     return other.dtype == dtype && other.device_type == param.device_type && other.device == param.device &&
            param.same_layout(other);
   }
   bool read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
-                    bool check_negation) const;
+                    bool check_negation);
   void mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
                   PyObject* step, bool device_scalars, const py::function& mend, Entry& entry);
-  bool read_step(PyObject* step, bool device_scalars, Entry& entry) const;
+  bool read_step(PyObject* step, bool device_scalars, Entry& entry);
+  // The number of the step at hand, by the count on the host; 1 where the rule counts none.
+  static double next_step(const Entry& entry);
+  static void advance(const std::vector<const Entry*>& entries);
   void run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const;
   void run_cuda(const Group& group, const std::vector<const Entry*>& entries, const GradScaling& scaling,
                 double grad_scale, bool scaled_on_device, const py::function& on_device) const;
 
   const TensorReader& reader_;
+  Layouts layouts_;
   py::tuple tensor_types_;
   std::vector<Group> groups_;
   std::vector<PyObject*> references_;
-  std::vector<PyObject*> updated_;  // borrowed: the caller's lists hold them
+  std::vector<PyObject*> updated_;  // borrowed from references_
+  bool has_subclasses_ = false, has_run_ = false;
 };
 
 }  // namespace onepass

@@ -119,6 +119,21 @@ struct Lists {
 
 }  // namespace
 
+double Plan::next_step(const Entry& e) {
+  if (e.step == nullptr) return 1;
+  return 1 + (e.step_is_double ? *static_cast<const double*>(e.step) : double(*static_cast<const float*>(e.step)));
+}
+
+void Plan::advance(const std::vector<const Entry*>& entries) {
+  for (const Entry* e : entries) {
+    if (e->step == nullptr) continue;
+    if (e->step_is_double)
+      *static_cast<double*>(e->step) = next_step(*e);
+    else
+      *static_cast<float*>(e->step) = float(next_step(*e));
+  }
+}
+
 void Plan::run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const {
   const RuleVariant& rule = rule_variants()[group.options.variant];
   std::vector<double> hyper;
@@ -138,19 +153,12 @@ void Plan::run_cpu(const Group& group, const std::vector<const Entry*>& entries,
     lists.uses.clear();
   };
   for (const Entry* e : entries) {
-    double t = 1;
-    if (e->step != nullptr) {
-      t = 1 + (e->step_is_double ? *static_cast<double*>(e->step) : double(*static_cast<float*>(e->step)));
-      if (e->step_is_double)
-        *static_cast<double*>(e->step) = t;
-      else
-        *static_cast<float*>(e->step) = float(t);
-    }
     if (e->item.size == 0) continue;
-    lists.add(e->item, {t, nullptr, e->fresh}, false);
+    lists.add(e->item, {next_step(*e), nullptr, e->fresh}, false);
     if (lists.uses.size() == cpu::max_uses) flush();
   }
   flush();
+  advance(entries);
 }
 
 #if defined(ONEPASS_HAS_CUDA)
@@ -164,15 +172,10 @@ void Plan::run_cuda(const Group& group, const std::vector<const Entry*>& entries
   const bool device_step = group.options.counts_steps && group.options.device_scalars;
   for (const Entry* e : entries) {
     Use use{1, nullptr, e->fresh};
-    if (device_step) {
+    if (device_step)
       use.device_step = static_cast<float*>(e->step);
-    } else if (e->step != nullptr) {
-      use.t = 1 + (e->step_is_double ? *static_cast<double*>(e->step) : double(*static_cast<float*>(e->step)));
-      if (e->step_is_double)
-        *static_cast<double*>(e->step) = use.t;
-      else
-        *static_cast<float*>(e->step) = float(use.t);
-    }
+    else
+      use.t = next_step(*e);
     lists.add(e->item, use, device_step);
   }
   const int n_uses = static_cast<int>(lists.uses.size());
@@ -191,6 +194,7 @@ void Plan::run_cuda(const Group& group, const std::vector<const Entry*>& entries
              grad_scale,
              address(1),
              {entries[0]->device, address(0)}});
+  if (!device_step) advance(entries);  // the prepare kernel advances the others
 }
 #else
 void Plan::run_cuda(const Group&, const std::vector<const Entry*>&, const GradScaling&, double, bool,
@@ -199,11 +203,12 @@ void Plan::run_cuda(const Group&, const std::vector<const Entry*>&, const GradSc
 }
 #endif
 
-void Plan::run(int max_threads, double max_norm, bool normalize, double norm, double grad_scale, bool scaled_on_device,
-               const py::function& on_device) {
+void Plan::run(int max_threads, const std::optional<double>& max_norm, bool normalize, double norm, double grad_scale,
+               bool scaled_on_device, const py::function& on_device) {
+  has_run_ = true;
   std::vector<const Entry*> same;
   for (const Group& group : groups_) {
-    const GradScaling scaling{group.options.maximize, normalize, max_norm};
+    const GradScaling scaling{group.options.maximize, normalize, max_norm.has_value(), max_norm.value_or(0)};
     const double factor = grad_factor(scaling, grad_scale, norm);
     for (int occurrence = 0; occurrence < group.occurrences; ++occurrence) {
       // One launch for each device and dtype; few, so a scan for each is cheaper than a map.

@@ -71,6 +71,9 @@ struct TensorView {
   }
 };
 
+// Shapes and strides, at addresses that stay.
+using Layouts = std::deque<std::vector<std::int64_t>>;
+
 // Reads a tensor; false where its memory cannot be reached like a plain dense-typed tensor's (sparse, fake, meta,
 // integer, subclass without storage ...): the caller then asks Python to explain or to mend.
 class TensorReader {
@@ -87,8 +90,9 @@ class TensorReader {
 
   bool uses_exchange_api() const { return api_ != nullptr && api_->view != nullptr; }
 
-  bool read(PyObject* tensor, TensorView& out) const {
-    return uses_exchange_api() ? read_exchange(tensor, out) : read_described(tensor, out);
+  // layouts: keeps what out.shape and out.strides point to, where they are not the tensor's own.
+  bool read(PyObject* tensor, TensorView& out, Layouts& layouts) const {
+    return uses_exchange_api() ? read_exchange(tensor, out) : read_described(tensor, out, layouts);
   }
 
  private:
@@ -118,7 +122,7 @@ class TensorReader {
     return out.size == 0 || t.data != nullptr;
   }
 
-  bool read_described(PyObject* tensor, TensorView& out) const {
+  bool read_described(PyObject* tensor, TensorView& out, Layouts& layouts) const {
     const py::object described = describe_(py::handle(tensor));
     if (described.is_none()) return false;
     const py::tuple d = described;
@@ -129,19 +133,17 @@ class TensorReader {
     out.device = d[3].cast<int>();
     out.ndim = static_cast<int>(shape.size());
     out.size = 1;
-    auto& layout = layouts_.emplace_back();
+    auto& layout = layouts.emplace_back();
     for (int i = 0; i < out.ndim; ++i) layout.push_back(shape[i].cast<std::int64_t>());
     for (int i = 0; i < out.ndim; ++i) layout.push_back(strides[i].cast<std::int64_t>());
     for (int i = 0; i < out.ndim; ++i) out.size *= layout[i];
     out.shape = layout.data();
     out.strides = layout.data() + out.ndim;
-    while (layouts_.size() > 8) layouts_.pop_front();  // a parameter's own view is used together with one other
     return out.size == 0 || out.data != nullptr;
   }
 
   const dlpack::ExchangeApi* api_ = nullptr;
   py::object describe_;
-  mutable std::deque<std::vector<std::int64_t>> layouts_;  // shapes and strides of the latest described tensors
 };
 
 }  // namespace onepass

@@ -10,10 +10,12 @@ ONEPASS_HD double grad_factor(const GradScaling& scaling, double grad_scale, dou
   double factor = 1 / grad_scale;
   if (scaling.normalize) {
     factor *= norm == 0 ? 0 : 1 / norm;
-  } else if (scaling.max_norm >= 0) {
+  } else if (scaling.clip) {
     const double clip = scaling.max_norm / (norm + 1e-6);  // 1e-6: torch.nn.utils.clip_grad_norm_
     if (!(clip >= 1)) factor *= clip;                      // written so that a NaN norm gives a NaN factor
   }
+  constexpr double largest = 3.4028234663852886e38;  // of a float; 1 / norm of denormal gradients would be infinite
+  factor = factor > largest ? largest : factor;
   return scaling.maximize ? -factor : factor;
 }
 

@@ -9,7 +9,6 @@ enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
 constexpr std::int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 constexpr int max_states = 4;
-constexpr int max_hypers = 16;
 
 // One tensor of a launch: its memory streams and the Use (below) it belongs to. States are float32 beside 16-bit
 // parameters and of the parameter's type otherwise.
@@ -39,8 +38,8 @@ struct Scalar {
 struct GradScaling {
   bool maximize;
   bool normalize;
-  double max_norm;  // < 0: no clipping
-  bool needs_norm() const { return normalize || max_norm >= 0; }
+  bool clip;
+  double max_norm;
 };
 
 // The same, where the numbers live in device memory. Null: not used.

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ class Plan:
     def gather(
         self,
         variant: int,
-        params: list[Tensor],
+        params: Sequence[Tensor],
         state: dict[Tensor, Any],
         hyper: tuple[float | Tensor, ...],
         counts_steps: bool,
@@ -29,6 +29,8 @@ class Plan:
         fresh: set[Tensor] | None,
         mend: Callable[[int, Tensor, Tensor | None, list[Tensor], Any], list[Tensor]],
     ) -> list[int]: ...
+    def has_subclasses(self) -> bool: ...
+    def has_run(self) -> bool: ...
     def has_cpu(self) -> bool: ...
     def cpu_total(self, norm_type: float, max_threads: int) -> float: ...
     def cuda_devices(self) -> list[int]: ...
@@ -37,7 +39,7 @@ class Plan:
     def run(
         self,
         max_threads: int,
-        max_norm: float,
+        max_norm: float | None,
         normalize: bool,
         norm: float,
         grad_scale: float,

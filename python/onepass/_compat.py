@@ -71,6 +71,12 @@ def dtensor_type() -> type | None:
     return None
 
 
+def local_of(dtensor: Any) -> Tensor:
+    """This process's part of a DTensor, waited for where a collective is still under way."""
+    local = dtensor._local_tensor
+    return cast(Tensor, local.wait() if hasattr(local, "wait") else local)
+
+
 def has_own_dispatch(tensor: Tensor) -> bool:
     """Whether a tensor subclass handles operators itself (fake, functional, quantized ...): its memory is not its value."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _compat
 
-STRICT = os.environ.get("ONEPASS_STRICT", "0") not in ("", "0")
+STRICT = os.environ.get("ONEPASS_STRICT", "").lower() not in ("", "0", "false", "no", "off")
 _REAL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 
@@ -34,14 +34,20 @@ class Mender:
         states: names of the states, in the order they come.
         has_cuda: whether this build has CUDA kernels.
         sparse_text: torch's sentence for this optimizer about sparse gradients, or None.
+        replace: stores a state anew (index, name, tensor): with the parameter's strides, where they had come apart.
     """
 
     def __init__(
-        self, name: Callable[[int], str], states: tuple[str, ...], has_cuda: bool, sparse_text: str | None = None
+        self,
+        name: Callable[[int], str],
+        states: tuple[str, ...],
+        has_cuda: bool,
+        sparse_text: str | None = None,
+        replace: Callable[[int, str, Tensor], None] | None = None,
     ) -> None:
         self.name, self.states = name, states
-        self.has_cuda, self.sparse_text = has_cuda, sparse_text
-        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.has_cuda, self.sparse_text, self.replace = has_cuda, sparse_text, replace
+        self.copies: dict[Any, tuple[Tensor, Tensor, bool]] = {}  # by memory: (original, copy, write it back)
         self.locals: list[Tensor] = []
 
     def __call__(self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], step: Any) -> list[Tensor]:
@@ -56,6 +62,7 @@ class Mender:
         for name, state in zip(self.states, states, strict=False):
             self._check_state(who, name, param, state)
         with torch.no_grad():
+            states = self._align(index, param, states)
             plain = [tensor.detach().as_subclass(Tensor) for tensor in (param, *states)]
             if grad is not None:
                 grad = grad.detach().as_subclass(Tensor)
@@ -64,8 +71,9 @@ class Mender:
     def finish(self) -> None:
         """Write the results in copies back to where they belong, after the kernels ran."""
         with torch.no_grad():
-            for target, source in self.copies:
-                target.copy_(source)
+            for original, copy, write_back in self.copies.values():
+                if write_back:
+                    original.copy_(copy)
         if self.locals:
             _compat.increment_version(self.locals)
 
@@ -87,14 +95,14 @@ class Mender:
                     f"{who}: it is a DTensor placed {param.placements}, its state '{name}' is not. Let the optimizer make "
                     f"the state, or load it as a DTensor of the same mesh and placements."
                 )
-            local_states.append(state._local_tensor)
+            local_states.append(_compat.local_of(state))
         if grad is not None:
             if not isinstance(grad, dtensor):
                 raise RuntimeError(f"{who}: it is a DTensor, its gradient is not. Use DTensor.from_local on it.")
             if grad.placements != param.placements:
                 grad = grad.redistribute(param.device_mesh, param.placements)
-            grad = cast(Any, grad)._local_tensor
-        local: Tensor = cast(Any, param)._local_tensor
+            grad = _compat.local_of(grad)
+        local = _compat.local_of(param)
         self.locals.append(local)
         return local, grad, local_states
 
@@ -158,6 +166,8 @@ class Mender:
         if not isinstance(state, Tensor):
             raise RuntimeError(f"{who}: its state '{name}' is a {type(state).__name__}; a tensor is expected.")
         self._check_memory(who, f"state '{name}'", state)
+        if _overlaps_itself(state):
+            raise RuntimeError(f"{who}: its state '{name}' has elements that share memory. Use a clone().")
         for what, came, expected in (
             ("shape", tuple(state.shape), tuple(param.shape)),
             ("dtype", state.dtype, state_dtype(param.dtype)),
@@ -177,57 +187,68 @@ class Mender:
 
     # --- stand-ins --------------------------------------------------------------------------------------------------
 
+    def _align(self, index: int, param: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """States with the parameter's strides, once and for all: after .to(memory_format=...), or from a checkpoint."""
+        aligned = []
+        for name, state in zip(self.states, states, strict=False):
+            apart = state.stride() != param.stride() and _is_dense(param) and state.numel() > 0
+            if apart and self.replace is not None and not cast(Any, state).is_shared() and not self.locals:
+                state = torch.empty_like(param, dtype=state.dtype).copy_(state)
+                self.replace(index, name, state)
+            aligned.append(state)
+        return aligned
+
     def _stand_ins(self, who: str, param: Tensor, grad: Tensor | None, states: list[Tensor]) -> list[Tensor]:
+        if param.is_conj():  # a conjugate's memory does not say what it is
+            param = self._copy(who, "its conjugation", param, torch.empty_like(param), write_back=True)
         if param.is_complex():
-            param = _as_real(self, param)
+            param = torch.view_as_real(param)
             grad = None if grad is None else torch.view_as_real(grad.resolve_conj())
             states = [torch.view_as_real(state) for state in states]
         if param.numel() == 0:
             tensors = [param, *([] if grad is None else [grad]), *states]
             return [tensor.reshape(0) for tensor in tensors]
         if not _is_dense(param) or param.is_neg():
-            param = self._copy(who, "strided", param, torch.empty_like(param), write_back=True)
+            param = self._copy(who, "its strides", param, torch.empty_like(param), write_back=True)
         out = [param]
         if grad is not None:
-            if grad.stride() != param.stride() or grad.is_neg():
+            if not _same_strides(grad, param) or grad.is_neg():
                 grad = self._copy(who, "its gradient's strides", grad, torch.empty_like(param), write_back=False)
             out.append(grad)
         for state in states:
-            if state.stride() == param.stride():
-                out.append(state)
-                continue
-            same_strides = torch.empty_like(param, dtype=state.dtype)
-            if cast(Any, state).is_shared() or state._base is not None:
-                out.append(self._copy(who, "a state's strides", state, same_strides, write_back=True))
-            else:  # once and for all, the parameter keeps its memory format
-                state.data = same_strides.copy_(state)
-                out.append(state)
-        return [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in out]
+            if not _same_strides(state, param) or state.is_neg():
+                like = torch.empty_like(param, dtype=state.dtype)
+                state = self._copy(who, "a state's strides", state, like, write_back=True)
+            out.append(state)
+        return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in out]
 
     def _copy(self, who: str, why: str, source: Tensor, target: Tensor, write_back: bool) -> Tensor:
+        """A copy of other strides. The same memory gets the same copy, so that a parameter listed twice stays one."""
+        memory = (source.data_ptr(), source.dtype, source.shape, source.stride(), source.is_neg(), source.is_conj())
+        if memory in self.copies:
+            return self.copies[memory][1]
         if STRICT:
             raise RuntimeError(
                 f"{who}: {why} would need a copy at every step, and ONEPASS_STRICT=1 forbids slow paths."
             )
-        target.copy_(source)
-        if write_back:
-            self.copies.append((source, target))
+        if write_back and source.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{who} was made in inference mode and is not dense: it cannot be written outside of it."
+            )
+        self.copies[memory] = (source, target.copy_(source), write_back)
         return target
-
-
-def _as_real(mender: Mender, param: Tensor) -> Tensor:
-    """A complex parameter as pairs of reals; through a copy where it is the conjugate of what its memory says."""
-    if not param.is_conj():
-        return torch.view_as_real(param)
-    resolved = param.resolve_conj()
-    mender.copies.append((param, resolved))
-    return torch.view_as_real(resolved)
 
 
 def _by_stride(tensor: Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions that have a neighbour, innermost first."""
     dims = zip(tensor.stride(), tensor.shape, strict=True)
     return sorted((stride, size) for stride, size in dims if size != 1)
+
+
+def _same_strides(tensor: Tensor, other: Tensor) -> bool:
+    """Equal strides, where a dimension has more than one element."""
+    sizes_and_strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return all(size == 1 or ours == theirs for size, ours, theirs in sizes_and_strides)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -248,7 +269,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         extent += stride * (size - 1)
     else:
         return False
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in _by_stride(tensor):
-        offsets = (offsets.unsqueeze(-1) + torch.arange(size) * stride).flatten()
+        offsets = (offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride).flatten()
     return torch.bincount(offsets).max().item() > 1

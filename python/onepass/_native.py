@@ -33,9 +33,9 @@ def rules() -> tuple[str, ...]:
     return tuple(_HYPER_NAMES)
 
 
-def hyper_names(rule: str) -> tuple[str, ...]:
-    """The hyper-parameters of a rule, as its file in csrc/rules names them."""
-    return _HYPER_NAMES[rule]
+def state_names(rule: str) -> tuple[str, ...]:
+    """Every state that some variant of the rule has."""
+    return tuple({name: None for r, states in _VARIANTS if r == rule for name in states})
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
@@ -70,7 +70,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def _choose_isa() -> None:
-    wanted = os.environ.get("ONEPASS_ISA")
+    wanted = os.environ.get("ONEPASS_ISA") or None
     if wanted is not None and wanted not in isas():
         raise ImportError(f"ONEPASS_ISA={wanted}: this build and machine have {', '.join(isas())}")
     _C.use_isa(wanted or isas()[-1])
@@ -87,7 +87,7 @@ class Group:
         state_names: the states of this variant of the rule, in the rule's order.
         params: the parameters; their `.grad` is read if the rule reads gradients.
         state: optimizer state, {parameter: {name: tensor}}.
-        hyper: a number or one-element tensor for each of hyper_names(rule).
+        hyper: a number or one-element tensor for each hyper-parameter that the rule's file names.
         counts_steps: whether the state has a "step".
         device_scalars: whether "step" lives beside the parameter on CUDA.
         maximize: whether the gradient's sign is turned.
@@ -122,10 +122,10 @@ class Group:
     def _scalar(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor):
             value = value.detach()
-            on_device = is_on_cuda(value) and all(is_on_cuda(p) for p in self.params)
+            on_device = is_on_cuda(value) and all(p.device == value.device for p in self.params)
             if on_device and value.dtype in (torch.float32, torch.float64):
                 return value
-        return float(value)  # of a CPU tensor: no synchronisation
+        return float(value)  # synchronises where the tensor is on another device than a parameter
 
     def gather(self, plan: _C.Plan) -> list[int]:
         return plan.gather(
@@ -135,7 +135,7 @@ class Group:
             self.hyper,
             self.counts_steps,
             self.device_scalars,
-            self.maximize,
+            bool(self.maximize),
             self.fresh,
             self.mender,
         )
@@ -164,7 +164,7 @@ class Clip:
         found_inf: Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.max_norm, self.normalize = max_norm, normalize
+        self.max_norm, self.normalize = None if max_norm is None else float(max_norm), bool(normalize)
         self.grad_scale, self.found_inf = grad_scale, found_inf
         self.reduce = reduce
 
@@ -244,8 +244,7 @@ def _update_on_cpu(plan: _C.Plan, clip: Clip, known_norm: Tensor | None) -> floa
             norm = float(norm_of(plan, reduce=clip.reduce)) / grad_scale
         else:
             norm = math.sqrt(plan.cpu_total(2.0, threads)) / grad_scale
-    max_norm = -1.0 if clip.max_norm is None else float(clip.max_norm)
-    plan.run(threads, max_norm, clip.normalize, norm or 0.0, grad_scale, False, _no_device)
+    plan.run(threads, clip.max_norm, clip.normalize, norm or 0.0, grad_scale, False, _no_device)
     return norm
 
 
@@ -287,9 +286,8 @@ def _update_with_cuda(plan: _C.Plan, clip: Clip, devices: list[int], norm: Tenso
             address(clip.found_inf, torch.float32),
         )
 
-    max_norm = -1.0 if clip.max_norm is None else float(clip.max_norm)
     scaled_on_device = scaled_norm is not None or clip.grad_scale is not None
-    plan.run(torch.get_num_threads(), max_norm, clip.normalize, host_norm, host_scale, scaled_on_device, on_device)
+    plan.run(torch.get_num_threads(), clip.max_norm, clip.normalize, host_norm, host_scale, scaled_on_device, on_device)
     return norm
 
 
@@ -309,14 +307,16 @@ def check_finite(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> No
         )
 
 
-def clip_to_norm(gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    """Scale tensors in place to a global p-norm; gives the norm before, a 0-d float64 tensor."""
+def clip_to_norm(
+    gradients: list[Tensor], max_norm: float, norm_type: float, dtype: torch.dtype, error_if_nonfinite: bool
+) -> Tensor:
+    """Scale tensors in place to a global p-norm; gives the norm before, a 0-d tensor of the dtype asked for."""
     plan, mender = _gather_gradients(gradients, math.inf)
     norm = norm_of(plan, norm_type)
-    check_finite(norm, norm_type, error_if_nonfinite)
-    if plan.cuda_devices() or not float(norm) + 1e-6 <= max_norm:  # on the CPU a factor of 1 needs no pass
+    check_finite(norm.to(dtype), norm_type, error_if_nonfinite)
+    if plan.cuda_devices() or not max_norm / (float(norm) + 1e-6) >= 1:  # on the CPU a factor of 1 needs no pass
         update(plan, [mender], Clip(max_norm=max_norm), norm)
-    return norm
+    return norm.to(dtype)
 
 
 def clip_to_value(gradients: list[Tensor], limit: float) -> None:

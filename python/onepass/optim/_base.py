@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from .._mend import Mender, state_dtype
 from ._distributed import reduce_sharded
 
 # Options of every optimizer here beside its own; all are kept in the param groups.
-_SHARED: dict[str, Any] = {"max_norm": None, "normalize_grads": False, "fused_unscale": False}
+_SHARED = ("max_norm", "normalize_grads", "fused_unscale")
 
 
 def check(ok: bool, text: str, value: object) -> None:
@@ -74,6 +75,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
+        self._check_shared_options(group)
+
+    def _check_shared_options(self, group: dict[str, Any]) -> None:
+        """The part that is asked again at every step: groups are dicts that anyone may change."""
         if group.get("differentiable"):
             raise RuntimeError(
                 f"`fused` does not support `differentiable`: {type(self).__name__} writes parameters in place in one kernel. "
@@ -83,9 +88,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         max_norm = group["max_norm"]
         if max_norm is not None:
+            check_scalar("max_norm", max_norm)
             check(max_norm >= 0, "Invalid max_norm value", max_norm)
             if group["normalize_grads"]:
                 raise ValueError("max_norm and normalize_grads exclude each other: clip to a norm or divide by it")
+
+    def _all_state_names(self) -> tuple[str, ...]:
+        """Every state that some choice of options makes."""
+        return _native.state_names(self.rule)
+
+    def _may_lack(self, name: str) -> bool:
+        """Whether a checkpoint may leave a state out."""
+        return False
 
     def _needs_fresh(self, group: dict[str, Any]) -> bool:
         """Whether the rule treats states apart that were made for this very step."""
@@ -118,6 +132,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for other in self.param_groups[:1]:
                 self._check_agreement(other, {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for index, param in enumerate(self.param_groups[-1]["params"]):
+            if param.is_neg() and param.numel() > 1 and param.is_contiguous():
+                name = _name(self.param_groups.pop(), len(self.param_groups), index)
+                raise RuntimeError(f"{name} is a lazily negated view of another tensor. Use resolve_neg().")
 
     @staticmethod
     def _check_agreement(group: dict[str, Any], other: dict[str, Any]) -> None:
@@ -131,12 +149,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
+        for option, parameter in inspect.signature(
+            type(self).__init__
+        ).parameters.items():  # a pickle of an older onepass
+            if parameter.default is not inspect.Parameter.empty and option != "params":
+                defaults.setdefault(option, parameter.default)
         old_groups: Iterable[dict[str, Any]] = (
             self.param_groups if loading is not None else [{}] * len(state["param_groups"])
         )
         for group, old in zip(state["param_groups"], old_groups, strict=True):
             for option, value in {**defaults, **old}.items():
                 group.setdefault(option, value)
+            if loading is not None:  # how this process scales its losses is not the checkpoint's to say
+                group["fused_unscale"] = old["fused_unscale"]
             self._check_options(group)
             for other in state["param_groups"][:1]:
                 self._check_agreement(other, group)
@@ -147,6 +172,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_grad_norm" not in self.__dict__:
             self._grad_norm = None
         super().__setstate__(state)
+        if loading is not None:  # for groups that are added later
+            self.defaults.update({option: self.param_groups[0][option] for option in _SHARED})
 
     @_compat.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,20 +212,38 @@ class FusedOptimizer(torch.optim.Optimizer):
                     kept[name] = value.to(device=param.device, dtype=dtype)
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
-        """Shapes of the states; the step count as a tensor where this optimizer wants it."""
+        """The states of this optimizer, all of them, with the parameters' shapes; the step count where it has to live."""
+        names = self._state_names(group)
         for index, param in enumerate(group["params"]):
             of_param = state.get(param)
             if not of_param:
                 continue
-            for name in self._state_names(group):
+            who = _name(group, number, index)
+            wanted = [*names, "step"] if self.counts_steps else [*names]
+            missing = [n for n in wanted if of_param.get(n) is None and not self._may_lack(n)]
+            known = {*self._all_state_names(), "step"} if self.counts_steps else {*self._all_state_names()}
+            if missing or not known & of_param.keys():
+                raise ValueError(
+                    f"{who}: the loaded state has {sorted(map(str, of_param))}, {type(self).__name__} needs {wanted}. Is it of "
+                    f"another optimizer?"
+                )
+            for name in names:
                 value = of_param.get(name)
-                if isinstance(value, Tensor) and value.shape != param.shape:
-                    raise ValueError(
-                        f"{_name(group, number, index)}: the loaded state '{name}' has shape {tuple(value.shape)}, the parameter has "
-                        f"{tuple(param.shape)}. The state belongs to another model."
+                if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
+                    came = (
+                        f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
                     )
-            if self.counts_steps and "step" in of_param:
-                of_param["step"] = self._step_tensor(group, param, of_param["step"])
+                    raise ValueError(
+                        f"{who}: the loaded state '{name}' has {came}, the parameter has shape {tuple(param.shape)}. The state "
+                        f"belongs to another model."
+                    )
+            if self.counts_steps:
+                step = of_param["step"]
+                if isinstance(step, Tensor) and step.numel() != 1:
+                    raise ValueError(
+                        f"{who}: the loaded state 'step' has shape {tuple(step.shape)}; one number is expected."
+                    )
+                of_param["step"] = self._step_tensor(group, param, step)
 
     def _step_tensor(self, group: dict[str, Any], param: Tensor, step: float | Tensor = 0.0) -> Tensor:
         """A step count where it has to live: on the CPU, or beside the parameter for CUDA graphs and fused_unscale."""
@@ -236,7 +281,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _clip(self) -> _native.Clip:
         options = self.param_groups[0]
-        for group in self.param_groups[1:]:
+        for group in self.param_groups:
+            self._check_shared_options(group)
             self._check_agreement(options, group)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not options["fused_unscale"] and (grad_scale is not None or found_inf is not None):
@@ -247,37 +293,54 @@ class FusedOptimizer(torch.optim.Optimizer):
         return _native.Clip(options["max_norm"], options["normalize_grads"], grad_scale, found_inf)
 
     def _update(self, clip: _native.Clip) -> None:
-        gathered = self._gather(None)
-        if isinstance(gathered, list):  # parameters met for the first time; everything was checked before this
-            made: list[tuple[Tensor, str]] = []
-            fresh: set[Tensor] = set()
-            try:
-                for group, index in gathered:
+        plan, menders, missing = self._gather(None)
+        if clip.needs_norm and plan.has_subclasses():
+            clip.reduce = reduce_sharded(self.param_groups)
+        self._check_capture(plan)
+        made: list[tuple[Tensor, str]] = []
+        fresh: set[Tensor] = set()
+        try:
+            if missing:  # parameters met for the first time; everything was checked before their states are made
+                for group, index in missing:
                     self._make_state(group, group["params"][index], made)
                     if self._needs_fresh(group):
                         fresh.add(group["params"][index])
-                gathered = self._gather(fresh)
-                assert not isinstance(gathered, list)
-            except BaseException:
-                for param, name in made:
-                    del self.state[param][name]
-                    if not self.state[param]:
-                        del self.state[param]
-                raise
-        plan, menders = gathered
-        if clip.needs_norm and any(mender.locals for mender in menders):
-            clip.reduce = reduce_sharded(self.param_groups)
-        norm = _native.update(plan, menders, clip)
+                plan, menders, missing = self._gather(fresh)
+                if missing:
+                    raise RuntimeError("the optimizer's state changed while it was being made")
+            norm = _native.update(plan, menders, clip)
+        except BaseException:
+            for param, name in [] if plan.has_run() else made:
+                del self.state[param][name]
+                if not self.state[param]:
+                    del self.state[param]
+            raise
         if norm is not None:
             self._grad_norm = norm
 
-    def _gather(self, fresh: set[Tensor] | None) -> Any:
-        """Check and collect every group: (plan, menders), or the [(group, index)] whose state is still to be made."""
+    def _check_capture(self, plan: Any) -> None:
+        """A CUDA graph that replays a step whose number the host counts would repeat that one step."""
+        on_host = [g for g in self.param_groups if not (g.get("capturable") or g["fused_unscale"])]
+        if self.counts_steps and on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable "
+                f"is False."
+            )
+
+    def _gather(self, fresh: set[Tensor] | None) -> tuple[Any, list[Mender], list[tuple[dict[str, Any], int]]]:
+        """Check and collect every group: plan, menders, and the [(group, index)] whose state is still to be made."""
         plan = _native.new_plan()
-        menders, missing = [], []
+        menders: list[Mender] = []
+        missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
-            mender = Mender(partial(_name, group, number), states, _native.cuda_kernels, self.sparse_text)
+            mender = Mender(
+                partial(_name, group, number),
+                states,
+                _native.cuda_kernels,
+                self.sparse_text,
+                partial(self._replace_state, group),
+            )
             menders.append(mender)
             native = _native.Group(
                 self.rule,
@@ -292,12 +355,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 fresh=fresh,
             )
             missing += [(group, index) for index in native.gather(plan)]
-        return missing or (plan, menders)
+        return plan, menders, missing
+
+    def _replace_state(self, group: dict[str, Any], index: int, name: str, tensor: Tensor) -> None:
+        self.state[group["params"][index]][name] = tensor
 
     def _make_state(self, group: dict[str, Any], param: Tensor, made: list[tuple[Tensor, str]]) -> None:
         """Zero states, as tensors like the parameter: same strides, and a DTensor for a DTensor."""
         state = self.state[param]
-        if self.counts_steps and "step" not in state:
+        if self.counts_steps and state.get("step") is None:
             state["step"] = self._step_tensor(group, param)
             made.append((param, "step"))
         for name in self._state_names(group):

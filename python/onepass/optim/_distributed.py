@@ -23,8 +23,8 @@ def reduce_sharded(groups: list[dict[str, Any]]) -> Callable[[Tensor], Tensor] |
     plain = False
     for group in groups:
         for param in group["params"]:
-            if param.grad is None and not isinstance(param, dtensor):
-                continue
+            if param.grad is None and not (isinstance(param, dtensor) and param.requires_grad):
+                continue  # a shard without a gradient counts: elsewhere in the mesh it may have one
             if isinstance(param, dtensor):
                 sharded = tuple(d for d, placement in enumerate(param.placements) if placement.is_shard())
                 layouts[(param.device_mesh, sharded)] = None
@@ -43,6 +43,7 @@ def reduce_sharded(groups: list[dict[str, Any]]) -> Callable[[Tensor], Tensor] |
     def reduce(total: Tensor) -> Tensor:
         import torch.distributed as dist
 
+        total = total.to(mesh.device_type)
         for dim in dims:
             dist.all_reduce(total, group=mesh.get_group(dim))
         return total

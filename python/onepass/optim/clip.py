@@ -52,7 +52,7 @@ def clip_grad_norm_(
         max_norm: the largest norm to leave.
         norm_type: p of the p-norm; inf and -inf for the largest and the smallest absolute value. One pass to sum, one to
             scale, and none to scale where the norm is small enough already (on the CPU). 0, which counts the gradients that
-            are not all zero, and sharded gradients (DTensor) are torch's own work.
+            are not all zero, complex gradients with another p than 2, and DTensors are torch's own work.
         error_if_nonfinite: raise RuntimeError, with the gradients untouched, where the norm is NaN or infinite.
         foreach: a hint to torch, accepted and without effect.
 
@@ -65,12 +65,16 @@ def clip_grad_norm_(
     gradients = _gradients(parameters)
     if not gradients:
         return torch.tensor(0.0)
-    dtensor = _compat.dtensor_type()
-    sharded = dtensor is not None and any(isinstance(g, dtensor) for g in gradients)
-    if norm_type == 0 or sharded:
+    parts_suffice = norm_type == 2.0 or not any(g.is_complex() for g in gradients)  # real and imaginary apart
+    if norm_type == 0 or not parts_suffice or _sharded(gradients):
         return _clip_by_torch(gradients, max_norm, norm_type, error_if_nonfinite)
     dtype = functools.reduce(torch.promote_types, (g.dtype.to_real() for g in gradients))
-    return _native.clip_to_norm(gradients, max_norm, norm_type, error_if_nonfinite).to(dtype)
+    return _native.clip_to_norm(gradients, max_norm, norm_type, dtype, error_if_nonfinite)
+
+
+def _sharded(gradients: list[Tensor]) -> bool:
+    dtensor = _compat.dtensor_type()
+    return dtensor is not None and any(isinstance(g, dtensor) for g in gradients)
 
 
 def _clip_by_torch(gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
@@ -99,5 +103,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     gradients = _gradients(parameters)
     if any(g.is_complex() for g in gradients):
         raise NotImplementedError("clamp is not supported for complex types: a complex gradient has no range of values")
-    if gradients:
+    if _sharded(gradients):
+        for g in gradients:
+            g.clamp_(-clip_value, clip_value)
+    elif gradients:
         _native.clip_to_value(gradients, float(clip_value))

@@ -93,6 +93,9 @@ class SGD(FusedOptimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
+    def _may_lack(self, name: str) -> bool:
+        return name == "momentum_buffer"  # torch makes it, or keeps None, with the first gradient
+
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         return {
             name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "lr_in_velocity")
