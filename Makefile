@@ -38,17 +38,24 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD_DIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu wheel clean
+.PHONY: help demo test test-cuda-host gate lint bench gpu wheel clean
 .DELETE_ON_ERROR:
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(PACKAGE) ## Train two networks with torch.optim and with onepass: table and demo.png
 	$(PY) examples/demo.py
 
-test: $(PACKAGE) ## All tests; PYTEST_ARGS="-k adam" for some
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
+	$(PY) -m pytest --ignore=tests/cuda_on_host $(PYTEST_ARGS)
+
+test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU with sanitizers; mutants; 4 minutes
+	$(PY) tests/cuda_on_host/run.py
+	$(PY) -m pytest tests/cuda_on_host
+
+gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
+	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR))
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m ruff check .
@@ -66,22 +73,26 @@ clean: ## Remove what was built; the virtual environment stays
 	rm -rf build dist demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis python/onepass/_C*.so
 	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
-# On a machine with a GPU, torch with CUDA, nvcc, pybind11, scikit-build-core and CMake; no network is used. Ends within
-# 8 minutes: a part that runs out of its time is stopped and what it has found so far is printed and saved.
+# On a machine with a GPU, torch with CUDA, nvcc, pybind11, scikit-build-core, CMake and pytest; no network is used. Ends
+# within 8 minutes: a part that runs out of its time is stopped and what it has found so far is printed and saved.
 GPU_SITE := build/gpu-site
 GPU_ARCHS ?= native
-GPU_TEST_SECONDS ?= 210
-GPU_BENCH_SECONDS ?= 120
+GPU_TEST_SECONDS ?= 150
+GPU_BENCH_SECONDS ?= 100
 gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
 	rm -rf $(GPU_SITE)
-	timeout 120 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
+	timeout 110 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
 	  --config-settings=build-dir=build/gpu-{wheel_tag} --config-settings=cmake.define.ONEPASS_CUDA=ON \
 	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=$(GPU_ARCHS) .
-	@export PYTHONPATH=$(abspath $(GPU_SITE)); result=0; \
-	$(PY) -c 'import onepass; print(onepass.show_config())' && \
-	{ timeout --signal=INT --kill-after=10 $(GPU_TEST_SECONDS) $(PY) -m pytest -q -k 'cuda and not host' $(PYTEST_ARGS) || result=$$?; } && \
-	{ timeout --kill-after=10 $$(($(GPU_BENCH_SECONDS) + 20)) $(PY) benchmarks/optimizers.py --device cuda \
-	  --seconds 1 --budget $(GPU_BENCH_SECONDS) --out $(RESULTS) $(BENCH_ARGS) || result=$$?; } && exit $$result
+	@export PYTHONPATH=$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1; result=0; \
+	part() { timeout --signal=INT --kill-after=10 "$$@" || result=$$?; }; \
+	part 30 $(PY) -m onepass; \
+	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -m cuda_kernels -k 'not compute_sanitizer' \
+	  --continue-on-collection-errors $(PYTEST_ARGS); \
+	part $$(($(GPU_BENCH_SECONDS) + 10)) $(PY) benchmarks/optimizers.py --device cuda --seconds 1 \
+	  --budget $(GPU_BENCH_SECONDS) --out $(RESULTS) $(BENCH_ARGS); \
+	part 70 $(PY) -m pytest -q -k compute_sanitizer tests/test_gpu.py; \
+	exit $$result
 
 # ---------------------------------------------------------------------------------------------------- the environment
 

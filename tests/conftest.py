@@ -2,28 +2,70 @@
 
 import os
 
-import onepass
-import pytest
-import torch
-from support import DTYPES
+from cuda_on_host import backend
 
-BACKENDS = ("native", "cuda-on-host")
+BACKEND = backend.choose()  # before anything imports onepass
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from support import DTYPES  # noqa: E402
+
+ON_HOST = BACKEND == "cuda-on-host"
+DEVICES = {BACKEND: "cpu"} if ON_HOST else {"cpu": "cpu", "cuda": "cuda"} if backend.kernel_device() else {"cpu": "cpu"}
+
+# What makes no sense where the CUDA kernels run on the host: a test by its name, and why.
+NOT_ON_HOST = {
+    "test_the_baseline_is_always_there": "about the CPU kernels",
+    "test_same_bits_on_every_isa": "about the CPU kernels",
+    "test_same_bits_for_any_thread_count": "about the CPU kernels",
+    "test_same_bits_from_run_to_run": "about the CPU kernels",
+    "test_two_processes": "its processes load the installed extension",
+    "test_hogwild": "its processes load the installed extension",
+    "test_every_combination_of_arguments": "a minute; test_every_pair_of_arguments runs",
+    "test_no_drift_in_ten_thousand_steps": "as many launches; the bits are those of the CPU kernels, which it tests",
+}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def backend() -> str:
-    """The native code under test: the installed extension, or the CUDA sources built for the host.
-
-    This is the only place that chooses; a test that makes no sense on a backend asks for the fixture and skips itself.
-    """
-    name = os.environ.get("ONEPASS_TEST_BACKEND", "native")
-    assert name in BACKENDS, f"ONEPASS_TEST_BACKEND is {name!r}, expected one of {BACKENDS}"
-    return name
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda_kernels: runs the CUDA kernels, on a GPU or on the host")
 
 
-@pytest.fixture(params=["cpu", "cuda"] if onepass.has_cuda and torch.cuda.is_available() else ["cpu"])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("device", "cpu") != "cpu":
+            item.add_marker("cuda_kernels")
+        if not ON_HOST:
+            continue
+        reason = NOT_ON_HOST.get(getattr(item, "originalname", item.name))
+        if reason is None and params.get("isa", "baseline") != "baseline":
+            reason = "an instruction set of the CPU kernels"
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With ONEPASS_TEST_EVERY_KERNEL a run that left out a kernel has failed."""
+    if ON_HOST and os.environ.get("ONEPASS_TEST_EVERY_KERNEL") and not all(backend.kernels().values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not ON_HOST:
+        return
+    done, kernels = backend.counters(), backend.kernels()
+    missed = [name for name, launched in kernels.items() if not launched]
+    terminalreporter.write_line(
+        f"cuda-on-host: {len(kernels) - len(missed)} of {len(kernels)} kernels, {done['launches']} launches, "
+        f"{done['blocks']} blocks, {done['threads']} threads"
+    )
+    if os.environ.get("ONEPASS_TEST_EVERY_KERNEL"):
+        terminalreporter.write("".join(f"never launched: {name}\n" for name in missed))
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+    return torch.device(DEVICES[request.param])
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

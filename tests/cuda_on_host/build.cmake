@@ -1,21 +1,48 @@
 # The extension with its CUDA kernels compiled by g++ and executed on the CPU. Needs CUDA's headers, not its compiler.
+# ONEPASS_SANITIZE lists further ones to build, each with other sanitizers: "address,undefined;thread" makes
+# address/_C*.so and thread/_C*.so beside _C*.so. They share the CPU kernels' objects, which are not instrumented.
 set(CUDA_INCLUDE_HINTS $ENV{CUDA_HOME}/include /usr/local/cuda/include)
 file(GLOB wheels "${Python_SITELIB}/nvidia/cu*/include")
 find_path(ONEPASS_CUDA_INCLUDE cuda_bf16.h HINTS ${CUDA_INCLUDE_HINTS} ${wheels} REQUIRED)
 
-set(sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/reduce.cu)
-set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
-add_library(cuda_kernels OBJECT ${sources})
-target_include_directories(cuda_kernels PRIVATE csrc tests/cuda_on_host ${ONEPASS_GENERATED})
-target_include_directories(cuda_kernels SYSTEM PRIVATE ${ONEPASS_CUDA_INCLUDE})
-target_compile_options(cuda_kernels PRIVATE -x c++ -O1 -g -ffp-contract=off -fno-strict-aliasing -fno-omit-frame-pointer ${warnings})
-target_compile_definitions(cuda_kernels PRIVATE ONEPASS_CUDA_ON_HOST)
+set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/reduce.cu
+                 ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
+set_source_files_properties(${host_sources} PROPERTIES LANGUAGE CXX)
+set(host_definitions ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
 
-target_link_libraries(_C PRIVATE cuda_kernels)
-target_compile_definitions(_C PRIVATE ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
-if(ONEPASS_SANITIZE)
-  foreach(target _C cuda_kernels)
-    target_compile_options(${target} PRIVATE -fsanitize=${ONEPASS_SANITIZE} -fno-sanitize-recover=undefined)
+# The kernels as library `kernels`, linked into the extension `module`.
+function(add_host_kernels kernels module)
+  add_library(${kernels} OBJECT ${host_sources})
+  target_include_directories(${kernels} PRIVATE csrc tests/cuda_on_host ${ONEPASS_GENERATED})
+  target_include_directories(${kernels} SYSTEM PRIVATE ${ONEPASS_CUDA_INCLUDE})
+  # -g1: line numbers for the sanitizers' reports. -fno-strict-aliasing: kernels see memory as 16-byte words.
+  target_compile_options(${kernels} PRIVATE -x c++ -O1 -g1 -ffp-contract=off -fno-strict-aliasing
+                         -fno-omit-frame-pointer ${warnings})
+  target_compile_definitions(${kernels} PRIVATE ONEPASS_CUDA_ON_HOST)
+  target_link_libraries(${module} PRIVATE ${kernels})
+  target_compile_definitions(${module} PRIVATE ${host_definitions})
+endfunction()
+
+# The extension once more, the binding and the kernels with sanitizers.
+function(add_sanitized_module sanitizers)
+  string(REGEX REPLACE ",.*" "" name ${sanitizers})
+  get_target_property(sources _C SOURCES)
+  list(FILTER sources INCLUDE REGEX "\\.cpp$")
+  pybind11_add_module(_C_${name} MODULE NO_EXTRAS ${sources})
+  set_target_properties(_C_${name} PROPERTIES LIBRARY_OUTPUT_NAME _C
+                        LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${name})
+  foreach(property INCLUDE_DIRECTORIES COMPILE_DEFINITIONS COMPILE_OPTIONS LINK_LIBRARIES)
+    get_target_property(value _C ${property})
+    set_property(TARGET _C_${name} APPEND PROPERTY ${property} ${value})
   endforeach()
-  target_link_options(_C PRIVATE -fsanitize=${ONEPASS_SANITIZE})
-endif()
+  add_host_kernels(cuda_kernels_${name} _C_${name})
+  foreach(target _C_${name} cuda_kernels_${name})
+    target_compile_options(${target} PRIVATE -fsanitize=${sanitizers} -fno-sanitize-recover=all -g1 -O1)
+  endforeach()
+  target_link_options(_C_${name} PRIVATE -fsanitize=${sanitizers})
+endfunction()
+
+foreach(sanitizers IN LISTS ONEPASS_SANITIZE)
+  add_sanitized_module(${sanitizers})  # before _C has plain kernels to pass on
+endforeach()
+add_host_kernels(cuda_kernels _C)

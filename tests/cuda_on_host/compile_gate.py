@@ -1,9 +1,10 @@
 """What a compiled CUDA kernel shows without a GPU: no local memory, 16-byte accesses, registers within a budget.
 
-    python compile_gate.py OBJECT_OR_LIBRARY... [--registers 64] [--budget 'layer_norm=128'] [--brief]
+    python compile_gate.py BUILD_FOLDER_OR_OBJECT... [--registers 64] [--budget 'layer_norm=128'] [--brief]
 
 Reads the machine code of every kernel for every architecture with cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump
-and nvidia-cuda-nvdisasm, both needed). Ends with 1 if a kernel breaks a rule, 2 if there was nothing to judge.
+and nvidia-cuda-nvdisasm, both needed). In a build folder it takes the objects that nvcc made of csrc/cuda. Ends with 1
+if a kernel breaks a rule, 2 if there was nothing to judge although there is an nvcc.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 
@@ -127,43 +129,68 @@ def inspect(paths: Iterable[Path]) -> list[Kernel]:
     return sorted(kernels, key=lambda k: (k.label, int(re.sub(r"\D", "", k.arch))))
 
 
+def objects_in(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are; of a folder what CMake's target cuda_kernels compiled."""
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(path.glob("**/cuda_kernels.dir/**/*.cu.o")) if path.is_dir() else [path] * path.exists()
+    return found
+
+
 def table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def each(values: Iterable[int]) -> str:
+    """One number an architecture, one in all if they agree."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="+", type=Path, help="object files or libraries with CUDA code")
+    parser.add_argument("paths", nargs="+", type=Path, help="build folders, object files or libraries with CUDA code")
     parser.add_argument("--registers", type=int, default=64, help="budget a thread, 64 unless stated otherwise")
     parser.add_argument("--budget", action="append", default=[], metavar="REGEX=N", help="another one for some kernels")
-    parser.add_argument("--narrow", default="reduce|prepare|join", metavar="REGEX", help="need no 16-byte access")
-    parser.add_argument("--reads", default="sum", metavar="REGEX", help="need 16-byte loads, but no such stores")
+    parser.add_argument("--narrow", default="prepare|join", metavar="REGEX", help="need no 16-byte access")
+    parser.add_argument("--reads", default="reduce", metavar="REGEX", help="need 16-byte loads, but no such stores")
     parser.add_argument("--brief", action="store_true", help="print only the kernels that break a rule")
     options = parser.parse_args(arguments)
     budgets = [(pattern, int(n)) for pattern, _, n in (entry.rpartition("=") for entry in options.budget)]
 
+    objects = objects_in(options.paths)
+    if not objects and shutil.which("nvcc") is None:
+        print("compile gate: no nvcc here, nothing to judge")
+        return 0
     try:
-        kernels = inspect(options.paths)
+        kernels = inspect(objects)
     except (FileNotFoundError, RuntimeError) as error:
         print(f"compile gate: {error}", file=sys.stderr)
         return 2
-    rows = [["kernel", "arch", "registers", "stack", "shared", "local", "wide loads", "wide stores", "verdict"]]
+    rows = [["kernel", "registers", "stack", "shared", "local", "wide loads", "wide stores", "verdict"]]
     broken = 0
-    for kernel in kernels:
-        budget = next((n for pattern, n in budgets if re.search(pattern, kernel.label)), options.registers)
-        narrow = bool(re.search(options.narrow, kernel.name))
-        reads = bool(re.search(options.reads, kernel.name))
-        faults = kernel.faults(budget, wide_loads=not narrow, wide_stores=not (narrow or reads))
-        broken += bool(faults)
+    for label, group in groupby(kernels, lambda kernel: kernel.label):
+        same = list(group)  # one an architecture
+        budget = next((n for pattern, n in budgets if re.search(pattern, label)), options.registers)
+        narrow = bool(re.search(options.narrow, same[0].name))
+        reads = bool(re.search(options.reads, same[0].name))
+        faults = []
+        for kernel in same:
+            found = kernel.faults(budget, wide_loads=not narrow, wide_stores=not (narrow or reads))
+            faults += [f"{kernel.arch}: {fault}" for fault in found]
+            broken += bool(found)
         if options.brief and not faults:
             continue
-        numbers = [kernel.stack, kernel.shared, kernel.local_accesses, kernel.wide_loads, kernel.wide_stores]
         verdict = "BROKEN: " + "; ".join(faults) if faults else "ok" + ", narrow" * narrow + ", reads" * reads
-        rows.append([kernel.label, kernel.arch, f"{kernel.registers}/{budget}", *map(str, numbers), verdict])
+        numbers = [
+            each(getattr(kernel, key) for kernel in same)
+            for key in ("registers", "stack", "shared", "local_accesses", "wide_loads", "wide_stores")
+        ]
+        rows.append([label, *numbers, verdict])
     if len(rows) > 1:
         print(table(rows))
-    archs = sorted({kernel.arch for kernel in kernels})
+    archs = sorted({kernel.arch for kernel in kernels}, key=lambda arch: int(re.sub(r"\D", "", arch)))
     print(f"compile gate: {len(kernels)} kernels for {', '.join(archs) or 'no architecture'}, {broken} broken")
     if not kernels:
         return 2

@@ -24,6 +24,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -35,6 +36,7 @@ namespace onepass::cuda_on_host {
 
 inline std::mutex launch_mutex;  // one launch at a time; guards what follows too
 inline std::map<const void*, std::size_t> allowed_dynamic_shared;
+inline std::set<const void*> kernels_so_far;
 inline bool order_is_set = false;
 
 // Calls with the same order and seed are followed by the same schedule.
@@ -69,6 +71,10 @@ inline void set_thread_order(const std::string& text) {
 inline Counters counters() {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   return machine.counters;
+}
+inline std::set<const void*> launched_kernels() {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
+  return kernels_so_far;
 }
 
 // The limits that cudaLaunchKernel checks.
@@ -113,6 +119,7 @@ inline void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block
   m.n_fiber_sets = fiber_sets(m.n_threads);
   m.failed = false;
   ++m.counters.launches;
+  kernels_so_far.insert(kernel);
   come_home();
   std::vector<std::uint32_t> blocks(n_blocks);
   arrange(blocks.data(), static_cast<std::uint32_t>(n_blocks));

@@ -1,9 +1,11 @@
-"""How CUDA sources are compiled as host code: flags, sanitizers, and where CUDA's headers are."""
+"""How CUDA sources are compiled as host code (flags, sanitizers, CUDA's headers), and what a run of them reported."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,9 +41,9 @@ def cuda_include() -> Path | None:
     return next((path for path in candidates() if all((path / header).exists() for header in needed)), None)
 
 
-def compile_program(source: Path, program: Path, include: Path, extra_flags: list[str]) -> None:
+def compile_program(source: Path, program: Path, include: Path, extra_flags: list[str], csrc: Path = CSRC) -> None:
     flags = [*FLAGS, *WARNINGS, *extra_flags]
-    folders = ["-I", str(CSRC), "-I", str(HERE), "-isystem", str(include)]
+    folders = ["-I", str(csrc), "-I", str(HERE), "-isystem", str(include)]
     command = [os.environ.get("CXX", "g++"), *flags, *folders, "-x", "c++", str(source), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
@@ -58,3 +60,33 @@ def run_program(command: list[str], order: str) -> subprocess.CompletedProcess[s
     if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
         done = run("setarch", "-R")
     return done
+
+
+# What a run may report, in one or two words.
+REPORTS = {
+    "data race": "ThreadSanitizer: data race",
+    "heap overflow": "AddressSanitizer: heap-buffer-overflow",
+    "shared overflow": "AddressSanitizer: use-after-poison|beyond the end of a shared array",
+    "index out of bounds": "out of bounds for type",
+    "misaligned access": "misaligned address",
+    "fault": "Sanitizer: SEGV",
+    "divergent barrier": "divergent __syncthreads",
+    "deadlock": "deadlock",
+    "early return": "returned, but|have returned$",
+    "wrong result": "wrong result",
+}
+
+
+def verdict(done: subprocess.CompletedProcess[str]) -> str:
+    """What a run reported; empty if all was well."""
+    if done.returncode == 0:
+        return ""
+    if done.returncode < 0:
+        return signal.Signals(-done.returncode).name
+    output = done.stdout + done.stderr
+    return next((word for word, text in REPORTS.items() if re.search(text, output, re.MULTILINE)), output)
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

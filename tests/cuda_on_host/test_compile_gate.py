@@ -39,9 +39,9 @@ def test_each_rule_is_enforced(compiled, capsys):
     assert lines["copy"].endswith("ok")
     assert lines["scale_all"].endswith("ok")
     assert lines["histogram"].endswith("ok, narrow")
-    assert lines["narrow"].endswith("BROKEN: no 16-byte load; no 16-byte store")
-    assert "BROKEN: local memory" in lines["local_array"]
-    assert "BROKEN: local memory" in lines["spills"]
+    assert lines["narrow"].endswith("BROKEN: sm_90: no 16-byte load; sm_90: no 16-byte store")
+    assert "BROKEN: sm_90: local memory" in lines["local_array"]
+    assert "BROKEN: sm_90: local memory" in lines["spills"]
 
 
 def test_budgets(compiled, capsys):

@@ -1,12 +1,11 @@
 """The test of the tester: right kernels pass every check, and each seeded mistake is caught by at least one."""
 
 import re
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from host_compiler import HERE, SANITIZERS, compile_program, cuda_include, run_program
+from host_compiler import HERE, SANITIZERS, compile_program, cuda_include, run_program, table, verdict
 
 ORDERS = ("forward", "reverse", "random:1")
 CASES = re.findall(r"^ +ONEPASS_CASE\((\w+), \w+, (\w+)\)", (HERE / "selftest.cpp").read_text(), re.MULTILINE)
@@ -15,29 +14,6 @@ MUTANTS = [(kernel, mutant) for kernel, mutant in CASES if mutant != "none"]
 INCLUDE = cuda_include()
 
 pytestmark = pytest.mark.skipif(INCLUDE is None, reason="CUDA's headers: neither CUDA_HOME, /usr/local/cuda nor wheels")
-
-
-# What a run may report, in one or two words.
-REPORTS = {
-    "data race": "ThreadSanitizer: data race",
-    "heap overflow": "AddressSanitizer: heap-buffer-overflow",
-    "shared overflow": "AddressSanitizer: use-after-poison|out of bounds for type|beyond the end of a shared array",
-    "misaligned access": "misaligned address|Sanitizer: SEGV",  # the SSE instruction for 16 aligned bytes faults
-    "divergent barrier": "divergent __syncthreads",
-    "deadlock": "deadlock",
-    "early return": "returned, but|have returned$",
-    "wrong result": "wrong result",
-}
-
-
-def verdict(done) -> str:
-    """What a run reported; empty if all was well."""
-    if done.returncode == 0:
-        return ""
-    if done.returncode < 0:
-        return signal.Signals(-done.returncode).name
-    output = done.stdout + done.stderr
-    return next((word for word, text in REPORTS.items() if re.search(text, output, re.MULTILINE)), output)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +66,7 @@ def caught_by(found) -> list[str]:
             everywhere = sanitizer != "plain" or len(ORDERS) in map(len, orders.values())
             cells.append(", ".join(said if everywhere else f"{said} ({', '.join(o)})" for said, o in orders.items()))
         rows.append((f"{kernel}: {mutant}", *(cell or "-" for cell in cells)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return table(rows)
 
 
 @pytest.mark.parametrize("kernel", CLEAN)

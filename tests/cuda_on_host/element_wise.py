@@ -1,0 +1,89 @@
+"""The bits of everything that is computed element by element: the same from the CPU kernels and from the CUDA kernels.
+
+Not from steps that a norm scales: the norm is a sum, and CPU and CUDA add in different orders.
+
+`python -m cuda_on_host.element_wise`, in tests/, prints {case: digest} as JSON for the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+
+import torch
+from onepass.optim import clip_grad_value_
+from reference.common import name
+from rules import RULES, Rule
+from support import DTYPES, bits, parameter
+
+# Around a pack, a warp, a round of a block and a chunk of csrc/cuda/tuning.hpp.
+SIZES = (0, 1, 3, 4, 7, 8, 9, 31, 33, 0, 255, 257, 1023, 4099, 8191, 8192, 8193, 3 * 8192 + 5)
+MANY = tuple(i % 5 for i in range(1500))  # more than one launch can name
+SPECIAL = torch.tensor([0.0, -0.0, 1, -1.5, math.nan, math.inf, -math.inf, 1e20, -1e30, 1e-20, 1e-40, -1e-44, 3e38])
+STEPS = 3
+GRAD_SCALE = 3.0  # its reciprocal is rounded
+
+
+def drawn(sizes: Iterable[int], dtype: torch.dtype, offset: int = 0) -> Iterator[list[torch.Tensor]]:
+    """A random list of tensors, again and again. With an offset of 1 none of them is aligned."""
+    torch.manual_seed(1)
+    while True:
+        yield [torch.randn(n + offset).to(dtype)[offset:] for n in sizes]
+
+
+def special(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+    """Every special parameter, then every special gradient for it, in each step."""
+    w, g = (values.flatten().to(dtype) for values in torch.meshgrid(SPECIAL, SPECIAL, indexing="ij"))
+    yield [w]
+    yield from repeat([g])
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Of the bits, any NaN as good as another: its payload is the processor's."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu()
+        total.update(bits(torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor)))
+    return total.hexdigest()[:16]
+
+
+def stepped(rule: Rule, case: dict, values: Iterator[list[torch.Tensor]], device: torch.device) -> str:
+    """Parameters from the first of the values, gradients from the next ones."""
+    params = [parameter(p.to(device)) for p in next(values)]
+    optimizer = rule.ours(params, **case)
+    if case.get("fused_unscale"):
+        optimizer.grad_scale = torch.tensor(GRAD_SCALE, device=device)
+        optimizer.found_inf = torch.tensor(0.0, device=device)
+    for step in range(STEPS):
+        for i, (p, g) in enumerate(zip(params, next(values), strict=True)):
+            p.grad = None if (i + step) % 7 == 6 else g.to(device)  # so that step counts differ
+        optimizer.step()
+    return digest(tensor for p in params for tensor in (p, *optimizer.state.get(p, {}).values()))
+
+
+def digests(device: torch.device) -> dict[str, str]:
+    found = {}
+    for dtype in DTYPES:
+        for key, rule in RULES.items():
+            for case in rule.cases:
+                if case["max_norm"] is not None or case["normalize_grads"]:
+                    continue
+                what = f"{key} {name(case, rule.options)}, {dtype}"
+                found[what] = stepped(rule, case, drawn(SIZES, dtype), device)
+                found[f"{what}, unaligned"] = stepped(rule, case, drawn(SIZES, dtype, offset=1), device)
+            found[f"{key}, {dtype}, many tensors"] = stepped(rule, rule.usual, drawn(MANY, dtype), device)
+            found[f"{key}, {dtype}, special values"] = stepped(rule, rule.usual, special(dtype), device)
+        clipped = [parameter(values.to(device)) for values in next(drawn(SIZES, dtype, 1)) + next(special(dtype))]
+        for p in clipped:
+            p.grad = p.detach().clone()
+        clip_grad_value_(clipped, 0.3)
+        found[f"clip_grad_value_, {dtype}"] = digest(p.grad for p in clipped)
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(digests(torch.device("cpu")), sys.stdout)

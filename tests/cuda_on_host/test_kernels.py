@@ -1,0 +1,216 @@
+"""What only the CUDA kernels have: scalars in device memory, launches of many tensors, chunks, alignment.
+
+These run on a GPU, and on the host with the backend of that name (see backend.py, run.py).
+"""
+
+import math
+
+import pytest
+import torch
+from cuda_on_host import backend
+from onepass.optim import clip_grad_norm_, clip_grad_value_
+from reference import clip
+from rules import RULES, BesideReference
+from support import assert_close, assert_same, parameter, rounding, snapshot, to_numpy
+
+DEVICE = backend.kernel_device()
+if DEVICE is None:
+    pytest.skip("no CUDA kernels here: neither a GPU nor the backend cuda-on-host", allow_module_level=True)
+ON_HOST = DEVICE.type == "cpu"
+
+pytestmark = pytest.mark.cuda_kernels
+# Classes that share a rule share its kernels: one of them, as usual and with as few states as it can have.
+KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}
+PLAIN = {key: {k: v for k, v in rule.usual.items() if k in ("lr", "eps")} for key, rule in KERNELS.items()}
+COUNTING = {key: rule for key, rule in KERNELS.items() if "capturable" in rule.options}
+EVERY_KERNEL = pytest.mark.parametrize(
+    ("rule", "case"),
+    [(rule, case) for key, rule in KERNELS.items() for case in (rule.usual, PLAIN[key])],
+    ids=[f"{key}{form}" for key in KERNELS for form in ("", "-plain")],
+)
+EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
+COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)
+
+# Chunks have 8192 elements (csrc/cuda/tuning.hpp); empty tensors among the others.
+SIZES = [0, 1, 8191, 0, 8192, 8193, 7, 3 * 8192 + 5, 0]
+MANY = [i % 5 for i in range(1875)]  # 1500 that are not empty: more than any launch can name
+FENCE = 7.0
+
+
+def fenced(n: int, dtype: torch.dtype, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole memory and the n random elements in it, `offset` elements behind an aligned address."""
+    whole = torch.full((n + 32,), FENCE, dtype=dtype, device=DEVICE)
+    view = whole[16 + offset : 16 + offset + n]
+    view.copy_(torch.randn(n))
+    return whole, view
+
+
+def assert_fences(wholes: list[torch.Tensor], sizes: list[int], offset: int) -> None:
+    for whole, n in zip(wholes, sizes, strict=True):
+        around = torch.cat([whole[: 16 + offset], whole[16 + offset + n :]])
+        assert bool((around == FENCE).all()), f"memory around a tensor of {n} elements was written"
+
+
+def random(sizes: list[int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(n).to(DEVICE, dtype) for n in sizes]
+
+
+def launches() -> int:
+    return backend.counters()["launches"] if ON_HOST else 0
+
+
+def counts(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [int(state["step"]) for state in optimizer.state.values()]
+
+
+# ---- scalars in device memory ----------------------------------------------------------------------------------------
+
+
+@COUNTING_RULE
+def test_step_counts_in_device_memory(rule, dtype):
+    """capturable: the kernels read and advance them; tensors that join late or pause have their own."""
+    params = [parameter(p) for p in random(SIZES, dtype)]
+    both = BesideReference(rule, {**rule.usual, "capturable": True}, params)
+    for t in range(5):
+        both.step([None if i > t + 4 or i == t else g for i, g in enumerate(random(SIZES, dtype))])
+    assert counts(both.optimizer) == [4, 4, 4, 4, 4, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@EVERY_RULE
+def test_hyper_parameters_in_device_memory(rule, wide, dtype):
+    """Changed in place between the steps; the kernels read what is there when they run."""
+    lr = torch.tensor(0.5, dtype=wide, device=DEVICE)
+    betas = tuple(torch.tensor(beta, dtype=wide, device=DEVICE) for beta in (0.75, 0.9375))  # exact in float32
+    case = {**rule.usual, "lr": lr, **({"betas": betas, "capturable": True} if "betas" in rule.options else {})}
+    both = BesideReference(rule, case, [parameter(p) for p in random([5, 100], dtype)])
+    if "betas" in case:
+        both.reference.options["betas"] = (0.75, 0.9375)
+    for t in range(4):
+        both.reference.options["lr"] = 0.5 / 2**t
+        lr.fill_(0.5 / 2**t)
+        both.step(random([5, 100], dtype))
+    assert lr.item() == 0.0625, "a step wrote lr"
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@EVERY_RULE
+def test_skipping_is_decided_on_the_device(rule, max_norm, dtype):
+    """found_inf: nothing is written and no count advances, on the very first step and later."""
+    params = [parameter(p) for p in random(SIZES, dtype)]
+    both = BesideReference(rule, {**rule.usual, "fused_unscale": True, "max_norm": max_norm}, params)
+
+    def overflow() -> None:
+        both.optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
+        both.optimizer.found_inf = torch.tensor(1.0, device=DEVICE)
+        for p in params:
+            p.grad = torch.full_like(p, math.inf)
+        before, launched = snapshot(both.optimizer), launches()
+        both.optimizer.step()
+        after = snapshot(both.optimizer)
+        assert_same({key: after[key] for key in before}, before, "after an overflow")
+        assert launches() > launched or not ON_HOST, "the host skipped the step; the kernels were not asked"
+
+    overflow()
+    for _ in range(2):
+        both.step(random(SIZES, dtype), grad_scale=4.0)
+        overflow()
+    if rule in COUNTING.values():
+        assert counts(both.optimizer) == [2] * len(SIZES)
+
+
+# ---- more than one launch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "extra"),
+    [(rule, extra) for rule in KERNELS.values() for extra in ({}, {"max_norm": 0.5})]
+    + [(rule, {"capturable": True}) for rule in COUNTING.values()],
+    ids=lambda value: getattr(getattr(value, "ours", None), "rule", str(value)),
+)
+def test_more_tensors_than_a_launch_can_name(rule, extra):
+    both = BesideReference(rule, {**rule.usual, **extra}, [parameter(p) for p in random(MANY)])
+    for t in range(2):
+        launched = launches()
+        both.step([None if (i + t) % 9 == 0 else g for i, g in enumerate(random(MANY))])
+        assert launches() - launched >= 2 or not ON_HOST, f"{launches() - launched} launches in step {t}"
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@COUNTING_RULE
+def test_many_distinct_step_counts(rule, capturable):
+    """More than the Steps that a launch carries: 40 tensors, the i-th joins in step i."""
+    sizes = [1 + i % 6 for i in range(40)]
+    both = BesideReference(
+        rule, {**rule.usual, "capturable": capturable}, [parameter(p) for p in random(sizes)], every=10
+    )
+    for t in range(40):
+        both.step([g if i <= t else None for i, g in enumerate(random(sizes))])
+    assert counts(both.optimizer) == list(range(40, 0, -1))
+
+
+# ---- chunks and alignment --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@EVERY_KERNEL
+def test_chunks_and_alignment(rule, case, offset, dtype):
+    """Tensors that end at, before and behind a chunk's end. 4 elements behind is aligned for some dtypes only."""
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
+    both = BesideReference(rule, {**case, "max_norm": 0.5}, [parameter(view) for view in views])
+    for _ in range(2):
+        both.step([fenced(n, dtype, offset)[1] for n in SIZES])
+    assert_fences(wholes, SIZES, offset)
+
+
+@pytest.mark.parametrize("unaligned", ["gradient", "state"])
+@EVERY_RULE
+def test_one_unaligned_stream(rule, unaligned, dtype):
+    """Beside aligned ones: the wide path is for those that are aligned throughout."""
+    n = 8192 + 100
+    whole, view = fenced(n, dtype)
+    p = parameter(view)
+    both = BesideReference(rule, rule.usual, [p])
+    both.step([fenced(n, dtype)[1]])
+    if unaligned == "state":
+        for key, value in both.optimizer.state[p].items():
+            if value.dim():
+                both.optimizer.state[p][key] = fenced(n, value.dtype, 1)[1].copy_(value)
+    for _ in range(2):
+        both.step([fenced(n, dtype, unaligned == "gradient")[1]])
+    assert_fences([whole], [n], 0)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, math.inf, -math.inf])
+def test_norms_over_chunks(p, offset, dtype):
+    """The reduction's own chunks; for the usual norm more of them than the block that joins them has threads."""
+    sizes = SIZES + MANY[:700] if p == 2 else SIZES
+    if p == -math.inf:
+        sizes = [n for n in sizes if n > 0]  # the smallest magnitude of nothing is 0
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in sizes), strict=True)
+    params = [parameter(torch.zeros_like(view)) for view in views]
+    for q, view in zip(params, views, strict=True):
+        q.grad = view
+        if p == -math.inf:
+            view.abs_().add_(0.125)
+    norm, expected = clip.clip_grad_norm([to_numpy(q.grad) for q in params], 0.5, p)
+    came = clip_grad_norm_(params, 0.5, p)
+    roundings = rounding(dtype) if p == 2 else 4 * rounding(dtype)
+    assert_close(came.double() / norm, torch.tensor(1.0), 1e-6, f"{p}-norm", roundings)
+    for i, (q, g) in enumerate(zip(params, expected, strict=True)):
+        assert_close(q.grad, g, 1e-6, f"gradient {i}", roundings)
+    assert_fences(wholes, sizes, offset)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_clipping_values_over_chunks(offset, dtype):
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
+    params = [parameter(torch.zeros_like(view)) for view in views]
+    for p, view in zip(params, views, strict=True):
+        p.grad = view
+    expected = clip.clip_grad_value([to_numpy(view) for view in views], 0.5)
+    clip_grad_value_(params, 0.5)
+    for i, (p, g) in enumerate(zip(params, expected, strict=True)):
+        assert_close(p.grad, g, 0.0, f"gradient {i}")
+    assert_fences(wholes, SIZES, offset)
