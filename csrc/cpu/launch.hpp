@@ -38,7 +38,7 @@ constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_
 
 // Below this many bytes of memory traffic for each thread a further one costs more than it brings: a team costs 1 us
 // when its threads spin, 75 us when they sleep, and milliseconds when a neighbour has taken their core.
-constexpr std::int64_t bytes_per_thread = 4 << 20;
+constexpr std::int64_t bytes_per_thread = 2 << 20;
 
 constexpr int threads_for(std::int64_t bytes, int max_threads) {
   const std::int64_t worth = bytes / bytes_per_thread;
