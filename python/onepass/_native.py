@@ -147,7 +147,7 @@ def new_plan() -> _C.Plan:
 
 
 class Clip:
-    """What happens to the gradients of one step before the rule: see section "gradients" of the documentation.
+    """What happens to the gradients of one step before the rule: see "From gradient to update" in docs/optimizers.md.
 
     Args:
         max_norm: clip to this global norm; None: no clipping.
