@@ -11,8 +11,8 @@ from typing import Any
 import torch  # first: the extension finds torch's OpenMP runtime in the process and links none
 from torch import Tensor
 
-from . import _C, _compat
-from ._mend import Mender
+from .. import _C, _compat
+from .._mend import Mender
 
 fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
 
