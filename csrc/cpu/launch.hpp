@@ -1,5 +1,6 @@
 // What the binding asks of the CPU engines; the same for every instruction set.
 #pragma once
+#include "core/layers.hpp"
 #include "core/types.hpp"
 
 namespace onepass::cpu {
@@ -35,6 +36,28 @@ using ReduceFunction = double (*)(const Reduce&);
 
 constexpr std::int64_t reduce_block = 16384;
 constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
+
+// The layers; max_threads comes last. Which numbers come out does not depend on it.
+struct Layers {
+  void (*dropout)(const DropoutCall&, int);
+  void (*row_norm)(const RowNorm&, int);
+  void (*row_norm_backward)(const RowNormBackward&, int);
+};
+
+constexpr std::int64_t row_norm_workspace(std::int64_t size, DType dtype) {
+  return 2 * size * size_of(arithmetic_of(dtype));
+}
+
+// Blocks of rows with sums of their own: enough for many threads, few enough for their sums to be small beside the
+// rows.
+constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
+  const std::int64_t by_work = rows * size >> 14, by_rows = (rows + 31) / 32;
+  const std::int64_t blocks = by_work < by_rows ? by_work : by_rows;
+  return blocks < 1 ? 1 : blocks < 64 ? blocks : 64;
+}
+constexpr std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
+  return (1 + 2 * row_norm_blocks(rows, size)) * size * size_of(arithmetic_of(dtype));
+}
 
 // Below this many bytes of memory traffic for each thread a further one costs more than it brings: a team costs 1 us
 // when its threads spin, 75 us when they sleep, and milliseconds when a neighbour has taken their core.

@@ -15,6 +15,43 @@ def use_isa(name: str) -> None: ...
 def thread_runtime() -> str: ...
 def cuda_device_count() -> int: ...
 
+_Dropout = tuple[int, float, bool, int, bool] | None  # see bind_layers.hpp
+
+def dropout(x: Tensor, y: Tensor | None, size: int, dropout: _Dropout, threads: int, stream: int) -> None: ...
+def row_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    sum: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    size: int,
+    eps: float,
+    rms: bool,
+    dropout: _Dropout,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+def row_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx: Tensor | None,
+    dbranch: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    size: int,
+    rms: bool,
+    dropout: _Dropout,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+
 class Plan:
     def __init__(self, tensor_types: tuple[type, ...]) -> None: ...
     def gather(

@@ -1,0 +1,6 @@
+#include "cpu/row_norm.hpp"
+
+namespace onepass::cpu::ONEPASS_ISA {
+extern const Layers layers;
+const Layers layers = {&dropout, &row_norm, &row_norm_backward};
+}  // namespace onepass::cpu::ONEPASS_ISA
