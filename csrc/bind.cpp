@@ -80,6 +80,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout", &bind_dropout);
   m.def("row_norm", &bind_row_norm);
   m.def("row_norm_backward", &bind_row_norm_backward);
+  m.def("batch_norm", &bind_batch_norm);
+  m.def("batch_norm_backward", &bind_batch_norm_backward);
 
 #if defined(ONEPASS_HAS_CUDA)
   m.attr("cuda_archs") = ONEPASS_CUDA_ARCHS_BUILT;

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -207,6 +208,108 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
   const Workspace workspace(workspace_bytes(call.rows, size, call.dtype), on_cuda, room);
   call.workspace = workspace.address();
   run(tensors, call, threads, stream, cpu_layers().row_norm_backward, ONEPASS_CUDA_LAYER(row_norm_backward));
+}
+
+namespace {
+
+BatchShape shape_of(const BatchShapeArguments& arguments, std::int64_t elements) {
+  const BatchShape shape{std::get<0>(arguments), std::get<1>(arguments), std::get<2>(arguments),
+                         std::get<3>(arguments)};
+  if (elements == 0 || shape.batch * shape.channels * shape.space != elements)
+    throw py::value_error("x is not of the shape that was given for its batch norm");
+  return shape;
+}
+
+// The dtype of weights: that of the first one there is.
+DType weight_dtype(Tensors& tensors, std::initializer_list<py::handle> affine) {
+  const DType dtype = tensors.first().dtype;
+  for (const py::handle tensor : affine)
+    if (!tensor.is_none()) {
+      const DType found = tensors.view(tensor, "weight").dtype;
+      if (found != dtype && found != arithmetic_of(dtype))
+        throw py::value_error("weights are of the input's dtype or of its arithmetic type");
+      return found;
+    }
+  return arithmetic_of(dtype);
+}
+
+}  // namespace
+
+void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle y,
+                     py::handle stats, py::handle running_mean, py::handle running_var,
+                     const BatchShapeArguments& shape, int half, double eps, double momentum,
+                     std::optional<double> slope, int threads, std::uintptr_t stream, py::handle room) {
+  Tensors tensors(x);
+  const std::int64_t elements = tensors.first().size;
+  BatchNorm call{};
+  call.dtype = tensors.first().dtype;
+  call.weight_dtype = weight_dtype(tensors, {weight, bias});
+  call.shape = shape_of(shape, elements);
+  call.half = static_cast<Half>(half);
+  call.eps = eps;
+  const std::int64_t channels = call.shape.channels;
+  call.x = tensors.address(x, call.dtype, elements, "x");
+  call.weight = tensors.optional(weight, call.weight_dtype, channels, "weight");
+  call.bias = tensors.optional(bias, call.weight_dtype, channels, "bias");
+  call.residual = tensors.optional(residual, call.dtype, elements, "residual");
+  call.activate = slope.has_value();
+  call.slope = slope.value_or(0);
+  call.y = call.half == Half::first ? nullptr : tensors.address(y, call.dtype, elements, "y");
+  call.stats = tensors.address(stats, arithmetic_of(call.dtype), 2 * channels, "stats");
+  if (!running_mean.is_none()) {
+    call.running_dtype = tensors.view(running_mean, "running_mean").dtype;
+    call.running_mean = tensors.address(running_mean, call.running_dtype, channels, "running_mean");
+    call.running_var = tensors.address(running_var, call.running_dtype, channels, "running_var");
+    call.momentum = momentum;
+  }
+  const bool on_cuda = tensors.on_cuda();
+#if defined(ONEPASS_HAS_CUDA)
+  const auto workspace_bytes = on_cuda ? &cuda::batch_norm_workspace : &cpu::batch_norm_workspace;
+#else
+  const auto workspace_bytes = &cpu::batch_norm_workspace;
+#endif
+  const Workspace workspace(workspace_bytes(call.shape), on_cuda, room);
+  call.workspace = workspace.address();
+  run(tensors, call, threads, stream, cpu_layers().batch_norm, ONEPASS_CUDA_LAYER(batch_norm));
+}
+
+void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::handle weight, py::handle stats,
+                              py::handle sums, py::handle dx, py::handle dresidual, py::handle dweight,
+                              py::handle dbias, const BatchShapeArguments& shape, int half, bool training, double count,
+                              std::optional<double> slope, int threads, std::uintptr_t stream, py::handle room) {
+  Tensors tensors(x);
+  const std::int64_t elements = tensors.first().size;
+  BatchNormBackward call{};
+  call.dtype = tensors.first().dtype;
+  const DType arithmetic = arithmetic_of(call.dtype);
+  call.weight_dtype = weight_dtype(tensors, {weight, dweight, dbias});
+  call.shape = shape_of(shape, elements);
+  call.half = static_cast<Half>(half);
+  call.training = training;
+  const std::int64_t channels = call.shape.channels;
+  call.dy = tensors.address(dy, call.dtype, elements, "dy");
+  call.x = tensors.address(x, call.dtype, elements, "x");
+  call.weight = tensors.optional(weight, call.weight_dtype, channels, "weight");
+  call.stats = tensors.address(stats, arithmetic, 2 * channels, "stats");
+  call.activate = slope.has_value();
+  call.slope = slope.value_or(0);
+  call.y = call.activate ? tensors.address(y, call.dtype, elements, "y") : nullptr;
+  call.sums = tensors.optional(sums, arithmetic, 2 * channels, "sums");
+  if (call.half != Half::both && call.sums == nullptr) throw py::value_error("the halves of a backward share sums");
+  call.count = count;
+  call.dx = tensors.optional(dx, call.dtype, elements, "dx");
+  call.dresidual = tensors.optional(dresidual, call.dtype, elements, "dresidual");
+  call.dweight = tensors.optional(dweight, call.weight_dtype, channels, "dweight");
+  call.dbias = tensors.optional(dbias, call.weight_dtype, channels, "dbias");
+  const bool on_cuda = tensors.on_cuda();
+#if defined(ONEPASS_HAS_CUDA)
+  const auto workspace_bytes = on_cuda ? &cuda::batch_norm_workspace : &cpu::batch_norm_workspace;
+#else
+  const auto workspace_bytes = &cpu::batch_norm_workspace;
+#endif
+  const Workspace workspace(workspace_bytes(call.shape), on_cuda, room);
+  call.workspace = workspace.address();
+  run(tensors, call, threads, stream, cpu_layers().batch_norm_backward, ONEPASS_CUDA_LAYER(batch_norm_backward));
 }
 
 }  // namespace onepass

@@ -26,4 +26,18 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
                             bool rms, const DropoutArguments& dropout, int threads, std::uintptr_t stream,
                             py::handle room);
 
+// shape: (batch, channels, space, channels last). half: 0 both, 1 first, 2 second; see core/layers.hpp. slope: of the
+// activation, None for none.
+using BatchShapeArguments = std::tuple<std::int64_t, std::int64_t, std::int64_t, bool>;
+
+void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle y,
+                     py::handle stats, py::handle running_mean, py::handle running_var,
+                     const BatchShapeArguments& shape, int half, double eps, double momentum,
+                     std::optional<double> slope, int threads, std::uintptr_t stream, py::handle room);
+
+void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::handle weight, py::handle stats,
+                              py::handle sums, py::handle dx, py::handle dresidual, py::handle dweight,
+                              py::handle dbias, const BatchShapeArguments& shape, int half, bool training, double count,
+                              std::optional<double> slope, int threads, std::uintptr_t stream, py::handle room);
+
 }  // namespace onepass

@@ -42,6 +42,8 @@ struct Layers {
   void (*dropout)(const DropoutCall&, int);
   void (*row_norm)(const RowNorm&, int);
   void (*row_norm_backward)(const RowNormBackward&, int);
+  void (*batch_norm)(const BatchNorm&, int);
+  void (*batch_norm_backward)(const BatchNormBackward&, int);
 };
 
 constexpr std::int64_t row_norm_workspace(std::int64_t size, DType dtype) {
@@ -57,6 +59,19 @@ constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
 }
 constexpr std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
   return (1 + 2 * row_norm_blocks(rows, size)) * size * size_of(arithmetic_of(dtype));
+}
+
+// Samples whose elements of one channel are looked at together: about as many elements as fit the first cache.
+constexpr std::int64_t batch_norm_samples(const BatchShape& s) { return s.space >= 4096 ? 1 : 4096 / s.space; }
+// Units whose statistics are joined, of each channel; see batch_norm.hpp.
+constexpr std::int64_t batch_norm_units(const BatchShape& s) {
+  if (!s.channels_last) return (s.batch + batch_norm_samples(s) - 1) / batch_norm_samples(s);
+  const std::int64_t blocks = s.batch * s.space * s.channels >> 16;
+  return blocks < 1 ? 1 : blocks < 32 ? blocks : 32;
+}
+constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
+constexpr std::int64_t batch_norm_workspace(const BatchShape& s) {
+  return batch_norm_constants_bytes(s.channels) + 3 * 8 * s.channels * batch_norm_units(s);
 }
 
 // Below this many bytes of memory traffic for each thread a further one costs more than it brings: a team costs 1 us

@@ -191,6 +191,12 @@ static inline void store_some(T* p, Reg<Arithmetic<T>> x, int count) {
 }
 #endif
 
+// A bool as a type, for generic lambdas: `decltype(w)::value` is the template argument of load and store.
+template <bool whole>
+struct Whole {
+  static constexpr bool value = whole;
+};
+
 template <bool whole, class T>
 static inline Reg<Arithmetic<T>> load(const T* p, int count) {
   if constexpr (whole)

@@ -22,25 +22,17 @@ inline Reg<double> first_of<double>(Reg<double> x, int count) {
 }
 #endif
 
-// The lanes added in pairs, always in the same order.
-template <class F>
-static inline F sum_of(Reg<F> x) {
-  F lane[lanes<F>];
-  encode(lane, x);
-  for (int width = lanes<F> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
-  return lane[0];
+// The lanes added, the upper half to the lower one again and again: always in the same order.
+template <class F, int bytes = register_bytes>
+static inline F sum_of(Pack<F, bytes> x) {
+  if constexpr (bytes == 2 * sizeof(F)) {
+    return x[0] + x[1];
+  } else {
+    Pack<F, bytes / 2> half[2];
+    std::memcpy(half, &x, sizeof x);
+    return sum_of<F, bytes / 2>(half[0] + half[1]);
+  }
 }
-#if defined(__AVX512F__)
-template <>
-inline float sum_of<float>(Reg<float> x) {
-  return _mm512_reduce_add_ps((__m512)x);
-}
-template <>
-inline double sum_of<double>(Reg<double> x) {
-  return _mm512_reduce_add_pd((__m512d)x);
-}
-#endif
 
 // A number of any storage type, for the few that are looked at one by one.
 template <class T>

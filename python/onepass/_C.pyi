@@ -51,6 +51,44 @@ def row_norm_backward(
     stream: int,
     room: object,
 ) -> None: ...
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    stats: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    shape: tuple[int, int, int, bool],
+    half: int,
+    eps: float,
+    momentum: float,
+    slope: float | None,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    sums: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    shape: tuple[int, int, int, bool],
+    half: int,
+    training: bool,
+    count: float,
+    slope: float | None,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
 
 class Plan:
     def __init__(self, tensor_types: tuple[type, ...]) -> None: ...
