@@ -5,8 +5,7 @@ set(CUDA_INCLUDE_HINTS $ENV{CUDA_HOME}/include /usr/local/cuda/include)
 file(GLOB wheels "${Python_SITELIB}/nvidia/cu*/include")
 find_path(ONEPASS_CUDA_INCLUDE cuda_bf16.h HINTS ${CUDA_INCLUDE_HINTS} ${wheels} REQUIRED)
 
-set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/reduce.cu
-                 ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
+set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
 set_source_files_properties(${host_sources} PROPERTIES LANGUAGE CXX)
 set(host_definitions ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
 
