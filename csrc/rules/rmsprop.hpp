@@ -37,7 +37,10 @@ struct RMSprop {
     if constexpr (centered) {
       V& grad_avg = s[1];
       grad_avg = lerp(grad_avg, g, k.one_minus_alpha, k.alpha);
-      variance = variance - grad_avg * grad_avg;
+      const V square = grad_avg * grad_avg;
+      // Where the square overflows s[0] has done so too, and what is left is infinite: torch's is, by a fused
+      // multiply-add, unless grad_avg itself is infinite.
+      variance = select(square - square == 0, variance - square, variance - max_keep_nan(grad_avg, -grad_avg));
       variance = select(variance < 0, V{}, variance);  // rounding, under a constant gradient; NaN stays
     }
     const V denominator = sqrt(variance + k.eps_in) + k.eps_out;

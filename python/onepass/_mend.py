@@ -50,7 +50,9 @@ class Mender:
         self.copies: dict[Any, tuple[Tensor, Tensor, bool]] = {}  # by memory: (original, copy, write it back)
         self.locals: list[Tensor] = []
 
-    def __call__(self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]) -> list[Tensor]:
+    def __call__(
+        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
+    ) -> list[Tensor]:
         """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size. scalars: the 0-d states."""
         who = self.name(index)
         for name, value in scalars.items():

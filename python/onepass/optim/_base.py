@@ -228,8 +228,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             who = _name(group, number, index)
             wanted = [*names, *self.scalar_states]
             missing = [n for n in wanted if of_param.get(n) is None and not self._may_lack(n)]
-            known = {*self._all_state_names(), *self.scalar_states}
-            if missing or not known & of_param.keys():
+            foreign = _native.foreign_states(self.rule) & of_param.keys()
+            if missing or foreign or not {*self._all_state_names(), *self.scalar_states} & of_param.keys():
                 raise ValueError(
                     f"{who}: the loaded state has {sorted(map(str, of_param))}, {type(self).__name__} needs {wanted}. Is it of "
                     f"another optimizer?"
