@@ -35,9 +35,14 @@ def rules() -> tuple[str, ...]:
     return tuple(_HYPER_NAMES)
 
 
+def variants(rule: str) -> tuple[tuple[str, ...], ...]:
+    """The states of each variant of the rule."""
+    return tuple(states for r, states in _VARIANTS if r == rule)
+
+
 def state_names(rule: str) -> tuple[str, ...]:
     """Every state that some variant of the rule has."""
-    return tuple({name: None for r, states in _VARIANTS if r == rule for name in states})
+    return tuple({name: None for states in variants(rule) for name in states})
 
 
 def product_name(rule: str) -> str | None:
