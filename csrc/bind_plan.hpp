@@ -63,8 +63,9 @@ class Plan {
                   const py::function& mend);
 
   // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
-  // p of |g|**p; infinity the largest magnitude and -infinity the smallest.
-  double cpu_total(double norm_type, int max_threads) const;
+  // p of |g|**p; infinity the largest magnitude and -infinity the smallest. weighted, with 2 only: each gradient times
+  // its parameter, element by element.
+  double cpu_total(double norm_type, bool weighted, int max_threads) const;
 
   // Whether any parameter, with a gradient or without, is of a subclass of Tensor: it may be sharded.
   bool has_subclasses() const { return has_subclasses_; }
@@ -78,13 +79,13 @@ class Plan {
   // Devices (of the CUDA kernels) that hold gradients.
   std::vector<int> cuda_devices() const;
   std::int64_t cuda_partials(int device) const;
-  void cuda_total(double norm_type, int device, std::uintptr_t partials, std::uintptr_t total,
+  void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
                   std::uintptr_t stream) const;
 
   // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, scaled_norm, norm,
   // grad_scale, found_inf): addresses, 0 where there is none.
-  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double norm, double grad_scale,
-           bool scaled_on_device, const py::function& on_device);
+  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double epsilon, double norm,
+           double grad_scale, bool scaled_on_device, const py::function& on_device);
 
   // The parameters that were gathered, for their version counters.
   py::list updated() const;

@@ -12,6 +12,17 @@
 
 namespace onepass {
 
+// Whether a rule writes its states. One that only reads them says so by  static constexpr bool writes_state = false;
+// the memory then moves once.
+template <class Rule>
+constexpr auto writes_state(int) -> decltype(Rule::writes_state) {
+  return Rule::writes_state;
+}
+template <class Rule>
+constexpr bool writes_state(long) {
+  return true;
+}
+
 // What prepare() is told about the step at hand beside the hyper-parameters.
 struct StepContext {
   double t;            // number of the step, from 1

@@ -42,6 +42,7 @@ struct Scalar {
 struct GradScaling {
   bool maximize;
   bool normalize;
+  double epsilon;  // added to the norm that normalize divides by
   bool clip;
   double max_norm;
 };
@@ -55,7 +56,14 @@ struct DeviceGradScaling {
 };
 
 // What a reduction over many tensors computes; the p-norms are roots of these.
-enum class Total : std::uint8_t { squares, magnitudes, powers, largest, smallest };
+enum class Total : std::uint8_t {
+  squares,
+  weighted_squares,  // of each element times that of a second stream
+  magnitudes,
+  powers,
+  largest,
+  smallest
+};
 struct Reduction {
   Total total;
   double power;  // for powers: of the magnitudes

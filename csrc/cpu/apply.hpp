@@ -20,7 +20,8 @@ static inline __attribute__((always_inline)) void update_pack(const Item& item, 
   if constexpr (Rule::reads_grad) grad = load<whole>(static_cast<const T*>(item.grad) + i, count);
   for (int s = 0; s < Rule::n_state; ++s) state[s] = load<whole>(static_cast<F*>(item.state[s]) + i, count);
   store<whole>(param, Rule::template update<F>(k, p, grad, state), count);
-  for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
+  if constexpr (writes_state<Rule>(0))
+    for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
 }
 
 template <class Rule, class T, class Step>
@@ -35,7 +36,7 @@ template <class Rule, class T>
 struct ApplyTeam {
   using Step = typename Rule::template Step<Arithmetic<T>>;
   static constexpr std::int64_t bytes_per_element =
-      (Rule::reads_grad ? 3 : 2) * sizeof(T) + 2 * Rule::n_state * sizeof(Arithmetic<T>);
+      (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule>(0) ? 2 : 1) * Rule::n_state * sizeof(Arithmetic<T>);
 
   const Apply& call;
   std::int64_t total;

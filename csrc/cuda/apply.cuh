@@ -75,8 +75,10 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
       for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
     }
     p.store(param + i);
-    ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
+    if constexpr (writes_state<Rule>(0)) {
+      ONEPASS_UNROLL
+      for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
+    }
   }
 
   // The tail of an aligned chunk, or all of an unaligned one.
@@ -87,8 +89,10 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
     F gradient = 0;
     if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
     encode(param[i], Rule::template update<F>(k, decode(param[i]), gradient, s));
-    ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
+    if constexpr (writes_state<Rule>(0)) {
+      ONEPASS_UNROLL
+      for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
+    }
   }
 }
 
