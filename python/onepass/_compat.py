@@ -105,8 +105,14 @@ def default_scalar_dtype() -> torch.dtype:
 
 # --- what the layers ask before a call --------------------------------------------------------------------------------
 
-active_transform: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack
-"""The innermost torch.func transform, or None. torch.compile knows this function."""
+_innermost_transform: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack
+
+
+@torch.compiler.assume_constant_result
+def in_transform() -> bool:
+    """Whether a torch.func transform is active; while torch.compile traces, whether one is being traced (it guards that)."""
+    return _innermost_transform() is not None
+
 
 active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many TorchDispatchModes are active."""

@@ -183,6 +183,17 @@ def check_seed(seed: object, generator: object) -> None:
         raise ValueError(f"seed has to fit into 64 bits with a sign, but got {seed}")
 
 
+def check_in_place(input: Tensor) -> None:
+    """What autograd would refuse only after the kernel has written."""
+    if input.requires_grad and input.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a normal "
+            "tensor before doing inplace update."
+        )
+
+
 # --- BatchNorm --------------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +210,6 @@ def batch_norm_operands(
 ) -> None:
     """Raises for operands that do not go together, in the order in which torch asks."""
     check_tensor("batch_norm", "input", 1, input)
-    if training:
-        check_batch_size(input)
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
@@ -208,9 +217,7 @@ def batch_norm_operands(
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not isinstance(momentum, (int, float, Tensor)):
-        raise TypeError(
-            f"batch_norm(): argument 'momentum' (position 7) must be float, not {type(momentum).__name__}"
-        )
+        raise TypeError(f"batch_norm(): argument 'momentum' (position 7) must be float, not {type(momentum).__name__}")
     if input.dim() < 2:
         if running_mean is not None:
             raise RuntimeError(
@@ -246,7 +253,7 @@ def batch_norm_operands(
 def check_batch_size(input: Tensor) -> None:
     """More than one value in a channel; none at all is an empty batch and fine."""
     shape = input.shape
-    if len(shape) > 0 and shape[0] * math.prod(shape[2:]) == 1:
+    if len(shape) > 1 and shape[0] * math.prod(shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
 

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _native
-from .._compat import active_dispatch_modes, active_transform, is_batched_gradient, jit_tracing
+from .._compat import active_dispatch_modes, in_transform, is_batched_gradient, jit_tracing
 
 KERNEL: Final = 0
 OPERATOR: Final = 1
@@ -33,7 +33,7 @@ _HAS_CUDA = _native.has_cuda
 
 def route(first: Tensor, *others: Tensor | None) -> int:
     """KERNEL, OPERATOR or FORMULA for a call with these tensors, all on one device."""
-    if active_transform() is not None:
+    if in_transform():
         return FORMULA
     if is_compiling():
         return OPERATOR

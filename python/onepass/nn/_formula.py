@@ -73,6 +73,14 @@ def dropout(x: Tensor, keep: Tensor, p: float, inverted: bool) -> Tensor:
     return torch.where(keep, x.to(wide(x.dtype)) * dropout_scale(p, inverted), 0).to(x.dtype)
 
 
+def dropout_add(x: Tensor, residual: Tensor, keep: Tensor | None, p: float, inverted: bool) -> Tensor:
+    """residual + dropout(x), rounded once."""
+    h = x.to(wide(x.dtype))
+    if keep is not None:
+        h = torch.where(keep, h * dropout_scale(p, inverted), 0)
+    return (residual + h).to(x.dtype)
+
+
 # --- BatchNorm --------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +102,7 @@ def activation(z: Tensor, residual: Tensor | None, slope: float | None) -> Tenso
 
 def batch_norm(
     x: Tensor,
-    running: tuple[Tensor, Tensor] | None,
+    running: tuple[Tensor | None, Tensor | None],
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -105,18 +113,23 @@ def batch_norm(
 ) -> Tensor:
     """torch's own batch_norm, which may update running statistics inside a transform; none of ours may."""
     dtype = wide(x.dtype)
-    statistics = (None, None) if running is None else tuple(t.to(dtype) for t in running)
-    affine = (None if t is None else t.to(dtype) for t in (weight, bias))
-    z = F.batch_norm(x.to(dtype), *statistics, *affine, training, momentum, eps)
-    if running is not None and training:
-        for statistic, updated in zip(running, statistics, strict=True):
-            if updated is not statistic and updated is not None:
+    mean, var, weight, bias = (None if t is None else t.to(dtype) for t in (*running, weight, bias))
+    z = F.batch_norm(x.to(dtype), mean, var, weight, bias, training, momentum, eps)
+    if training:
+        for statistic, updated in zip(running, (mean, var), strict=True):
+            if statistic is not None and updated is not None and updated is not statistic:
                 statistic.copy_(updated)
     return activation(z, residual, slope).to(x.dtype)
 
 
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, stats: Tensor | None, eps: float, slope: float | None
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    slope: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, weight and bias. stats: mean and rstd that are constants, or None: those of x."""
     dims = but_channels(x.dim())

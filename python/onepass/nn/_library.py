@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,6 @@ def given(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-def wanted(tensors: tuple[Tensor, ...], want: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def wanted(tensors: tuple[Tensor | None, ...], want: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The way back: None for what was not wanted."""
     return tuple(tensor if asked else None for tensor, asked in zip(tensors, want, strict=True))

@@ -69,13 +69,14 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps:
     way = route(x, weight, bias)
     if way == FORMULA or size == 0:
         return _formula.norm(x, weight, bias, size, eps, rms)
-    x, weight, bias = plain(x), plain_or_none(weight), plain_or_none(bias)
     if way == KERNEL:
+        x, weight, bias = plain(x), plain_or_none(weight), plain_or_none(bias)
         if wants_grad(x, weight, bias):
             y: Tensor = _apply(x, weight, bias, size, eps, rms)
-            return y
-        return native.norm(x, weight, bias, size, eps, rms)[0]
-    y = _operator(x, weight, bias, size, eps, rms)[0]
+        else:
+            y, _ = native.norm(x, weight, bias, size, eps, rms)
+    else:
+        y, _ = _operator(x.contiguous(), weight, bias, size, eps, rms)
     return y
 
 
@@ -96,7 +97,7 @@ def norm_gradients(
         return _formula.norm_backward(dy, x, weight, bias_shape, size, eps, rms)
     if way == KERNEL:
         return native.norm_backward(plain(dy), plain(x), weight, stats, size, rms, want)
-    return wanted(_operator_backward(dy, x, weight, stats, size, rms, want), want)
+    return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
