@@ -2,13 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_layers.hpp"
 #include "bind_plan.hpp"
 
 namespace onepass {
 namespace {
-
-// Never destroyed: at the end of the process Python is gone before static destructors run.
-TensorReader* reader = nullptr;
 
 #if defined(__x86_64__)
 bool cpu_has(const std::string& isa) {
@@ -78,6 +76,12 @@ PYBIND11_MODULE(_C, m) {
       .def("cuda_total", &Plan::cuda_total)
       .def("run", &Plan::run)
       .def("updated", &Plan::updated);
+
+  m.def("dropout", &bind_dropout);
+  m.def("row_norm", &bind_row_norm);
+  m.def("row_norm_backward", &bind_row_norm_backward);
+  m.def("batch_norm", &bind_batch_norm);
+  m.def("batch_norm_backward", &bind_batch_norm_backward);
 
 #if defined(ONEPASS_HAS_CUDA)
   m.attr("cuda_archs") = ONEPASS_CUDA_ARCHS_BUILT;

@@ -9,23 +9,11 @@
 
 namespace onepass {
 
-// The instruction set in use: an index into isa_names.
-inline int current_isa = 0;
-
 inline cpu::ReduceFunction reduce_function() {
 #define ONEPASS_REDUCE_OF(isa) cpu::isa::reduce_function,
   static const cpu::ReduceFunction functions[] = {ONEPASS_ISAS(ONEPASS_REDUCE_OF)};
 #undef ONEPASS_REDUCE_OF
   return functions[current_isa];
-}
-
-// Whether a tensor's kernels are the CUDA ones. The test build that runs them on the host sends everything there.
-inline bool runs_on_cuda(const TensorView& t) {
-#if defined(ONEPASS_CUDA_ON_HOST)
-  return t.device_type == dlpack::cpu;
-#else
-  return t.device_type == dlpack::cuda;
-#endif
 }
 
 // Set of addresses, open addressing: a few nanoseconds an insertion, where a node-based set takes fifty.

@@ -16,6 +16,7 @@ namespace onepass {
 #define ONEPASS_DECLARE_ISA(isa)               \
   namespace cpu::isa {                         \
   extern const ReduceFunction reduce_function; \
+  extern const Layers layers;                  \
   }
 ONEPASS_ISAS(ONEPASS_DECLARE_ISA)
 #undef ONEPASS_DECLARE_ISA
@@ -39,6 +40,9 @@ inline const std::vector<std::string> isa_names = {
     ONEPASS_ISAS(ONEPASS_ISA_NAME)
 #undef ONEPASS_ISA_NAME
 };
+
+// The instruction set in use: an index into isa_names.
+inline int current_isa = 0;
 
 struct RuleVariant {
   std::string rule;

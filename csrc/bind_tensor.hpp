@@ -146,4 +146,16 @@ class TensorReader {
   py::object describe_;
 };
 
+// Never destroyed: at the end of the process Python is gone before static destructors run.
+inline TensorReader* reader = nullptr;
+
+// Whether a tensor's kernels are the CUDA ones. The test build that runs them on the host sends everything there.
+inline bool runs_on_cuda(const TensorView& t) {
+#if defined(ONEPASS_CUDA_ON_HOST)
+  return t.device_type == dlpack::cpu;
+#else
+  return t.device_type == dlpack::cuda;
+#endif
+}
+
 }  // namespace onepass

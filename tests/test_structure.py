@@ -18,8 +18,9 @@ PACKAGE = ROOT / "python" / "onepass"
 MAY_INCLUDE = {
     "core": {"core"},
     "rules": {"core"},
-    "cpu": {"cpu", "core"},
-    "cuda": {"cuda", "core"},
+    "rows": {"core"},
+    "cpu": {"cpu", "rows", "core"},
+    "cuda": {"cuda", "rows", "core"},
 }
 # What only the binding knows.
 PYTHON_HEADERS = re.compile(r"pybind11|Python\.h|torch/|ATen|c10")

@@ -42,7 +42,8 @@ struct RowNorm {
   Dropout dropout;
   const void *weight, *bias;  // may be null
   void* y;
-  void* stats;  // F[2][rows]: mean (0 for RMSNorm) and 1 / standard deviation
+  void* stats;      // F[2][rows]: mean (0 for RMSNorm) and 1 / standard deviation
+  void* workspace;  // on the CPU: cpu::row_norm_workspace() bytes
 };
 
 struct RowNormBackward {
@@ -59,7 +60,7 @@ struct RowNormBackward {
   std::uint8_t* mask;  // what forward wrote, or null: recomputed
   Dropout dropout;
   void *dweight, *dbias;  // of weight_dtype; null: not wanted
-  void* workspace;        // row_norm_workspace() bytes, null if neither is wanted
+  void* workspace;        // row_norm_backward_workspace() bytes of the engine
 };
 
 // BatchNorm over [batch, channels, space], or [batch, space, channels] with channels_last, followed by

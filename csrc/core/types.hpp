@@ -8,6 +8,8 @@ enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
 
 constexpr std::int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
+constexpr DType arithmetic_of(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
+
 constexpr int max_states = 4;
 
 // One tensor of a launch: its memory streams and the Use (below) it belongs to. States are float32 beside 16-bit

@@ -1,5 +1,6 @@
 // What the binding asks of the CPU engines; the same for every instruction set.
 #pragma once
+#include "core/layers.hpp"
 #include "core/types.hpp"
 
 namespace onepass::cpu {
@@ -35,6 +36,43 @@ using ReduceFunction = double (*)(const Reduce&);
 
 constexpr std::int64_t reduce_block = 16384;
 constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
+
+// The layers; max_threads comes last. Which numbers come out does not depend on it.
+struct Layers {
+  void (*dropout)(const DropoutCall&, int);
+  void (*row_norm)(const RowNorm&, int);
+  void (*row_norm_backward)(const RowNormBackward&, int);
+  void (*batch_norm)(const BatchNorm&, int);
+  void (*batch_norm_backward)(const BatchNormBackward&, int);
+};
+
+constexpr std::int64_t row_norm_workspace(std::int64_t size, DType dtype) {
+  return 2 * size * size_of(arithmetic_of(dtype));
+}
+
+// Blocks of rows with sums of their own: enough for many threads, few enough for their sums to be small beside the
+// rows.
+constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
+  const std::int64_t by_work = rows * size >> 14, by_rows = (rows + 31) / 32;
+  const std::int64_t blocks = by_work < by_rows ? by_work : by_rows;
+  return blocks < 1 ? 1 : blocks < 64 ? blocks : 64;
+}
+constexpr std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
+  return (1 + 2 * row_norm_blocks(rows, size)) * size * size_of(arithmetic_of(dtype));
+}
+
+// Samples whose elements of one channel are looked at together: about as many elements as fit the first cache.
+constexpr std::int64_t batch_norm_samples(const BatchShape& s) { return s.space >= 4096 ? 1 : 4096 / s.space; }
+// Units whose statistics are joined, of each channel; see batch_norm.hpp.
+constexpr std::int64_t batch_norm_units(const BatchShape& s) {
+  if (!s.channels_last) return (s.batch + batch_norm_samples(s) - 1) / batch_norm_samples(s);
+  const std::int64_t blocks = s.batch * s.space * s.channels >> 16;
+  return blocks < 1 ? 1 : blocks < 32 ? blocks : 32;
+}
+constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
+constexpr std::int64_t batch_norm_workspace(const BatchShape& s) {
+  return batch_norm_constants_bytes(s.channels) + 3 * 8 * s.channels * batch_norm_units(s);
+}
 
 // Below this many bytes of memory traffic for each thread a further one costs more than it brings: a team costs 1 us
 // when its threads spin, 75 us when they sleep, and milliseconds when a neighbour has taken their core.

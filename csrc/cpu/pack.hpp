@@ -147,21 +147,69 @@ static inline Reg<double> decode(const double* p) {
 }
 static inline void encode(double* p, Reg<double> x) { std::memcpy(p, &x, sizeof x); }
 
-// `count` of a pack's lanes: all of them, or the few of a tail, which pass through a pack on the stack. Template
-// argument whole: the count is known, and this is one load or store.
-template <bool whole, class T>
-static inline Reg<Arithmetic<T>> load(const T* p, int count) {
-  if constexpr (whole) return decode(p);
+// `count` of a pack's lanes: all of them, or the few of a tail; the other lanes are 0. Template argument whole: the
+// count is known, and this is one load or store. Otherwise the lanes pass through a pack on the stack, or through a
+// masked access where the instruction set has one.
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+static inline Reg<float> load_some(const float* p, int count) {
+  return (Reg<float>)_mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+static inline Reg<double> load_some(const double* p, int count) {
+  return (Reg<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), p);
+}
+static inline void store_some(float* p, Reg<float> x, int count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)x);
+}
+static inline void store_some(double* p, Reg<double> x, int count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(count)), (__m512d)x);
+}
+template <class T>
+static inline Reg<float> load_some(const T* p, int count) {
+  T buffer[lanes<float>];
+  _mm256_storeu_si256((__m256i*)buffer, _mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return decode(buffer);
+}
+template <class T>
+static inline void store_some(T* p, Reg<float> x, int count) {
+  T buffer[lanes<float>];
+  encode(buffer, x);
+  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm256_loadu_si256((const __m256i*)buffer));
+}
+#else
+template <class T>
+static inline Reg<Arithmetic<T>> load_some(const T* p, int count) {
   T buffer[lanes<Arithmetic<T>>] = {};
   std::memcpy(buffer, p, count * sizeof(T));
   return decode(buffer);
 }
-template <bool whole, class T>
-static inline void store(T* p, Reg<Arithmetic<T>> x, int count) {
-  if constexpr (whole) return encode(p, x);
+template <class T>
+static inline void store_some(T* p, Reg<Arithmetic<T>> x, int count) {
   T buffer[lanes<Arithmetic<T>>];
   encode(buffer, x);
   std::memcpy(p, buffer, count * sizeof(T));
+}
+#endif
+
+// A bool as a type, for generic lambdas: `decltype(w)::value` is the template argument of load and store.
+template <bool whole>
+struct Whole {
+  static constexpr bool value = whole;
+};
+
+template <bool whole, class T>
+static inline Reg<Arithmetic<T>> load(const T* p, int count) {
+  if constexpr (whole)
+    return decode(p);
+  else
+    return load_some(p, count);
+}
+template <bool whole, class T>
+static inline void store(T* p, Reg<Arithmetic<T>> x, int count) {
+  if constexpr (whole)
+    encode(p, x);
+  else
+    store_some(p, x, count);
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

@@ -15,6 +15,81 @@ def use_isa(name: str) -> None: ...
 def thread_runtime() -> str: ...
 def cuda_device_count() -> int: ...
 
+_Dropout = tuple[int, float, bool, int, bool] | None  # see bind_layers.hpp
+
+def dropout(x: Tensor, y: Tensor | None, size: int, dropout: _Dropout, threads: int, stream: int) -> None: ...
+def row_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    sum: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    size: int,
+    eps: float,
+    rms: bool,
+    dropout: _Dropout,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+def row_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx: Tensor | None,
+    dbranch: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    size: int,
+    rms: bool,
+    dropout: _Dropout,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    stats: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    shape: tuple[int, int, int, bool],
+    half: int,
+    eps: float,
+    momentum: float,
+    slope: float | None,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    sums: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    shape: tuple[int, int, int, bool],
+    half: int,
+    training: bool,
+    count: float,
+    slope: float | None,
+    threads: int,
+    stream: int,
+    room: object,
+) -> None: ...
+
 class Plan:
     def __init__(self, tensor_types: tuple[type, ...]) -> None: ...
     def gather(

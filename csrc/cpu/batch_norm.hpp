@@ -1,0 +1,299 @@
+// BatchNorm on the CPU. What is worked on at once, a unit, depends on the shape alone, and the units' statistics are
+// joined in order: the same bits for any number of threads.
+//
+//   channels first, [batch, channels, space]: a unit is a few samples of one channel. A thread takes whole channels,
+//     statistics and results one after the other while the channel is in cache; where there are too few channels for
+//     the threads, all statistics come first.
+//   channels last, [rows, channels]: a unit is a block of rows; statistics, then results.
+#pragma once
+#include "core/layers.hpp"
+#include "cpu/launch.hpp"
+#include "cpu/moments.hpp"
+#include "cpu/threads.hpp"
+#include "rows/norm.hpp"
+
+namespace onepass::cpu::ONEPASS_ISA {
+
+// body(begin, end) on parts of `total`, one a thread.
+template <class Body>
+static void in_parallel(int n_threads, std::int64_t total, std::int64_t grain, const Body& body) {
+  struct Call {
+    const Body& body;
+    std::int64_t total, grain;
+  } call{body, total, grain};
+  run_team(
+      n_threads,
+      [](void* context, int thread, int threads) {
+        const Call& c = *static_cast<const Call*>(context);
+        std::int64_t begin, end;
+        part_of(c.total, c.grain, thread, threads, begin, end);
+        if (begin < end) c.body(begin, end);
+      },
+      &call);
+}
+
+// The units of a [batch, channels, space] array.
+struct ChannelsFirst {
+  BatchShape shape;
+  std::int64_t samples, units;  // of a unit; of a channel
+
+  explicit ChannelsFirst(const BatchShape& s) : shape(s), samples(batch_norm_samples(s)), units(batch_norm_units(s)) {}
+
+  std::int64_t stride() const { return shape.channels * shape.space; }
+  // First element of a unit, and the number of its samples.
+  std::int64_t first(std::int64_t channel, std::int64_t unit) const {
+    return unit * samples * stride() + channel * shape.space;
+  }
+  std::int64_t samples_of(std::int64_t unit) const {
+    const std::int64_t left = shape.batch - unit * samples;
+    return left < samples ? left : samples;
+  }
+
+  // visit(element, number of lanes, whole or not) for every pack of a unit.
+  template <class F, class Visit>
+  __attribute__((always_inline)) void for_packs_of(std::int64_t channel, std::int64_t unit, const Visit& visit) const {
+    constexpr int width = lanes<F>;
+    const std::int64_t n = samples_of(unit);
+    for (std::int64_t sample = 0; sample < n; ++sample) {
+      const std::int64_t begin = first(channel, unit) + sample * stride(), end = begin + shape.space;
+      std::int64_t i = begin;
+      for (; i + width <= end; i += width) visit(Whole<true>{}, i, width);
+      if (i < end) visit(Whole<false>{}, i, static_cast<int>(end - i));
+    }
+  }
+
+  // Deals the work to threads: `statistics(channel, unit)` for all units of a channel, `finish(channel)`,
+  // `results(channel, unit)`.
+  template <class Statistics, class Finish, class Results>
+  void run(int threads, const Statistics& statistics, const Finish& finish, const Results& results) const {
+    const auto part = [&](std::int64_t begin, std::int64_t end, const auto& what) {
+      for (std::int64_t i = begin; i < end; ++i) what(i / units, i % units);
+    };
+    if (threads == 1 || shape.channels >= 4 * threads) {
+      in_parallel(threads, shape.channels, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t channel = begin; channel < end; ++channel) {
+          part(channel * units, (channel + 1) * units, statistics);
+          finish(channel);
+          part(channel * units, (channel + 1) * units, results);
+        }
+      });
+      return;
+    }
+    const std::int64_t all = shape.channels * units;
+    in_parallel(threads, all, 1, [&](std::int64_t begin, std::int64_t end) { part(begin, end, statistics); });
+    for (std::int64_t channel = 0; channel < shape.channels; ++channel) finish(channel);
+    in_parallel(threads, all, 1, [&](std::int64_t begin, std::int64_t end) { part(begin, end, results); });
+  }
+};
+
+// The blocks of a [rows, channels] array.
+struct ChannelsLast {
+  std::int64_t rows, channels, blocks;
+
+  explicit ChannelsLast(const BatchShape& s)
+      : rows(s.batch * s.space), channels(s.channels), blocks(batch_norm_units(s)) {}
+
+  // Rows whose sums are kept in registers at a time.
+  std::int64_t together() const {
+    const std::int64_t n = 16384 / channels;
+    return n < 16 ? 16 : n > 256 ? 256 : n;
+  }
+
+  // visit(rows [begin, end)) for the parts of a block, in order.
+  template <class Visit>
+  void for_parts_of(std::int64_t block, const Visit& visit) const {
+    std::int64_t begin, end;
+    part_of(rows, 1, static_cast<int>(block), static_cast<int>(blocks), begin, end);
+    for (std::int64_t row = begin; row < end; row += together())
+      visit(row, row + together() < end ? row + together() : end);
+  }
+
+  // visit(channel, element, number of lanes, whole or not) for every pack of rows [begin, end).
+  template <class F, class Visit>
+  __attribute__((always_inline)) void for_packs_of(std::int64_t begin, std::int64_t end, const Visit& visit) const {
+    constexpr int width = lanes<F>;
+    for (std::int64_t row = begin; row < end; ++row) {
+      const std::int64_t first = row * channels;
+      std::int64_t c = 0;
+      for (; c + width <= channels; c += width) visit(Whole<true>{}, c, first + c, width);
+      if (c < channels) visit(Whole<false>{}, c, first + c, static_cast<int>(channels - c));
+    }
+  }
+
+  // `statistics(block)`, `finish(channel)`, `results(first row, last row)`.
+  template <class Statistics, class Finish, class Results>
+  void run(int threads, const Statistics& statistics, const Finish& finish, const Results& results) const {
+    in_parallel(threads, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t block = begin; block < end; ++block) statistics(block);
+    });
+    in_parallel(channels * blocks >= 4096 ? threads : 1, channels, 8, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t channel = begin; channel < end; ++channel) finish(channel);
+    });
+    in_parallel(threads, rows, 1, results);
+  }
+};
+
+// What the results need of a channel: y = (x - mean) * scale + shift.
+template <class F>
+struct ChannelConstants {
+  F *mean, *scale, *shift;  // [channels]
+
+  ChannelConstants(void* room, std::int64_t channels)
+      : mean(static_cast<F*>(room)), scale(mean + channels), shift(scale + channels) {}
+};
+
+template <class T>
+struct BatchNormTeam {
+  using F = Arithmetic<T>;
+
+  const BatchNorm& call;
+  ChannelConstants<F> constants;
+  rows::Moments* moments;  // of the units: [channels][units], or [blocks][channels]
+
+  explicit BatchNormTeam(const BatchNorm& c)
+      : call(c),
+        constants(c.workspace, c.shape.channels),
+        moments(reinterpret_cast<rows::Moments*>(static_cast<char*>(c.workspace) +
+                                                 batch_norm_constants_bytes(c.shape.channels))) {}
+
+  F* mean() const { return static_cast<F*>(call.stats); }
+  F* second() const { return mean() + call.shape.channels; }  // 1 / standard deviation, or the variance
+  double affine(const void* from, std::int64_t channel, double otherwise) const {
+    return from != nullptr ? number_at(call.weight_dtype, from, channel) : otherwise;
+  }
+
+  void set_constants(std::int64_t c, const rows::Stats<F>& stats) const {
+    const double scale = double(stats.rstd) * affine(call.weight, c, 1);
+    constants.mean[c] = stats.mean;
+    constants.scale[c] = F(scale);
+    constants.shift[c] = F(affine(call.bias, c, 0) - double(stats.mean_low) * scale);
+  }
+
+  void finish(std::int64_t c, const rows::Moments& all) const {
+    if (call.half == Half::second) return set_constants(c, {mean()[c], 0, second()[c]});
+    const rows::Stats<F> stats = rows::Stats<F>::of(all.mean, all.variance(), call.eps);
+    mean()[c] = stats.mean;
+    second()[c] = call.half == Half::first ? F(all.variance()) : stats.rstd;
+    if (call.half == Half::first) return;
+    set_constants(c, stats);
+    if (call.running_mean == nullptr) return;
+    const auto blend = [&](void* running, double now) {
+      const double before = number_at(call.running_dtype, running, c);
+      set_number_at(call.running_dtype, running, c, (1 - call.momentum) * before + call.momentum * now);
+    };
+    blend(call.running_mean, all.mean);
+    blend(call.running_var, all.squares / (all.n - 1));
+  }
+
+  template <bool whole>
+  __attribute__((always_inline)) void write(Reg<F> mean, Reg<F> scale, Reg<F> shift, std::int64_t i, int count) const {
+    Reg<F> y = (load<whole>(static_cast<const T*>(call.x) + i, count) - mean) * scale + shift;
+    if (call.residual != nullptr) y = y + load<whole>(static_cast<const T*>(call.residual) + i, count);
+    if (call.activate) y = rows::activation(y, F(call.slope));
+    store<whole>(static_cast<T*>(call.y) + i, y, count);
+  }
+
+  void run_first(const ChannelsFirst& layout, int threads) const {
+    const BatchShape& s = call.shape;
+    layout.run(
+        threads,
+        [&](std::int64_t c, std::int64_t unit) {
+          if (call.half == Half::second) return;
+          const T* const x = static_cast<const T*>(call.x) + layout.first(c, unit);
+          moments[c * layout.units + unit] = s.space > moments_chunk
+                                                 ? moments_of(x, s.space)
+                                                 : chunk_moments(x, s.space, layout.samples_of(unit), layout.stride());
+        },
+        [&](std::int64_t c) {
+          rows::Moments all;
+          if (call.half != Half::second)
+            for (std::int64_t unit = 0; unit < layout.units; ++unit) all.merge(moments[c * layout.units + unit]);
+          finish(c, all);
+        },
+        [&](std::int64_t c, std::int64_t unit) {
+          if (call.half == Half::first) return;
+          const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
+                       shift = Reg<F>{} + constants.shift[c];
+          layout.for_packs_of<F>(c, unit, [&](auto whole, std::int64_t i, int count) __attribute__((always_inline)) {
+            write<decltype(whole)::value>(mean, scale, shift, i, count);
+          });
+        });
+  }
+
+  // Moments of the channels in rows [begin, end), merged into those of their block.
+  template <bool whole, int registers>
+  __attribute__((always_inline)) void add_columns(std::int64_t begin, std::int64_t end, std::int64_t c, int count,
+                                                  rows::Moments* of_block) const {
+    constexpr int width = lanes<F>;
+    const std::int64_t channels = call.shape.channels;
+    const T* const x = static_cast<const T*>(call.x) + c;
+    const auto at = [&](std::int64_t row, int r) { return load<whole>(x + row * channels + r * width, count); };
+    const F share = F(1 / double(end - begin));
+    Reg<F> near[registers] = {}, sum[registers] = {}, squares[registers] = {};
+    for (std::int64_t row = begin; row < end; ++row)
+      for (int r = 0; r < registers; ++r) near[r] += at(row, r) * share;
+    for (std::int64_t row = begin; row < end; ++row)
+      for (int r = 0; r < registers; ++r) {
+        const Reg<F> distance = at(row, r) - near[r];
+        sum[r] += distance;
+        squares[r] += distance * distance;
+      }
+    for (int r = 0; r < registers; ++r)
+      for (int lane = 0; lane < count; ++lane)
+        of_block[c + r * width + lane].merge(
+            rows::Moments::about(near[r][lane], double(end - begin), sum[r][lane], squares[r][lane]));
+  }
+
+  void run_last(const ChannelsLast& layout, int threads) const {
+    const std::int64_t channels = layout.channels;
+    layout.run(
+        threads,
+        [&](std::int64_t block) {
+          if (call.half == Half::second) return;
+          rows::Moments* const of_block = moments + block * channels;
+          for (std::int64_t c = 0; c < channels; ++c) of_block[c] = rows::Moments{};
+          layout.for_parts_of(block, [&](std::int64_t begin, std::int64_t end) {
+            constexpr int width = lanes<F>;
+            std::int64_t c = 0;
+            for (; c + 4 * width <= channels; c += 4 * width) add_columns<true, 4>(begin, end, c, width, of_block);
+            for (; c + width <= channels; c += width) add_columns<true, 1>(begin, end, c, width, of_block);
+            if (c < channels) add_columns<false, 1>(begin, end, c, static_cast<int>(channels - c), of_block);
+          });
+        },
+        [&](std::int64_t c) {
+          rows::Moments all;
+          if (call.half != Half::second)
+            for (std::int64_t block = 0; block < layout.blocks; ++block) all.merge(moments[block * channels + c]);
+          finish(c, all);
+        },
+        [&](std::int64_t begin, std::int64_t end) {
+          if (call.half == Half::first) return;
+          layout.for_packs_of<F>(
+              begin, end, [&](auto w, std::int64_t c, std::int64_t i, int count) __attribute__((always_inline)) {
+                constexpr bool whole = decltype(w)::value;
+                write<whole>(load<whole>(constants.mean + c, count), load<whole>(constants.scale + c, count),
+                             load<whole>(constants.shift + c, count), i, count);
+              });
+        });
+  }
+
+  static void run(const BatchNorm& call, int max_threads) {
+    const BatchNormTeam team(call);
+    const BatchShape& s = call.shape;
+    const int streams = call.half == Half::first ? 1 : call.residual != nullptr ? 3 : 2;
+    const int threads =
+        threads_for(s.batch * s.channels * s.space * static_cast<std::int64_t>(streams * sizeof(T)), max_threads);
+    s.channels_last ? team.run_last(ChannelsLast(s), threads) : team.run_first(ChannelsFirst(s), threads);
+  }
+};
+
+static void batch_norm(const BatchNorm& call, int max_threads) {
+  switch (call.dtype) {
+    case DType::float32: return BatchNormTeam<float>::run(call, max_threads);
+    case DType::float64: return BatchNormTeam<double>::run(call, max_threads);
+    case DType::bfloat16: return BatchNormTeam<bfloat16>::run(call, max_threads);
+    case DType::float16: return BatchNormTeam<float16>::run(call, max_threads);
+  }
+}
+
+}  // namespace onepass::cpu::ONEPASS_ISA

@@ -1,0 +1,188 @@
+// The backward of BatchNorm on the CPU, in the units of batch_norm.hpp: the sums of dz and dz * xhat a channel, dz
+// being the gradient before the activation, then dx.
+#pragma once
+#include "cpu/batch_norm.hpp"
+
+namespace onepass::cpu::ONEPASS_ISA {
+
+template <class T>
+struct BatchNormBackwardTeam {
+  using F = Arithmetic<T>;
+
+  // Sums over a unit and channel.
+  struct UnitSums {
+    double dz, dz_distance;  // distance: x - mean
+  };
+
+  const BatchNormBackward& call;
+  // dx = dz * scale + (x - mean) * slope + shift: what ChannelConstants has, and one more.
+  ChannelConstants<F> constants;
+  F* slope;  // [channels]
+  UnitSums* sums;
+  bool needs_sums, needs_results;
+
+  explicit BatchNormBackwardTeam(const BatchNormBackward& c)
+      : call(c),
+        constants(c.workspace, c.shape.channels),
+        slope(constants.shift + c.shape.channels),
+        sums(reinterpret_cast<UnitSums*>(static_cast<char*>(c.workspace) +
+                                         batch_norm_constants_bytes(c.shape.channels))),
+        needs_sums(c.half != Half::second && (c.training || c.dweight != nullptr || c.dbias != nullptr)),
+        needs_results(c.half != Half::first && (c.dx != nullptr || c.dresidual != nullptr)) {}
+
+  const F* mean() const { return static_cast<const F*>(call.stats); }
+  const F* rstd() const { return mean() + call.shape.channels; }
+
+  void finish(std::int64_t c, double dz, double dz_distance) const {
+    F* const out = static_cast<F*>(call.sums);
+    const double r = double(rstd()[c]);
+    double dz_xhat = dz_distance * r;
+    if (call.half == Half::second) {
+      dz = double(out[c]);
+      dz_xhat = double(out[call.shape.channels + c]);
+    } else {
+      if (out != nullptr) out[c] = F(dz), out[call.shape.channels + c] = F(dz_xhat);
+      if (call.dweight != nullptr) set_number_at(call.weight_dtype, call.dweight, c, dz_xhat);
+      if (call.dbias != nullptr) set_number_at(call.weight_dtype, call.dbias, c, dz);
+    }
+    const double scale = (call.weight != nullptr ? number_at(call.weight_dtype, call.weight, c) : 1) * r;
+    constants.mean[c] = mean()[c];
+    constants.scale[c] = F(scale);
+    constants.shift[c] = F(call.training ? -scale * dz / call.count : 0);
+    slope[c] = F(call.training ? -scale * r * dz_xhat / call.count : 0);
+  }
+
+  template <bool whole>
+  __attribute__((always_inline)) Reg<F> dz_at(std::int64_t i, int count) const {
+    const Reg<F> dy = load<whole>(static_cast<const T*>(call.dy) + i, count);
+    if (!call.activate) return dy;
+    return rows::activation_gradient(dy, load<whole>(static_cast<const T*>(call.y) + i, count), F(call.slope));
+  }
+  template <bool whole>
+  __attribute__((always_inline)) Reg<F> x_at(std::int64_t i, int count) const {
+    return load<whole>(static_cast<const T*>(call.x) + i, count);
+  }
+
+  template <bool whole>
+  __attribute__((always_inline)) void write(Reg<F> mean, Reg<F> scale, Reg<F> shift, Reg<F> of_x, std::int64_t i,
+                                            int count) const {
+    const Reg<F> dz = dz_at<whole>(i, count);
+    if (call.dresidual != nullptr) store<whole>(static_cast<T*>(call.dresidual) + i, dz, count);
+    if (call.dx == nullptr) return;
+    Reg<F> dx = dz * scale;
+    if (call.training) dx = (x_at<whole>(i, count) - mean) * of_x + (dx + shift);
+    store<whole>(static_cast<T*>(call.dx) + i, dx, count);
+  }
+
+  void run_first(const ChannelsFirst& layout, int threads) const {
+    layout.run(
+        threads,
+        [&](std::int64_t c, std::int64_t unit) {
+          if (!needs_sums) return;
+          const Reg<F> center = Reg<F>{} + mean()[c];
+          Reg<F> dz_sum[2] = {}, distance_sum[2] = {};
+          int turn = 0;
+          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count) __attribute__((always_inline)) {
+            constexpr bool whole = decltype(w)::value;
+            const Reg<F> dz = dz_at<whole>(i, count);
+            Reg<F> distance = x_at<whole>(i, count) - center;
+            if constexpr (!whole) distance = first_of<F>(distance, count);
+            dz_sum[turn] += dz;
+            distance_sum[turn] += dz * distance;
+            turn ^= 1;
+          });
+          sums[c * layout.units + unit] = {double(sum_of<F>(dz_sum[0] + dz_sum[1])),
+                                           double(sum_of<F>(distance_sum[0] + distance_sum[1]))};
+        },
+        [&](std::int64_t c) {
+          UnitSums all{0, 0};
+          if (needs_sums)
+            for (std::int64_t unit = 0; unit < layout.units; ++unit) add(all, sums[c * layout.units + unit]);
+          finish(c, all.dz, all.dz_distance);
+        },
+        [&](std::int64_t c, std::int64_t unit) {
+          if (!needs_results) return;
+          const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
+                       shift = Reg<F>{} + constants.shift[c], of_x = Reg<F>{} + slope[c];
+          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count) __attribute__((always_inline)) {
+            write<decltype(w)::value>(mean, scale, shift, of_x, i, count);
+          });
+        });
+  }
+
+  static void add(UnitSums& all, const UnitSums& more) {
+    all.dz += more.dz;
+    all.dz_distance += more.dz_distance;
+  }
+
+  template <bool whole, int registers>
+  __attribute__((always_inline)) void add_columns(std::int64_t begin, std::int64_t end, std::int64_t c, int count,
+                                                  UnitSums* of_block) const {
+    constexpr int width = lanes<F>;
+    Reg<F> center[registers], dz_sum[registers] = {}, distance_sum[registers] = {};
+    for (int r = 0; r < registers; ++r) center[r] = load<whole>(mean() + c + r * width, count);
+    for (std::int64_t row = begin; row < end; ++row)
+      for (int r = 0; r < registers; ++r) {
+        const std::int64_t i = row * call.shape.channels + c + r * width;
+        const Reg<F> dz = dz_at<whole>(i, count);
+        dz_sum[r] += dz;
+        distance_sum[r] += dz * (x_at<whole>(i, count) - center[r]);
+      }
+    for (int r = 0; r < registers; ++r)
+      for (int lane = 0; lane < count; ++lane)
+        add(of_block[c + r * width + lane], {double(dz_sum[r][lane]), double(distance_sum[r][lane])});
+  }
+
+  void run_last(const ChannelsLast& layout, int threads) const {
+    const std::int64_t channels = layout.channels;
+    layout.run(
+        threads,
+        [&](std::int64_t block) {
+          if (!needs_sums) return;
+          UnitSums* const of_block = sums + block * channels;
+          for (std::int64_t c = 0; c < channels; ++c) of_block[c] = {0, 0};
+          layout.for_parts_of(block, [&](std::int64_t begin, std::int64_t end) {
+            constexpr int width = lanes<F>;
+            std::int64_t c = 0;
+            for (; c + 4 * width <= channels; c += 4 * width) add_columns<true, 4>(begin, end, c, width, of_block);
+            for (; c + width <= channels; c += width) add_columns<true, 1>(begin, end, c, width, of_block);
+            if (c < channels) add_columns<false, 1>(begin, end, c, static_cast<int>(channels - c), of_block);
+          });
+        },
+        [&](std::int64_t c) {
+          UnitSums all{0, 0};
+          if (needs_sums)
+            for (std::int64_t block = 0; block < layout.blocks; ++block) add(all, sums[block * channels + c]);
+          finish(c, all.dz, all.dz_distance);
+        },
+        [&](std::int64_t begin, std::int64_t end) {
+          if (!needs_results) return;
+          layout.for_packs_of<F>(
+              begin, end, [&](auto w, std::int64_t c, std::int64_t i, int count) __attribute__((always_inline)) {
+                constexpr bool whole = decltype(w)::value;
+                write<whole>(load<whole>(constants.mean + c, count), load<whole>(constants.scale + c, count),
+                             load<whole>(constants.shift + c, count), load<whole>(slope + c, count), i, count);
+              });
+        });
+  }
+
+  static void run(const BatchNormBackward& call, int max_threads) {
+    const BatchNormBackwardTeam team(call);
+    const BatchShape& s = call.shape;
+    const int streams = call.half == Half::first ? 2 : 3;
+    const int threads =
+        threads_for(s.batch * s.channels * s.space * static_cast<std::int64_t>(streams * sizeof(T)), max_threads);
+    s.channels_last ? team.run_last(ChannelsLast(s), threads) : team.run_first(ChannelsFirst(s), threads);
+  }
+};
+
+static void batch_norm_backward(const BatchNormBackward& call, int max_threads) {
+  switch (call.dtype) {
+    case DType::float32: return BatchNormBackwardTeam<float>::run(call, max_threads);
+    case DType::float64: return BatchNormBackwardTeam<double>::run(call, max_threads);
+    case DType::bfloat16: return BatchNormBackwardTeam<bfloat16>::run(call, max_threads);
+    case DType::float16: return BatchNormBackwardTeam<float16>::run(call, max_threads);
+  }
+}
+
+}  // namespace onepass::cpu::ONEPASS_ISA

@@ -1,0 +1,96 @@
+// Philox (core/philox.hpp) for many counters at once: one counter in each 64-bit lane, because the widening multiply
+// reads the low half of such a lane. The high halves may hold anything until the end.
+#pragma once
+#include "core/philox.hpp"
+#include "cpu/pack.hpp"
+
+namespace onepass::cpu::ONEPASS_ISA {
+
+using Bits64 = Pack<std::uint64_t, register_bytes>;
+
+// (a mod 2^32) * (b mod 2^32) in each lane.
+static inline Bits64 multiply_low(Bits64 a, Bits64 b) {
+#if defined(__AVX512F__)
+  return (Bits64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Bits64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Bits64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// The high half of each lane in the place of the low one. A shuffle where there is one: shifts compete with the
+// multiplications for a port.
+static inline Bits64 high_half(Bits64 a) {
+#if defined(__AVX512F__)
+  return (Bits64)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+  return (Bits64)_mm256_shuffle_epi32((__m256i)a, 0xf5);
+#else
+  return a >> 32;
+#endif
+}
+
+// The first (second) lanes of each pair of lanes of a and b, alternating.
+static inline Bits64 pair_first(Bits64 a, Bits64 b) {
+#if defined(__AVX512F__)
+  return (Bits64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Bits64)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+#else
+  return Bits64{a[0], b[0]};
+#endif
+}
+static inline Bits64 pair_second(Bits64 a, Bits64 b) {
+#if defined(__AVX512F__)
+  return (Bits64)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Bits64)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#else
+  return Bits64{a[1], b[1]};
+#endif
+}
+
+// Words of the sequence of one seed, `group` at a time.
+class PhiloxSequence {
+ public:
+  static constexpr int counters = sizeof(Bits64) / 8, group = counters * Philox::words;
+
+  explicit PhiloxSequence(std::uint64_t seed) {
+    std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < Philox::rounds; ++round) {
+      key0_[round] = key0;
+      key1_[round] = key1;
+      key0 += Philox::key_step0;
+      key1 += Philox::key_step1;
+    }
+    // Even lanes have the first half of the counters, odd lanes the second: pairing then gives the words in order.
+    for (int lane = 0; lane < counters; ++lane) counter_of_lane_[lane] = lane / 2 + lane % 2 * (counters / 2);
+  }
+
+  // The words of elements [first, first + group), first a multiple of 4, in two registers.
+  __attribute__((always_inline)) void words(std::uint64_t first, Bits32 (&out)[2]) const {
+    const Bits64 zero = {}, multiplier0 = zero + Philox::multiplier0, multiplier1 = zero + Philox::multiplier1;
+    Bits64 w0 = counter_of_lane_ + first / Philox::words, w1 = w0 >> 32, w2 = zero, w3 = zero;
+#pragma GCC unroll 10
+    for (int round = 0; round < Philox::rounds; ++round) {
+      const Bits64 product0 = multiply_low(multiplier0, w0), product1 = multiply_low(multiplier1, w2);
+      w0 = high_half(product1) ^ w1 ^ (zero + key0_[round]);
+      w1 = product1;
+      w2 = high_half(product0) ^ w3 ^ (zero + key1_[round]);
+      w3 = product0;
+    }
+    const Bits64 low = zero + 0xffffffffu;
+    const Bits64 words01 = (w0 & low) | (w1 << 32), words23 = (w2 & low) | (w3 << 32);
+    out[0] = (Bits32)pair_first(words01, words23);
+    out[1] = (Bits32)pair_second(words01, words23);
+  }
+
+ private:
+  std::uint64_t key0_[Philox::rounds], key1_[Philox::rounds];
+  Bits64 counter_of_lane_;
+};
+
+}  // namespace onepass::cpu::ONEPASS_ISA

@@ -1,0 +1,322 @@
+// LayerNorm and RMSNorm on the CPU: rows are dealt to the threads in order; what a row needs stays in cache between its
+// statistics and its result, so memory is touched once.
+#pragma once
+#include "cpu/dropout.hpp"
+#include "cpu/moments.hpp"
+#include "rows/norm.hpp"
+
+namespace onepass::cpu::ONEPASS_ISA {
+
+// Weight and bias as F[size]: as they are where that is their form, else spelled out once a call.
+template <class F>
+struct Affine {
+  const F *weight = nullptr, *bias = nullptr;
+
+  static const F* spelled_out(const void* from, DType dtype, bool scalar, std::int64_t size, F* room) {
+    if (from == nullptr) return nullptr;
+    const bool is_f = dtype == (sizeof(F) == 8 ? DType::float64 : DType::float32);
+    if (is_f && !scalar) return static_cast<const F*>(from);
+    for (std::int64_t i = 0; i < size; ++i) room[i] = F(number_at(dtype, from, scalar ? 0 : i));
+    return room;
+  }
+};
+
+template <class F, bool whole>
+static inline Reg<F> weight_at(const F* weight, std::int64_t i, int count) {
+  return weight != nullptr ? load<whole>(weight + i, count) : Reg<F>{} + F(1);
+}
+
+template <class T, bool rms>
+struct RowNormTeam {
+  using F = Arithmetic<T>;
+  static constexpr int width = lanes<F>;
+
+  const RowNorm& call;
+  Affine<F> affine;
+
+  static rows::Stats<F> stats_of(const T* x, std::int64_t n, double eps) {
+    if constexpr (rms) {
+      Sums<F> squares;
+      for_packs(x, n, [&](int part, Reg<F> v, int) __attribute__((always_inline)) { squares.part[part] += v * v; });
+      return rows::Stats<F>::of(0, double(squares.total()) / double(n), eps);
+    } else {
+      const rows::Moments moments = moments_of(x, n);
+      return rows::Stats<F>::of(moments.mean, moments.variance(), eps);
+    }
+  }
+
+  template <bool whole>
+  static __attribute__((always_inline)) void normalise(const T* x, T* y, const Affine<F>& affine,
+                                                       const rows::Stats<F>& stats, std::int64_t i, int count) {
+    const Reg<F> v = load<whole>(x + i, count);
+    Reg<F> out;
+    if constexpr (rms)
+      out = v * stats.rstd;
+    else
+      out = stats.normalised(v);
+    if (affine.weight != nullptr) out = out * load<whole>(affine.weight + i, count);
+    if (affine.bias != nullptr) out = out + load<whole>(affine.bias + i, count);
+    store<whole>(y + i, out, count);
+  }
+
+  void norm_row(const T* x, std::int64_t row) const {
+    const std::int64_t n = call.size;
+    const rows::Stats<F> stats = stats_of(x, n, call.eps);
+    static_cast<F*>(call.stats)[row] = stats.mean;
+    static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
+    T* const y = static_cast<T*>(call.y) + row * n;
+    std::int64_t i = 0;
+    for (; i + width <= n; i += width) normalise<true>(x, y, affine, stats, i, width);
+    if (i < n) normalise<false>(x, y, affine, stats, i, static_cast<int>(n - i));
+  }
+
+  template <bool whole>
+  static __attribute__((always_inline)) void add(const T* x, const T* residual, T* sum, std::uint32_t bits, F scale,
+                                                 int count) {
+    const Reg<F> branch = keep_lanes(bits, load<whole>(x, count) * scale);
+    store<whole>(sum, load<whole>(residual, count) + branch, count);
+  }
+
+  // sum = residual + dropout(x) of one row.
+  void add_row(std::int64_t row) const {
+    const std::int64_t n = call.size, first = row * n, bytes = mask_bytes(call.rows * n);
+    const bool drops = call.dropout.seed != nullptr;
+    const F scale = F(drops ? call.dropout.scale : 1);
+    const T *const x = static_cast<const T*>(call.x) + first, *const residual =
+                                                                  static_cast<const T*>(call.residual) + first;
+    T* const sum = static_cast<T*>(call.sum) + first;
+    const auto bits = [&](std::int64_t i) { return drops ? bits_at(call.mask, bytes, first + i) : ~0u; };
+    std::int64_t i = 0;
+    for (; i + width <= n; i += width) add<true>(x + i, residual + i, sum + i, bits(i), scale, width);
+    if (i < n) add<false>(x + i, residual + i, sum + i, bits(i), scale, static_cast<int>(n - i));
+  }
+
+  static void body(void* context, int thread, int n_threads) {
+    const RowNormTeam& team = *static_cast<RowNormTeam*>(context);
+    const RowNorm& call = team.call;
+    constexpr std::int64_t together = 8;  // rows: whole bytes of the mask
+    std::int64_t begin, end;
+    part_of(call.rows, together, thread, n_threads, begin, end);
+    if (call.residual == nullptr) {
+      for (std::int64_t row = begin; row < end; ++row)
+        team.norm_row(static_cast<const T*>(call.x) + row * call.size, row);
+      return;
+    }
+    const bool drops = call.dropout.seed != nullptr;
+    const PhiloxSequence sequence(drops ? static_cast<std::uint64_t>(*call.dropout.seed) : 0);
+    for (std::int64_t row = begin; row < end; ++row) {
+      if (drops && row % together == 0) {
+        const std::int64_t last = row + together < end ? row + together : end;
+        make_bits(sequence, call.dropout.threshold, row * call.size, last * call.size, call.mask + row * call.size / 8);
+      }
+      team.add_row(row);
+      team.norm_row(static_cast<const T*>(call.sum) + row * call.size, row);
+    }
+  }
+
+  static void run(const RowNorm& call, int max_threads) {
+    F* const room = static_cast<F*>(call.workspace);
+    RowNormTeam team{call, {}};
+    team.affine.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
+    team.affine.bias =
+        Affine<F>::spelled_out(call.bias, call.weight_dtype, call.scalar_affine, call.size, room + call.size);
+    const int streams = call.residual == nullptr ? 2 : 4, philox = call.dropout.seed != nullptr ? 16 : 0;
+    const std::int64_t bytes = call.rows * call.size * static_cast<std::int64_t>(streams * sizeof(T) + philox);
+    run_team(threads_for(bytes, max_threads), &body, &team);
+  }
+};
+
+// Rows are dealt in blocks whose number depends on the shape alone. Each block has sums of its own for the gradients of
+// weight and bias, and they are joined in order: the same bits for any number of threads.
+template <class T, bool rms>
+struct RowNormBackwardTeam {
+  using F = Arithmetic<T>;
+  static constexpr int width = lanes<F>;
+
+  const RowNormBackward& call;
+  const F* weight;
+  F* sums;  // [blocks][2][size]: of dy * xhat and of dy
+  std::int64_t blocks;
+
+  // One row's constants, and its place.
+  struct Row {
+    const T *x, *dy, *dsum;
+    T *dx, *dbranch;
+    F mean, rstd, mean_g, mean_gx;
+    std::int64_t first;
+
+    template <class V>
+    __attribute__((always_inline)) V xhat(V v) const {
+      if constexpr (rms)
+        return v * rstd;
+      else
+        return (v - mean) * rstd;
+    }
+  };
+
+  Row row_at(std::int64_t row) const {
+    const std::int64_t first = row * call.size;
+    const auto at = [&](const void* p) { return p != nullptr ? static_cast<const T*>(p) + first : nullptr; };
+    Row r{at(call.x),
+          at(call.dy),
+          at(call.dsum),
+          const_cast<T*>(at(call.dx)),
+          const_cast<T*>(at(call.dbranch)),
+          static_cast<const F*>(call.stats)[row],
+          static_cast<const F*>(call.stats)[call.rows + row],
+          0,
+          0,
+          first};
+    return r;
+  }
+
+  template <bool whole, bool affine, int n_rows>
+  __attribute__((always_inline)) void add_up(const Row (&rows)[n_rows], Reg<F> (&g_sum)[n_rows],
+                                             Reg<F> (&gx_sum)[n_rows], F* dweight, F* dbias, std::int64_t i,
+                                             int count) const {
+    const Reg<F> w = weight_at<F, whole>(weight, i, count);
+    Reg<F> of_weight{}, of_bias{};
+    if constexpr (affine) {
+      of_weight = load<whole>(dweight + i, count);
+      of_bias = load<whole>(dbias + i, count);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; ++r) {
+      const Reg<F> dy = load<whole>(rows[r].dy + i, count), xhat = rows[r].xhat(load<whole>(rows[r].x + i, count));
+      const Reg<F> g = w * dy;
+      if constexpr (!rms) g_sum[r] += g;
+      gx_sum[r] += g * xhat;  // dy is 0 after the tail
+      if constexpr (affine) {
+        of_weight += dy * xhat;
+        of_bias += dy;
+      }
+    }
+    if constexpr (affine) {
+      store<whole>(dweight + i, of_weight, count);
+      store<whole>(dbias + i, of_bias, count);
+    }
+  }
+
+  template <bool whole>
+  __attribute__((always_inline)) void write(const Row& row, std::int64_t i, int count) const {
+    const Reg<F> g = weight_at<F, whole>(weight, i, count) * load<whole>(row.dy + i, count);
+    Reg<F> dx = rows::input_gradient(g, row.xhat(load<whole>(row.x + i, count)), row.mean_g, row.mean_gx, row.rstd);
+    if (row.dsum != nullptr) dx = dx + load<whole>(row.dsum + i, count);
+    store<whole>(row.dx + i, dx, count);
+    if (row.dbranch != nullptr) {
+      const std::uint32_t bits = bits_at(call.mask, mask_bytes(call.rows * call.size), row.first + i);
+      store<whole>(row.dbranch + i, keep_lanes(bits, dx * F(call.dropout.scale)), count);
+    }
+  }
+
+  template <bool affine, int n_rows>
+  void backward_rows(std::int64_t first, F* dweight, F* dbias) const {
+    const std::int64_t n = call.size;
+    Row rows[n_rows];
+    Reg<F> g_sum[n_rows] = {}, gx_sum[n_rows] = {};
+    for (int r = 0; r < n_rows; ++r) rows[r] = row_at(first + r);
+    std::int64_t i = 0;
+    for (; i + width <= n; i += width) add_up<true, affine>(rows, g_sum, gx_sum, dweight, dbias, i, width);
+    if (i < n) add_up<false, affine>(rows, g_sum, gx_sum, dweight, dbias, i, static_cast<int>(n - i));
+    if (call.dx == nullptr) return;
+    for (int r = 0; r < n_rows; ++r) {
+      rows[r].mean_g = sum_of<F>(g_sum[r]) / F(n);
+      rows[r].mean_gx = sum_of<F>(gx_sum[r]) / F(n);
+      for (i = 0; i + width <= n; i += width) write<true>(rows[r], i, width);
+      if (i < n) write<false>(rows[r], i, static_cast<int>(n - i));
+    }
+  }
+
+  template <bool affine>
+  void backward_block(std::int64_t block) const {
+    std::int64_t begin, end;
+    part_of(call.rows, 1, static_cast<int>(block), static_cast<int>(blocks), begin, end);
+    F* const dweight = affine ? sums + block * 2 * call.size : nullptr;
+    F* const dbias = affine ? dweight + call.size : nullptr;
+    if constexpr (affine) std::memset(dweight, 0, 2 * call.size * sizeof(F));
+    // Several rows at once share the traffic of the sums, as long as all of them fit the first cache.
+    constexpr int several = 4;
+    std::int64_t row = begin;
+    for (; row + several <= end; row += several) backward_rows<affine, several>(row, dweight, dbias);
+    for (; row < end; ++row) backward_rows<affine, 1>(row, dweight, dbias);
+  }
+
+  static void body(void* context, int thread, int n_threads) {
+    const RowNormBackwardTeam& team = *static_cast<RowNormBackwardTeam*>(context);
+    std::int64_t begin, end;
+    part_of(team.blocks, 1, thread, n_threads, begin, end);
+    for (std::int64_t block = begin; block < end; ++block)
+      team.sums != nullptr ? team.backward_block<true>(block) : team.backward_block<false>(block);
+  }
+
+  // The blocks' sums of columns [begin, end), in order.
+  static void join(void* context, int thread, int n_threads) {
+    const RowNormBackwardTeam& team = *static_cast<RowNormBackwardTeam*>(context);
+    const std::int64_t n = team.call.size;
+    std::int64_t begin, end;
+    part_of(n, 64, thread, n_threads, begin, end);
+    for (int half = 0; half < 2; ++half) {
+      void* const out = half == 0 ? team.call.dweight : team.call.dbias;
+      F* const total = team.sums + half * n;
+      if (out == nullptr) continue;
+      for (std::int64_t block = 1; block < team.blocks; ++block) {
+        const F* const more = team.sums + block * 2 * n + half * n;
+        for (std::int64_t i = begin; i < end; ++i) total[i] += more[i];
+      }
+      if (!team.call.scalar_affine)
+        for (std::int64_t i = begin; i < end; ++i) set_number_at(team.call.weight_dtype, out, i, double(total[i]));
+    }
+  }
+
+  void join_scalars() const {
+    for (int half = 0; half < 2; ++half) {
+      void* const out = half == 0 ? call.dweight : call.dbias;
+      double total = 0;
+      for (std::int64_t i = 0; i < call.size; ++i) total += double(sums[half * call.size + i]);
+      if (out != nullptr) set_number_at(call.weight_dtype, out, 0, total);
+    }
+  }
+
+  static void run(const RowNormBackward& call, int max_threads) {
+    F* const room = static_cast<F*>(call.workspace);
+    RowNormBackwardTeam team{call, nullptr, nullptr, row_norm_blocks(call.rows, call.size)};
+    team.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
+    if (call.dweight != nullptr || call.dbias != nullptr) team.sums = room + call.size;
+    const std::int64_t bytes = call.rows * call.size * static_cast<std::int64_t>(3 * sizeof(T));
+    const int threads = threads_for(bytes, max_threads);
+    run_team(threads, &body, &team);
+    if (team.sums == nullptr) return;
+    run_team(threads_for(team.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join,
+             &team);
+    if (call.scalar_affine) team.join_scalars();
+  }
+};
+
+template <class T>
+static void row_norm_as(const RowNorm& call, int max_threads) {
+  call.rms ? RowNormTeam<T, true>::run(call, max_threads) : RowNormTeam<T, false>::run(call, max_threads);
+}
+template <class T>
+static void row_norm_backward_as(const RowNormBackward& call, int max_threads) {
+  call.rms ? RowNormBackwardTeam<T, true>::run(call, max_threads)
+           : RowNormBackwardTeam<T, false>::run(call, max_threads);
+}
+
+static void row_norm(const RowNorm& call, int max_threads) {
+  switch (call.dtype) {
+    case DType::float32: return row_norm_as<float>(call, max_threads);
+    case DType::float64: return row_norm_as<double>(call, max_threads);
+    case DType::bfloat16: return row_norm_as<bfloat16>(call, max_threads);
+    case DType::float16: return row_norm_as<float16>(call, max_threads);
+  }
+}
+static void row_norm_backward(const RowNormBackward& call, int max_threads) {
+  switch (call.dtype) {
+    case DType::float32: return row_norm_backward_as<float>(call, max_threads);
+    case DType::float64: return row_norm_backward_as<double>(call, max_threads);
+    case DType::bfloat16: return row_norm_backward_as<bfloat16>(call, max_threads);
+    case DType::float16: return row_norm_backward_as<float16>(call, max_threads);
+  }
+}
+
+}  // namespace onepass::cpu::ONEPASS_ISA

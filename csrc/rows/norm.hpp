@@ -1,0 +1,43 @@
+// The arithmetic of LayerNorm, RMSNorm and BatchNorm on one element or one pack of elements of type V: everything after
+// the statistics are known. A row is what shares its statistics: a row of LayerNorm, a channel of BatchNorm.
+#pragma once
+#include "core/value.hpp"
+
+namespace onepass::rows {
+
+// mean is the sum of two F: one alone is too coarse where the mean is large beside the deviation.
+template <class F>
+struct Stats {
+  F mean, mean_low, rstd;
+
+  ONEPASS_HD static Stats of(double mean, double variance, double eps) {
+    const F high = F(mean);
+    return {high, F(mean - double(high)), F(1 / sqrt(variance + eps))};
+  }
+
+  template <class V>
+  ONEPASS_HD V normalised(V x) const {
+    return ((x - mean) - mean_low) * rstd;
+  }
+};
+
+// The gradient of an input whose row's statistics depend on it: what is left of g = weight * dy when its components
+// along 1 and along xhat are taken out. mean_g and mean_gx are the row's means of g and g * xhat.
+template <class F, class V>
+ONEPASS_HD V input_gradient(V g, V xhat, F mean_g, F mean_gx, F rstd) {
+  return ((g - mean_g) - xhat * mean_gx) * rstd;
+}
+
+// Leaky ReLU: slope 0 is ReLU. NaN stays NaN.
+template <class F, class V>
+ONEPASS_HD V activation(V z, F slope) {
+  return select(z <= 0, z * slope, z);
+}
+
+// dy before the activation, from its result: slopes are not negative, so the sign is that of its argument.
+template <class F, class V>
+ONEPASS_HD V activation_gradient(V dy, V y, F slope) {
+  return select(y <= 0, dy * slope, dy);
+}
+
+}  // namespace onepass::rows

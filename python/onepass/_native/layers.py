@@ -1,0 +1,406 @@
+"""The kernels of the layers as functions of tensors: they make the outputs and know nothing of autograd.
+
+Inputs are plain strided tensors of one device and of a dtype in float32, float64, bfloat16, float16, laid out as said;
+`onepass.nn.functional` sees to that. F below is float32, or float64 for float64. Statistics are F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import _stream, is_on_cuda
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_apply",
+    "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_sums",
+    "batch_norm_moments",
+    "dropout",
+    "dropout_add_norm",
+    "dropout_add_norm_backward",
+    "dropout_backward",
+    "dropout_mask",
+    "norm",
+    "norm_backward",
+]
+
+# Address of the seed, p, whether the kept are scaled up, address of the packed mask or 0, whether to read it.
+_Dropout = tuple[int, float, bool, int, bool]
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Threads, and the stream of the tensor's device."""
+    if x.is_cuda:
+        return 1, _stream(x.device.index)
+    return torch.get_num_threads(), 0
+
+
+def _room(x: Tensor) -> object:
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+def _mask_for(x: Tensor) -> Tensor:
+    """A packed mask, one bit an element."""
+    return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm, or RMSNorm with rms, over the last `size` elements of a contiguous x: (y, stats).
+
+    weight, bias: of `size` elements or of one, both of x's dtype or of F. stats: [2, rows], mean (0 for RMSNorm) and
+    1 / standard deviation.
+    """
+    y = torch.empty_like(x)
+    stats = torch.empty((2, x.numel() // size), dtype=_arithmetic(x), device=x.device)
+    threads, stream = _place(x)
+    _C.row_norm(x, None, None, weight, bias, y, stats, size, eps, rms, None, threads, stream, None)
+    return y, stats
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, None where `want` says so; dy as x."""
+    dx = torch.empty_like(x) if want[0] else None
+    dweight, dbias = _affine_gradients(x, weight, size, want[1], want[2])
+    threads, stream = _place(x)
+    _C.row_norm_backward(
+        dy, None, x, weight, stats, dx, None, dweight, dbias, size, rms, None, threads, stream, _room(x)
+    )
+    return dx, dweight, dbias
+
+
+def _affine_gradients(
+    x: Tensor, weight: Tensor | None, size: int, want_weight: bool, want_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    def like_weight() -> Tensor:
+        return (
+            torch.empty_like(weight) if weight is not None else torch.empty(size, dtype=_arithmetic(x), device=x.device)
+        )
+
+    return like_weight() if want_weight else None, like_weight() if want_bias else None
+
+
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    size: int,
+    eps: float,
+    rms: bool,
+    p: float,
+    seed: Tensor | None,
+    inverted: bool,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum = residual + dropout(x) and its norm: (y, sum, stats, mask).
+
+    seed: a 0-d int64 tensor on x's device, or None for no dropout. mask: the packed mask for backward; empty without
+    keep_mask, without dropout, and where backward is faster making it anew.
+    """
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    stats = torch.empty((2, x.numel() // size), dtype=_arithmetic(x), device=x.device)
+    on_cuda = is_on_cuda(x)
+    mask = None if seed is None or on_cuda else _mask_for(x)
+    threads, stream = _place(x)
+    _C.row_norm(
+        x,
+        residual,
+        total,
+        weight,
+        bias,
+        y,
+        stats,
+        size,
+        eps,
+        rms,
+        _dropout_arguments(seed, p, inverted, mask, False),
+        threads,
+        stream,
+        None,
+    )
+    return y, total, stats, mask if mask is not None and keep_mask else _no_mask(x)
+
+
+def dropout_add_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    size: int,
+    rms: bool,
+    p: float,
+    seed: Tensor | None,
+    inverted: bool,
+    mask: Tensor,
+    want: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, residual, weight and bias. dsum: what reaches `sum` beside the norm, or None."""
+    dresidual = torch.empty_like(total) if want[0] or want[1] else None
+    dx = dresidual if seed is None or not want[0] else torch.empty_like(total)
+    dweight, dbias = _affine_gradients(total, weight, size, want[2], want[3])
+    if seed is not None and want[0] and not mask.numel() and not is_on_cuda(total):
+        mask = dropout_mask(total.shape, p, seed, True, total.device)
+    threads, stream = _place(total)
+    _C.row_norm_backward(
+        dy,
+        dsum,
+        total,
+        weight,
+        stats,
+        dresidual,
+        dx if dx is not dresidual else None,
+        dweight,
+        dbias,
+        size,
+        rms,
+        _dropout_arguments(seed, p, inverted, mask if mask.numel() else None, True),
+        threads,
+        stream,
+        _room(total),
+    )
+    return dx if want[0] else None, dresidual if want[1] else None, dweight, dbias
+
+
+def _dropout_arguments(
+    seed: Tensor | None, p: float, inverted: bool, mask: Tensor | None, reads_mask: bool
+) -> _Dropout | None:
+    if seed is None:
+        return None
+    return seed.data_ptr(), p, inverted, 0 if mask is None else mask.data_ptr(), reads_mask and mask is not None
+
+
+def _no_mask(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=x.device)
+
+
+def dropout(
+    x: Tensor, p: float, seed: Tensor, inverted: bool, keep_mask: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dropout of a contiguous x, into `out` (which may be x) or a new tensor: (y, mask); see dropout_add_norm for mask."""
+    y = torch.empty_like(x) if out is None else out
+    mask = _mask_for(x) if keep_mask and not is_on_cuda(x) else None
+    threads, stream = _place(x)
+    _C.dropout(x, y, x.numel(), _dropout_arguments(seed, p, inverted, mask, False), threads, stream)
+    return y, _no_mask(x) if mask is None else mask
+
+
+def dropout_backward(dy: Tensor, p: float, seed: Tensor, inverted: bool, mask: Tensor) -> Tensor:
+    """Gradient of dropout's input; mask: what forward gave."""
+    dx = torch.empty_like(dy)
+    threads, stream = _place(dy)
+    known = mask if mask.numel() else None
+    _C.dropout(dy, dx, dy.numel(), _dropout_arguments(seed, p, inverted, known, True), threads, stream)
+    return dx
+
+
+def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, packed: bool, device: torch.device) -> Tensor:
+    """What a dropout of this shape keeps: bool, or packed, uint8 with bit i % 8 of byte i // 8 and zeros at the end."""
+    size = torch.Size(shape).numel()
+    mask = torch.empty((size + 7) // 8, dtype=torch.uint8, device=device)
+    nothing = torch.empty(0, device=device)
+    threads, stream = _place(mask)
+    _C.dropout(nothing, None, size, _dropout_arguments(seed, p, True, mask, False), threads, stream)
+    if packed:
+        return mask
+    bit = torch.arange(8, dtype=torch.uint8, device=device)
+    return ((mask.unsqueeze(1) >> bit) & 1).view(-1)[:size].view(tuple(shape)).bool()
+
+
+_BOTH, _FIRST, _SECOND = 0, 1, 2  # halves of a call; between them SyncBatchNorm adds up over the processes
+
+
+def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
+    """(batch, channels, space, whether the channels are the innermost dimension in memory)."""
+    batch, channels = x.shape[:2]
+    space = x.numel() // (batch * channels)
+    return batch, channels, space, space == 1 or not x.is_contiguous()
+
+
+def _channel_stats(x: Tensor) -> Tensor:
+    return torch.empty((2, x.shape[1]), dtype=_arithmetic(x), device=x.device)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm in training over a [N, C, ...] x, contiguous or dense channels_last: (y, stats).
+
+    Then + residual and the leaky ReLU of `slope` (0 is ReLU), where they are not None. residual, y: laid out as x.
+    weight, bias: [C], of x's dtype or of F. stats: [2, C], mean and 1 / standard deviation. The running statistics, of
+    one floating dtype, are updated in place.
+    """
+    y, stats = torch.empty_like(x), _channel_stats(x)
+    threads, stream = _place(x)
+    _C.batch_norm(
+        x,
+        weight,
+        bias,
+        residual,
+        y,
+        stats,
+        running_mean,
+        running_var,
+        _batch_shape(x),
+        _BOTH,
+        eps,
+        momentum,
+        slope,
+        threads,
+        stream,
+        _room(x),
+    )
+    return y, stats
+
+
+def batch_norm_apply(
+    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: float | None
+) -> Tensor:
+    """The same with statistics that are known: of eval, or of all processes."""
+    y = torch.empty_like(x)
+    threads, stream = _place(x)
+    shape = _batch_shape(x)
+    _C.batch_norm(
+        x, weight, bias, residual, y, stats, None, None, shape, _SECOND, 0.0, 0.0, slope, threads, stream, _room(x)
+    )
+    return y
+
+
+def batch_norm_moments(x: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of the channels."""
+    stats = _channel_stats(x)
+    threads, stream = _place(x)
+    shape = _batch_shape(x)
+    _C.batch_norm(
+        x, None, None, None, None, stats, None, None, shape, _FIRST, 0.0, 0.0, None, threads, stream, _room(x)
+    )
+    return stats
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    slope: float | None,
+    training: bool,
+    want: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, residual, weight and bias; dy laid out as x. y: the result, with an activation."""
+    dx = torch.empty_like(x) if want[0] else None
+    # Without an activation the residual's gradient is dy itself.
+    dresidual = torch.empty_like(x) if want[1] and slope is not None else None
+    dweight, dbias = _affine_gradients(x, weight, x.shape[1], want[2], want[3])
+    threads, stream = _place(x)
+    shape = _batch_shape(x)
+    count = float(shape[0] * shape[2])
+    _C.batch_norm_backward(
+        dy,
+        x,
+        y,
+        weight,
+        stats,
+        None,
+        dx,
+        dresidual,
+        dweight,
+        dbias,
+        shape,
+        _BOTH,
+        training,
+        count,
+        slope,
+        threads,
+        stream,
+        _room(x),
+    )
+    return dx, dy if want[1] and slope is None else dresidual, dweight, dbias
+
+
+def batch_norm_backward_sums(dy: Tensor, x: Tensor, y: Tensor | None, stats: Tensor, slope: float | None) -> Tensor:
+    """[2, C]: sums over this process of dz, the gradient before the activation, and of dz * xhat."""
+    sums = _channel_stats(x)
+    threads, stream = _place(x)
+    _C.batch_norm_backward(
+        dy,
+        x,
+        y,
+        None,
+        stats,
+        sums,
+        None,
+        None,
+        None,
+        None,
+        _batch_shape(x),
+        _FIRST,
+        True,
+        1.0,
+        slope,
+        threads,
+        stream,
+        _room(x),
+    )
+    return sums
+
+
+def batch_norm_backward_apply(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    sums: Tensor,
+    count: float,
+    slope: float | None,
+    want: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and residual, by the sums and the number of elements a channel of all processes."""
+    dx = torch.empty_like(x) if want[0] else None
+    dresidual = torch.empty_like(x) if want[1] and slope is not None else None
+    threads, stream = _place(x)
+    shape = _batch_shape(x)
+    _C.batch_norm_backward(
+        dy,
+        x,
+        y,
+        weight,
+        stats,
+        sums,
+        dx,
+        dresidual,
+        None,
+        None,
+        shape,
+        _SECOND,
+        True,
+        count,
+        slope,
+        threads,
+        stream,
+        _room(x),
+    )
+    return dx, dy if want[1] and slope is None else dresidual
