@@ -45,13 +45,14 @@ READ_HALF = Pattern(5, read=2)
 _STEPS = {
     (4, 1): Pattern(1, read=4, inplace=(4, 4)),
     (4, 2): Pattern(2, read=4, inplace=(4, 4, 4)),
+    (4, 3): Pattern(6, read=4, inplace=(4, 4, 4, 4)),
     (2, 1): Pattern(3, read=2, inplace=(2, 4)),
     (2, 2): Pattern(4, read=2, inplace=(2, 4, 4)),
 }
 
 
 def passes(param_bytes: int, states: int, clip: bool) -> list[Pattern]:
-    """The passes of a step on parameters of 4 or 2 bytes and 1 or 2 float32 states; clipping first reads gradients."""
+    """The passes of a step on parameters of 4 or 2 bytes and 1 to 3 float32 states; clipping first reads gradients."""
     norm = READ if param_bytes == 4 else READ_HALF
     return [norm] * clip + [_STEPS[param_bytes, states]]
 

@@ -103,7 +103,7 @@ def line(row: Json) -> str:
 
 
 def _text_line(columns: Sequence[str]) -> str:
-    widths = [24, 11, 18, 8, 6, 9, 8, 13]
+    widths = [28, 11, 18, 8, 6, 9, 8, 13]
     first, *others = (column.rjust(width) for column, width in zip(columns, widths, strict=False))
     return " ".join([columns[0].ljust(len(first)), *others])
 

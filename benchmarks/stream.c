@@ -16,7 +16,15 @@
 enum { MAX_THREADS = 256 };
 
 /* The order of limit.py's PATTERNS. */
-enum pattern { READ, READ_1_INPLACE_2, READ_1_INPLACE_3, READ_1_INPLACE_2_HALF, READ_1_INPLACE_3_HALF, READ_HALF };
+enum pattern {
+  READ,
+  READ_1_INPLACE_2,
+  READ_1_INPLACE_3,
+  READ_1_INPLACE_2_HALF,
+  READ_1_INPLACE_3_HALF,
+  READ_HALF,
+  READ_1_INPLACE_4
+};
 
 typedef struct {
   enum pattern pattern;
@@ -55,6 +63,16 @@ static void inplace_3(const uint32_t* restrict g, uint32_t* restrict p, uint32_t
   }
 }
 
+static void inplace_4(const uint32_t* restrict g, uint32_t* restrict p, uint32_t* restrict m, uint32_t* restrict v,
+                      uint32_t* restrict b, size_t begin, size_t end) {
+  for (size_t i = begin; i < end; i++) {
+    m[i] += g[i];
+    v[i] += g[i];
+    b[i] += g[i];
+    p[i] += g[i];
+  }
+}
+
 static void inplace_2_half(const uint16_t* restrict g, uint16_t* restrict p, uint32_t* restrict m, size_t begin,
                            size_t end) {
   for (size_t i = begin; i < end; i++) {
@@ -80,6 +98,7 @@ static void sweep(job* j) {
     case READ_1_INPLACE_3: inplace_3(s[0], s[1], s[2], s[3], j->begin, j->end); break;
     case READ_1_INPLACE_2_HALF: inplace_2_half(s[0], s[1], s[2], j->begin, j->end); break;
     case READ_1_INPLACE_3_HALF: inplace_3_half(s[0], s[1], s[2], s[3], j->begin, j->end); break;
+    case READ_1_INPLACE_4: inplace_4(s[0], s[1], s[2], s[3], s[4], j->begin, j->end); break;
     case READ_HALF: j->sink = read_1_half(s[0], j->begin, j->end); break;
   }
 }

@@ -207,6 +207,7 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
 #endif
   const Workspace workspace(workspace_bytes(call.rows, size, call.dtype), on_cuda, room);
   call.workspace = workspace.address();
+  if (elements == 0) return;
   run(tensors, call, threads, stream, cpu_layers().row_norm_backward, ONEPASS_CUDA_LAYER(row_norm_backward));
 }
 
@@ -215,7 +216,7 @@ namespace {
 BatchShape shape_of(const BatchShapeArguments& arguments, std::int64_t elements) {
   const BatchShape shape{std::get<0>(arguments), std::get<1>(arguments), std::get<2>(arguments),
                          std::get<3>(arguments)};
-  if (elements == 0 || shape.batch * shape.channels * shape.space != elements)
+  if (shape.batch * shape.channels * shape.space != elements)
     throw py::value_error("x is not of the shape that was given for its batch norm");
   return shape;
 }
@@ -268,8 +269,9 @@ void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handl
 #else
   const auto workspace_bytes = &cpu::batch_norm_workspace;
 #endif
-  const Workspace workspace(workspace_bytes(call.shape), on_cuda, room);
+  const Workspace workspace(elements == 0 ? 0 : workspace_bytes(call.shape), on_cuda, room);
   call.workspace = workspace.address();
+  if (elements == 0) return;
   run(tensors, call, threads, stream, cpu_layers().batch_norm, ONEPASS_CUDA_LAYER(batch_norm));
 }
 
@@ -307,8 +309,9 @@ void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::han
 #else
   const auto workspace_bytes = &cpu::batch_norm_workspace;
 #endif
-  const Workspace workspace(workspace_bytes(call.shape), on_cuda, room);
+  const Workspace workspace(elements == 0 ? 0 : workspace_bytes(call.shape), on_cuda, room);
   call.workspace = workspace.address();
+  if (elements == 0) return;
   run(tensors, call, threads, stream, cpu_layers().batch_norm_backward, ONEPASS_CUDA_LAYER(batch_norm_backward));
 }
 

@@ -107,7 +107,7 @@ struct Lists {
   void add(Item item, const Use& use, bool unique) {
     std::size_t u = uses.size();
     if (!unique)
-      while (u > 0 && !(uses[u - 1].t == use.t && uses[u - 1].fresh == use.fresh)) --u;
+      while (u > 0 && !same(uses[u - 1], use)) --u;
     if (u == 0 || unique) {
       uses.push_back(use);
       u = uses.size();
@@ -115,50 +115,72 @@ struct Lists {
     item.use = static_cast<std::int32_t>(u - 1);
     items.push_back(item);
   }
+
+  static bool same(const Use& a, const Use& b) { return a.t == b.t && a.fresh == b.fresh && a.product == b.product; }
 };
 
 }  // namespace
 
-double Plan::next_step(const Entry& e) {
-  if (e.step == nullptr) return 1;
-  return 1 + (e.step_is_double ? *static_cast<const double*>(e.step) : double(*static_cast<const float*>(e.step)));
-}
-
-void Plan::advance(const std::vector<const Entry*>& entries) {
-  for (const Entry* e : entries) {
-    if (e->step == nullptr) continue;
-    if (e->step_is_double)
-      *static_cast<double*>(e->step) = next_step(*e);
-    else
-      *static_cast<float*>(e->step) = float(next_step(*e));
+// What the step at hand makes of 0-d states that the host can read.
+class Plan::HostScalars {
+ public:
+  HostScalars(const RuleVariant& rule, const std::vector<Scalar>& hyper) : rule_(rule) {
+    for (const Scalar& scalar : hyper) hyper_.push_back(scalar.value);
   }
-}
+
+  Use use_of(const Entry& e) {
+    Use use{1, 1, nullptr, nullptr, e.fresh};
+    if (e.step.at != nullptr) use.t = e.step.read() + 1;
+    if (e.product.at != nullptr) {
+      if (use.t != t_) {  // most tensors are in the same step
+        t_ = use.t;
+        factor_ = rule_.product_factor(hyper_.data(), t_);
+      }
+      use.product = next_product(e.product.read(), factor_, e.product.is_double);
+    }
+    return use;
+  }
+
+  void advance(const std::vector<const Entry*>& entries) {
+    for (const Entry* e : entries) {
+      const Use use = use_of(*e);
+      if (e->step.at != nullptr) e->step.write(use.t);
+      if (e->product.at != nullptr) e->product.write(use.product);
+    }
+  }
+
+  const double* hyper() const { return hyper_.data(); }
+
+ private:
+  const RuleVariant& rule_;
+  std::vector<double> hyper_;
+  double t_ = 0, factor_ = 1;
+};
 
 void Plan::run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const {
   const RuleVariant& rule = rule_variants()[group.options.variant];
-  std::vector<double> hyper;
-  for (const Scalar& scalar : group.options.hyper) {
+  for (const Scalar& scalar : group.options.hyper)
     if (scalar.device != nullptr)
       throw py::value_error("a hyper-parameter in device memory for a parameter on the CPU");
-    hyper.push_back(scalar.value);
-  }
+  HostScalars scalars(rule, group.options.hyper);
   Lists lists;
   lists.items.reserve(entries.size());
   const auto flush = [&] {
     if (lists.items.empty()) return;
     const py::gil_scoped_release release;
     rule.cpu[current_isa]({entries[0]->dtype, lists.items.data(), static_cast<std::int64_t>(lists.items.size()),
-                           lists.uses.data(), static_cast<int>(lists.uses.size()), hyper.data(), factor, max_threads});
+                           lists.uses.data(), static_cast<int>(lists.uses.size()), scalars.hyper(), factor,
+                           max_threads});
     lists.items.clear();
     lists.uses.clear();
   };
   for (const Entry* e : entries) {
     if (e->item.size == 0) continue;
-    lists.add(e->item, {next_step(*e), nullptr, e->fresh}, false);
+    lists.add(e->item, scalars.use_of(*e), false);
     if (lists.uses.size() == cpu::max_uses) flush();
   }
   flush();
-  advance(entries);
+  scalars.advance(entries);
 }
 
 #if defined(ONEPASS_HAS_CUDA)
@@ -169,14 +191,13 @@ void Plan::run_cuda(const Group& group, const std::vector<const Entry*>& entries
   for (const Scalar& scalar : group.options.hyper) from_device = from_device || scalar.device != nullptr;
 
   Lists lists;
-  const bool device_step = group.options.counts_steps && group.options.device_scalars;
+  HostScalars scalars(rule, group.options.hyper);
+  const bool on_gpu = group.options.counts_steps && group.options.device_scalars;
   for (const Entry* e : entries) {
-    Use use{1, nullptr, e->fresh};
-    if (device_step)
-      use.device_step = static_cast<float*>(e->step);
+    if (on_gpu)
+      lists.add(e->item, {1, 1, static_cast<float*>(e->step.at), static_cast<float*>(e->product.at), e->fresh}, true);
     else
-      use.t = next_step(*e);
-    lists.add(e->item, use, device_step);
+      lists.add(e->item, scalars.use_of(*e), false);
   }
   const int n_uses = static_cast<int>(lists.uses.size());
   const py::tuple device = on_device(entries[0]->device, from_device ? cuda::workspace_bytes(n_uses) : 0);
@@ -194,7 +215,7 @@ void Plan::run_cuda(const Group& group, const std::vector<const Entry*>& entries
              grad_scale,
              address(1),
              {entries[0]->device, address(0)}});
-  if (!device_step) advance(entries);  // the prepare kernel advances the others
+  if (!on_gpu) scalars.advance(entries);  // the prepare kernel advances the others
 }
 #else
 void Plan::run_cuda(const Group&, const std::vector<const Entry*>&, const GradScaling&, double, bool,

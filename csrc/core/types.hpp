@@ -24,9 +24,11 @@ struct Item {
 
 // What may differ between the tensors of one launch and changes the scalars of a step.
 struct Use {
-  double t;            // number of this step, from 1, where the host knows it
-  float* device_step;  // else the step count in device memory: read, advanced and written by the prepare kernel
-  bool fresh;          // the states were made for this very step
+  double t;               // number of this step, from 1, where the host knows it
+  double product;         // and the rule's running product, see core/rule.hpp
+  float* device_step;     // else where they are in device memory: read, advanced and written by the prepare kernel
+  float* device_product;  // null where the rule keeps none
+  bool fresh;             // the states were made for this very step
 };
 
 // A hyper-parameter: a number, or the address of one in device memory (float32 or float64).

@@ -60,7 +60,7 @@ struct ApplyTeam {
     ApplyTeam team{call, 0, {}};
     for (std::int64_t i = 0; i < call.n_items; ++i) team.total += call.items[i].size;
     for (int u = 0; u < call.n_uses; ++u) {
-      const StepContext context{call.uses[u].t, call.grad_factor, call.uses[u].fresh};
+      const StepContext context{call.uses[u].t, call.grad_factor, call.uses[u].fresh, call.uses[u].product};
       team.steps[u] = Rule::template prepare<Arithmetic<T>>(hyper, context);
     }
     run_team(threads_for(team.total * bytes_per_element, call.max_threads), &body, &team);

@@ -4,13 +4,15 @@ These run on a GPU, and on the host with the backend of that name (see backend.p
 """
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
 from cuda_on_host import backend
+from onepass import _native
 from onepass.optim import clip_grad_norm_, clip_grad_value_
 from reference import clip
-from rules import RULES, BesideReference
+from rules import RULES, BesideReference, Rule
 from support import assert_close, assert_same, parameter, rounding, snapshot, to_numpy
 
 DEVICE = backend.kernel_device()
@@ -19,14 +21,24 @@ if DEVICE is None:
 ON_HOST = DEVICE.type == "cpu"
 
 pytestmark = pytest.mark.cuda_kernels
-# Classes that share a rule share its kernels: one of them, as usual and with as few states as it can have.
-KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}
-PLAIN = {key: {k: v for k, v in rule.usual.items() if k in ("lr", "eps")} for key, rule in KERNELS.items()}
+KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}  # classes that share a rule share its kernels
+
+
+def forms(rule: Rule) -> list[dict]:
+    """Arguments for each choice of states that the rule has: as usual, and without some of what is usual."""
+    cases = [{k: v for k, v in rule.usual.items() if k not in without} for without in combinations(rule.usual, 2)]
+    found = {}
+    for case in (rule.usual, *cases):
+        optimizer = rule.ours([parameter(torch.zeros(1))], **case)
+        found.setdefault(optimizer._state_names(optimizer.param_groups[0]), case)
+    assert len(found) == len(_native.variants(rule.ours.rule)), f"of some kernels of {rule.ours.rule} no case is known"
+    return list(found.values())
+
+
 COUNTING = {key: rule for key, rule in KERNELS.items() if "capturable" in rule.options}
 EVERY_KERNEL = pytest.mark.parametrize(
     ("rule", "case"),
-    [(rule, case) for key, rule in KERNELS.items() for case in (rule.usual, PLAIN[key])],
-    ids=[f"{key}{form}" for key in KERNELS for form in ("", "-plain")],
+    [pytest.param(rule, case, id=f"{key}-{i}") for key, rule in KERNELS.items() for i, case in enumerate(forms(rule))],
 )
 EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
 COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)

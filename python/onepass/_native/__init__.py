@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ from .._mend import Mender
 fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
-_VARIANTS = {(rule, states): index for index, (rule, _, states) in enumerate(_C.rules())}
-_HYPER_NAMES = {rule: hyper for rule, hyper, _ in _C.rules()}
+_VARIANTS = {(rule, states): index for index, (rule, _, states, _) in enumerate(_C.rules())}
+_HYPER_NAMES = {rule: hyper for rule, hyper, _, _ in _C.rules()}
+_PRODUCTS = {rule: product for rule, _, _, product in _C.rules()}
 
 # CUDA kernels in this build; in the test build that runs them on the host they take CPU tensors, and no GPU is used.
 cuda_kernels: bool = bool(_C.cuda_archs)
@@ -33,9 +35,29 @@ def rules() -> tuple[str, ...]:
     return tuple(_HYPER_NAMES)
 
 
+def variants(rule: str) -> tuple[tuple[str, ...], ...]:
+    """The states of each variant of the rule."""
+    return tuple(states for r, states in _VARIANTS if r == rule)
+
+
 def state_names(rule: str) -> tuple[str, ...]:
     """Every state that some variant of the rule has."""
-    return tuple({name: None for r, states in _VARIANTS if r == rule for name in states})
+    return tuple({name: None for states in variants(rule) for name in states})
+
+
+def product_name(rule: str) -> str | None:
+    """The rule's running product, a 0-d state beside the step count; None where it keeps none."""
+    return _PRODUCTS[rule]
+
+
+@functools.cache
+def foreign_states(rule: str) -> frozenset[str]:
+    """States of the other rules that this one does not have."""
+
+    def of(rule: str) -> set[str | None]:
+        return {*state_names(rule), product_name(rule)}
+
+    return frozenset(name for other in rules() for name in of(other) - of(rule) if name is not None)
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
