@@ -20,6 +20,7 @@ from . import _formula
 from ._checks import batch_norm_operands, check_batch_size
 from ._dispatch import FORMULA, KERNEL, plain_or_none, route, route_back, wants_grad, wide
 from ._library import define, given, wanted
+from ._norm import fake_affine_gradient
 
 Running = tuple[Tensor | None, Tensor | None]
 
@@ -267,7 +268,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy, x = dense(dy, channels_last), dense(x, channels_last)
         y = None if y is None else dense(y, channels_last)
         return native.batch_norm_backward(dy, x, y, weight, stats, slope, training, want)
-    return wanted(_operator_backward(dy, x, y, weight, stats, slope, training, channels_last, want), want)
+    # Without an activation the residual's gradient is dy, and the results of an operator share no memory with it.
+    asked = want[0], want[1] and slope is not None, *want[2:]
+    dx, dresidual, dweight, dbias = _operator_backward(dy, x, y, weight, stats, slope, training, channels_last, asked)
+    return wanted((dx, dy if slope is None else dresidual, dweight, dbias), want)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -350,7 +354,7 @@ def _fake_backward(
     want: Any,
 ) -> Any:
     dx = torch.empty_like(x, memory_format=_memory_format(x, channels_last))
-    dweight = x.new_empty(x.shape[1]) if weight is None else torch.empty_like(weight)
+    dweight = fake_affine_gradient(x, weight, x.shape[1])
     return given(wanted((dx, torch.empty_like(dx), dweight, torch.empty_like(dweight)), want), x)
 
 

@@ -89,9 +89,16 @@ def _shown(shape: Sequence[int]) -> str:
 
 
 def norm_operands(
-    function: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+    function: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """Elements in a row, and weight and bias as kernels take them: alike, of a dtype that goes with the input's."""
+    if type(eps) is not float and not isinstance(eps, (int, float)) and (eps is not None or function == "layer_norm"):
+        raise TypeError(f"{function}(): argument 'eps' must be float, not {type(eps).__name__}")
     if type(normalized_shape) is not tuple:
         if isinstance(normalized_shape, int):
             raise TypeError(
@@ -102,7 +109,12 @@ def norm_operands(
     if not isinstance(input, Tensor):
         check_tensor(function, "input", 1, input)
     dtype = input.dtype
-    plain = dtype in FLOATS and normalized_shape and input.shape[-len(normalized_shape) :] == normalized_shape
+    plain = (
+        dtype in FLOATS
+        and normalized_shape
+        and input.shape[-len(normalized_shape) :] == normalized_shape
+        and (weight is not None or bias is None)
+    )
     for tensor in (weight, bias):
         if tensor is not None and plain:
             plain = tensor.dtype == dtype and tensor.shape == normalized_shape and tensor.device == input.device
@@ -128,6 +140,8 @@ def _settle_norm(
                 f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape {_shown(tensor.shape)} "
                 f"and normalized_shape = {_shown(shape)} (0-d is allowed, too)"
             )
+    if function == "rms_norm" and input.dim() < len(shape):
+        raise ValueError(f"Input tensor must have at least {len(shape)} dimensions, but got {input.dim()}")
     if input.shape[-len(shape) :] != shape:
         star = "*" if function == "rms_norm" else "*, "
         raise RuntimeError(
@@ -146,8 +160,8 @@ def _settle_norm(
             weight = weight.to(wide(input.dtype))
     _check_affine_dtypes(input, weight, bias)
     if bias is not None and (weight is None or weight.shape != bias.shape):  # one of them 0-d: both in full
-        bias = bias.expand(shape)
-        weight = None if weight is None else weight.expand(shape)
+        bias = bias.expand(shape).reshape(-1)
+        weight = None if weight is None else weight.expand(shape).reshape(-1)
     return weight, bias
 
 
@@ -162,6 +176,8 @@ def check_p(p: float) -> None:
 
 
 def check_dropout_input(input: Tensor) -> None:
+    if input.layout is not torch.strided:
+        raise RuntimeError(f"dropout(): argument 'input' has the layout {input.layout}; a dense tensor is expected")
     if input.dtype in FLOATS:
         return
     if input.dtype.is_complex or input.dtype.is_floating_point:
@@ -187,6 +203,11 @@ def check_in_place(input: Tensor) -> None:
     """What autograd would refuse only after the kernel has written."""
     if input.requires_grad and input.is_leaf and torch.is_grad_enabled():
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )
     if input.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a normal "

@@ -62,12 +62,17 @@ def dropout(
     seeded = seed_tensor(seed, generator, input.device)
     way = route(input)
     if way == KERNEL:
-        return _on_kernel(input, seeded, p, inverted, inplace)
-    if way == FORMULA:
+        y = _on_kernel(input, seeded, p, inverted, inplace)
+    elif way == FORMULA:
         y = _formula.dropout(input, mask_operator(seeded, input.shape, p, False), p, inverted)
     else:
         y = _operator(input.contiguous(), seeded, p, inverted, wants_grad(input) and keeps_mask(input))[0]
-    return input.copy_(y) if inplace else y
+    if inplace:
+        return y if y is input else input.copy_(y)
+    if way == FORMULA or input.is_contiguous():
+        return y
+    like = torch.empty_like(input)  # the mask goes by logical order, the result by the input's order in memory
+    return y if like.is_contiguous() else like.copy_(y)
 
 
 def dropout_mask(
@@ -112,7 +117,7 @@ def _on_kernel(input: Tensor, seed: Tensor, p: float, inverted: bool, inplace: b
         y = native.dropout(x, p, seed, inverted, False, x if direct else None)[0]
         if direct:
             _compat.increment_version([x])
-    return input.copy_(y) if inplace and not direct else y
+    return y
 
 
 def dropout_gradient(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:

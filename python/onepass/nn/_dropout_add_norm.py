@@ -15,7 +15,7 @@ from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operan
 from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, wants_grad, wide
 from ._dropout import fake_mask, keeps_mask, mask_operator, seed_tensor
 from ._library import define, given, wanted
-from ._norm import default_eps
+from ._norm import default_eps, fake_affine_gradient
 
 
 def dropout_add_layer_norm(
@@ -46,7 +46,7 @@ def dropout_add_layer_norm(
     Raises: as layer_norm and dropout; RuntimeError if residual is not like input.
     """
     input, residual = _operands(input, residual)
-    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias)
+    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
     return _dropout_add_norm(input, residual, weight, bias, size, eps, False, p, training, seed, generator, inverted)
 
 
@@ -65,7 +65,7 @@ def dropout_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """sum = residual + dropout(input), y = rms_norm(sum). Otherwise as dropout_add_layer_norm."""
     input, residual = _operands(input, residual)
-    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None)
+    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
     eps = default_eps(input) if eps is None else eps
     return _dropout_add_norm(input, residual, weight, None, size, eps, True, p, training, seed, generator, inverted)
 
@@ -190,8 +190,12 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor
         return native.dropout_add_norm_backward(
             dy, dsum, plain(total), weight, stats, size, rms, p, seed, inverted, mask, want
         )
-    gradients = _operator_backward(dy, dsum, total, weight, stats, seed, mask, size, rms, p, inverted, want)
-    return wanted(gradients, want)
+    # Without dropout both have one gradient, and the results of an operator share no memory.
+    asked = want if seed is not None else (False, want[0] or want[1], *want[2:])
+    dx, dresidual, dweight, dbias = _operator_backward(
+        dy, dsum, total, weight, stats, seed, mask, size, rms, p, inverted, asked
+    )
+    return wanted((dx if seed is not None else dresidual, dresidual, dweight, dbias), want)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -263,7 +267,7 @@ def _kernel_backward(
 def _fake_backward(dy: Tensor, dsum: Any, total: Tensor, weight: Tensor | None, *rest: Any) -> Any:
     size, want = rest[3], rest[-1]
     dx = torch.empty_like(total, memory_format=torch.contiguous_format)
-    dweight = dx.new_empty(size) if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dweight = fake_affine_gradient(total, weight, size)
     return given(wanted((dx, torch.empty_like(dx), dweight, torch.empty_like(dweight)), want), total)
 
 

@@ -39,7 +39,7 @@ def layer_norm(
     Raises:
         RuntimeError, NotImplementedError, TypeError: torch's, for operands that do not fit.
     """
-    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias)
+    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
     return _norm(input, weight, bias, size, eps, False)
 
 
@@ -57,7 +57,7 @@ def rms_norm(
 
     Returns, raises: as layer_norm.
     """
-    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None)
+    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
     return _norm(input, weight, None, size, default_eps(input) if eps is None else eps, True)
 
 
@@ -67,7 +67,7 @@ def default_eps(input: Tensor) -> float:
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
     way = route(x, weight, bias)
-    if way == FORMULA or size == 0:
+    if way == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, size, eps, rms)
     if way == KERNEL:
         x, weight, bias = plain(x), plain_or_none(weight), plain_or_none(bias)
@@ -162,9 +162,15 @@ def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
 ) -> Any:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = x.new_empty(size) if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
-    results = (dx, dweight, torch.empty_like(dweight))
-    return given(wanted(results, want), x)
+    dweight = fake_affine_gradient(x, weight, size)
+    return given(wanted((dx, dweight, torch.empty_like(dweight)), want), x)
+
+
+def fake_affine_gradient(x: Tensor, weight: Tensor | None, size: int) -> Tensor:
+    """Like the weight; that of a bias without one is of the arithmetic's dtype, autograd rounds it."""
+    if weight is None:
+        return x.new_empty(size, dtype=wide(x.dtype))
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 _operator = define(

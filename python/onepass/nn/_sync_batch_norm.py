@@ -95,7 +95,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         dbias, dweight = sums  # this process's: averaging gradients is DistributedDataParallel's
         dx = None
         if want[0]:
-            means = sums.double()
+            means = sums.to(torch.float64, copy=True)
             distributed.all_reduce(means, group=group)
             means = (means / count).to(stats.dtype)
             dx = torch.empty_like(x)
