@@ -5,6 +5,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -50,7 +51,7 @@ class Tensors {
  private:
   void read(py::handle tensor, TensorView& out, const char* name) {
     if (!reader->read(tensor.ptr(), out, layouts_))
-      throw py::value_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
+      throw std::runtime_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
   }
 
   TensorView first_;

@@ -122,3 +122,35 @@ def current_stream(device: int) -> int:
 def default_scalar_dtype() -> torch.dtype:
     """The dtype of a `step` count as torch.optim makes it."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+# --- what the layers ask before a call --------------------------------------------------------------------------------
+
+_innermost_transform: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack
+
+
+@torch.compiler.assume_constant_result
+def in_transform() -> bool:
+    """Whether a torch.func transform is active; while torch.compile traces, whether one is being traced (it guards that)."""
+    return _innermost_transform() is not None
+
+
+active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many TorchDispatchModes are active."""
+
+jit_tracing: Callable[[], object | None] = torch._C._get_tracing_state
+"""The state of torch.jit.trace, or None."""
+
+is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a gradient is a batch of them: torch.autograd.grad(is_grads_batched=True) has a vmap of its own."""
+
+
+def in_backward() -> bool:
+    """Whether this runs inside of backward(), as what activation checkpointing computes a second time does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without the questions about torch.func transforms (3 us), for callers that have asked."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply
