@@ -97,17 +97,31 @@ static void inplace_2_alone(uint32_t* restrict p, uint32_t* restrict m, size_t b
   for (size_t i = begin; i < end; i++) m[i] = p[i] = p[i] + m[i];
 }
 
+/* The two sweeps that overwrite a stream fetch its cache lines themselves, as the kernels do: without reads of it no
+ * hardware prefetcher does, and a copy takes 1.35 times as long. */
+enum { LINE = 64 / sizeof(uint32_t) };
+
 static void inplace_1_write_1(const uint32_t* restrict g, uint32_t* restrict p, uint32_t* restrict old, size_t begin,
                               size_t end) {
-  for (size_t i = begin; i < end; i++) {
-    old[i] = p[i];
-    p[i] += g[i];
+  size_t i = begin;
+  for (; i + LINE <= end; i += LINE) {
+    __builtin_prefetch(old + i, 1);
+    for (size_t k = i; k < i + LINE; k++) {
+      old[k] = p[k];
+      p[k] += g[k];
+    }
   }
+  for (; i < end; i++) old[i] = p[i];
 }
 
 /* + 1 keeps it a loop: memcpy goes around the caches, which no kernel does that finds its data there. */
 static void write_1(const uint32_t* restrict old, uint32_t* restrict p, size_t begin, size_t end) {
-  for (size_t i = begin; i < end; i++) p[i] = old[i] + 1;
+  size_t i = begin;
+  for (; i + LINE <= end; i += LINE) {
+    __builtin_prefetch(p + i, 1);
+    for (size_t k = i; k < i + LINE; k++) p[k] = old[k] + 1;
+  }
+  for (; i < end; i++) p[i] = old[i] + 1;
 }
 
 static void sweep(job* j) {

@@ -12,16 +12,18 @@
 
 namespace onepass {
 
-// Whether a rule writes its states. One that only reads them says so by  static constexpr bool writes_state = false;
-// the memory then moves once.
+// Two traits that a rule may have. It writes its states unless it says  static constexpr bool writes_state = false; and
+// the memory then moves once. And it overwrites something whose old values it does not use, the parameter or a state,
+// if it says  static constexpr bool overwrites = true.
+template <class Rule, class = void>
+constexpr bool writes_state = true;
 template <class Rule>
-constexpr auto writes_state(int) -> decltype(Rule::writes_state) {
-  return Rule::writes_state;
-}
+constexpr bool writes_state<Rule, decltype(void(Rule::writes_state))> = Rule::writes_state;
+
+template <class Rule, class = void>
+constexpr bool overwrites = false;
 template <class Rule>
-constexpr bool writes_state(long) {
-  return true;
-}
+constexpr bool overwrites<Rule, decltype(void(Rule::overwrites))> = Rule::overwrites;
 
 // What prepare() is told about the step at hand beside the hyper-parameters.
 struct StepContext {

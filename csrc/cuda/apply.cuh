@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
       for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
     }
     p.store(param + i);
-    if constexpr (writes_state<Rule>(0)) {
+    if constexpr (writes_state<Rule>) {
       ONEPASS_UNROLL
       for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
     }
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
     F gradient = 0;
     if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
     encode(param[i], Rule::template update<F>(k, decode(param[i]), gradient, s));
-    if constexpr (writes_state<Rule>(0)) {
+    if constexpr (writes_state<Rule>) {
       ONEPASS_UNROLL
       for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
     }

@@ -39,7 +39,8 @@ __device__ double block_total(Total total, double x) {
 // known: the total, where it is one of squares; known when compiled, so that the loop has no branch in it. For all the
 // others it is magnitudes, and the table says which.
 template <class T, Total known>
-__global__ void __launch_bounds__(tuning::reduce_threads) reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
+__global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_per_sm)
+    reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
   constexpr int w = width<T>;
   constexpr bool weighted = known == Total::weighted_squares;
   Reduction reduction = table.reduction;

@@ -11,6 +11,7 @@ struct Sam {
   static constexpr const char* state_names = "old_param";
   static constexpr bool reads_grad = perturbs;
   static constexpr bool writes_state = perturbs;
+  static constexpr bool overwrites = true;
 
   ONEPASS_HYPER(rho, adaptive);  // of the way there
 

@@ -117,8 +117,9 @@ class Lookahead(Wrapper):
 
     def _begin_new(self) -> list[Tensor]:
         """Slow weights for parameters met for the first time, checked before the first is made."""
+        begun = set(map(id, self._own_state))  # a tensor's own hash costs three times as much
         params = (p for group in self.param_groups for p in group["params"])
-        new = [p for p in params if p.requires_grad and p not in self._own_state]
+        new = [p for p in params if id(p) not in begun and p.requires_grad]
         if new:
             self._gather(new, _native.new_plan(), 0.0)
             self._own_state.update({p: {self.kept: kept_copy(p)} for p in new})
