@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +29,31 @@ import limit
 import report
 import torch
 from harness import Json, Variant, onepass
-
-Shapes = list[tuple[int, ...]]
+from networks import Shapes, gpt2_small, resnet50
 
 MAX_NORM = 1.0
-HYPER: dict[str, dict[str, float]] = {
-    "SGD": {"lr": 1e-3, "momentum": 0.9},
-    "Adam": {"lr": 1e-3},
-    "AdamW": {"lr": 1e-3, "weight_decay": 0.01},
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer with its arguments, and how many states an element has under them."""
+
+    optimizer: str
+    states: int
+    options: dict[str, float]
+
+
+RULES = {
+    "SGD": Rule("SGD", 1, {"lr": 1e-3, "momentum": 0.9}),
+    "Adam": Rule("Adam", 2, {"lr": 1e-3}),
+    "AdamW": Rule("AdamW", 2, {"lr": 1e-3, "weight_decay": 0.01}),
+    "NAdam": Rule("NAdam", 2, {"lr": 1e-3}),
+    "RMSprop": Rule("RMSprop", 1, {"lr": 1e-3}),
+    "RMSprop centered": Rule("RMSprop", 3, {"lr": 1e-3, "centered": True, "momentum": 0.9}),
+    "Rprop": Rule("Rprop", 2, {"lr": 1e-3}),
+    "Adagrad": Rule("Adagrad", 1, {"lr": 1e-3}),
 }
-STATES = {"SGD": 1, "Adam": 2, "AdamW": 2}
+USUAL_RULES = ("SGD", "Adam", "AdamW")  # on whole networks and in the other forms
 TORCH_PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
 
 # Where a step moves less than this, it runs in the caches and the limit of the memory says nothing.
@@ -63,12 +79,16 @@ class Row:
         return " ".join(filter(None, words))
 
     @property
+    def states(self) -> int:
+        return RULES[self.rule].states
+
+    @property
     def elements(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def passes(self) -> list[limit.Pattern]:
-        return limit.passes(self.dtype.itemsize, STATES[self.rule], self.clip)
+        return limit.passes(self.dtype.itemsize, self.states, self.clip)
 
     @property
     def bytes_moved(self) -> int:
@@ -77,33 +97,8 @@ class Row:
     def bytes_needed(self, variants: int) -> int:
         """Memory of all variants together; torch's foreach and loop paths take up to two temporaries of all sizes."""
         own = 1 if self.elements > SHARED_ABOVE else variants
-        limit_streams = 4 * 4 * min(self.elements, limit.MAX_ELEMENTS)
-        return self.elements * (2 * self.dtype.itemsize * own + 4 * STATES[self.rule] * variants + 8) + limit_streams
-
-
-def resnet50() -> Shapes:
-    """The 161 parameters of ResNet-50 (He et al. 2015), 25.6M elements: two thirds of the tensors are tiny."""
-
-    def conv_bn(out: int, inp: int, kernel: int) -> Shapes:
-        return [(out, inp, kernel, kernel), (out,), (out,)]
-
-    shapes = conv_bn(64, 3, 7)
-    inp = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += conv_bn(width, inp, 1) + conv_bn(width, width, 3) + conv_bn(4 * width, width, 1)
-            if block == 0:
-                shapes += conv_bn(4 * width, inp, 1)
-            inp = 4 * width
-    return [*shapes, (1000, inp), (1000,)]
-
-
-def gpt2_small() -> Shapes:
-    """The 148 parameters of GPT-2 small (Radford et al. 2019), 124.4M elements."""
-    norm: Shapes = [(768,), (768,)]
-    attention: Shapes = [(768, 2304), (2304,), (768, 768), (768,)]
-    mlp: Shapes = [(768, 3072), (3072,), (3072, 768), (768,)]
-    return [(50257, 768), (1024, 768), *(norm + attention + norm + mlp) * 12, *norm]
+        limit_streams = 4 * (2 + self.states) * min(self.elements, limit.MAX_ELEMENTS)
+        return self.elements * (2 * self.dtype.itemsize * own + 4 * self.states * variants + 8) + limit_streams
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -116,7 +111,7 @@ def rows(quick: bool) -> Iterator[Row]:
     tiny: dict[str, Shapes] = {"1000 x 256": [(256,)] * 1000}
     nets = {} if quick else {"ResNet-50": resnet50(), "GPT-2 small": gpt2_small()}
     for case, shapes in (big | tiny | nets).items():
-        yield from (Row(case, shapes, rule) for rule in HYPER)
+        yield from (Row(case, shapes, rule) for rule in (USUAL_RULES if case in nets else RULES))
         yield Row(case, shapes, "AdamW", clip=True)
         if case in big:
             yield Row(case, shapes, "SGD", torch.bfloat16)
@@ -125,14 +120,21 @@ def rows(quick: bool) -> Iterator[Row]:
             yield from (Row("2000 x 256", shapes * 2, rule) for rule in ("SGD", "AdamW"))
 
 
+def arguments_of(rule: Rule) -> Mapping[str, object]:
+    """What torch's optimizer takes; most have no fused path."""
+    return inspect.signature(getattr(torch.optim, rule.optimizer)).parameters
+
+
 def make_optimizer(
     row: Row, path: str, params: Sequence[torch.Tensor]
 ) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
     """The optimizer of a path ("onepass" or one of TORCH_PATHS) and the step that is timed."""
+    rule = RULES[row.rule]
     if path == "onepass":
-        ours = getattr(onepass.optim, row.rule)(params, **HYPER[row.rule], max_norm=MAX_NORM if row.clip else None)
+        ours = getattr(onepass.optim, rule.optimizer)(params, **rule.options, max_norm=MAX_NORM if row.clip else None)
         return ours, ours.step
-    theirs = getattr(torch.optim, row.rule)(params, **HYPER[row.rule], **TORCH_PATHS[path])
+    hints = {key: hint for key, hint in TORCH_PATHS[path].items() if key in arguments_of(rule)}
+    theirs = getattr(torch.optim, rule.optimizer)(params, **rule.options, **hints)
     if not row.clip:
         return theirs, theirs.step
 
@@ -200,6 +202,8 @@ def make_variants(row: Row, paths: Sequence[str], device: torch.device) -> tuple
     memory: dict[str, Json] = {}
     params = make_params(row, device)
     for path in paths:
+        if path == "fused" and "fused" not in arguments_of(RULES[row.rule]):
+            continue
         if variants and row.elements <= SHARED_ABOVE:
             params = copies(params)
         optimizer, step = make_optimizer(row, path, params)

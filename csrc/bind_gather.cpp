@@ -75,11 +75,10 @@ bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states
   return entry.cuda || p.device_type == dlpack::cpu;
 }
 
-bool Plan::read_step(PyObject* step, bool device_scalars, Entry& entry) {
+bool Plan::read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out) {
   TensorView s;
-  if (!read(step, s) || s.size != 1) return false;
-  entry.step = s.data;
-  entry.step_is_double = s.dtype == DType::float64;
+  if (!read(object, s) || s.size != 1) return false;
+  out = {s.data, s.dtype == DType::float64};
   if (entry.cuda && device_scalars) return s.dtype == DType::float32 && runs_on_cuda(s) && s.device == entry.device;
   return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.device_type == dlpack::cpu;
 }
@@ -119,7 +118,8 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
   // First the Python objects, then their memory: so that the tensors ahead can be fetched while one is looked at.
   struct Found {
     Py_ssize_t index;
-    PyObject *param, *grad, *step, *states[max_states];
+    PyObject *param, *grad, *states[max_states];
+    ScalarObjects scalars;
     bool complete;
   };
   constexpr Py_ssize_t ahead = 8;
@@ -128,7 +128,7 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
   for (Py_ssize_t i = 0; i < n; ++i) {
     if (i + ahead < n && plain(PyList_GET_ITEM(params.ptr(), i + ahead)))
       prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + ahead));
-    Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, nullptr, {}, true};
+    Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, {}, {}, true};
     has_subclasses_ = has_subclasses_ || !plain(f.param);
     if (rule.reads_grad) {
       f.grad = PyObject_GetAttr(f.param, grad_name);
@@ -144,13 +144,15 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
         f.complete = f.states[s] != nullptr && f.states[s] != Py_None;
         if (f.complete) keep(f.states[s]);
       }
-      if (f.complete && counts_steps) {
-        f.step = lookup(of_param, step_name);
-        f.complete = f.step != nullptr && f.step != Py_None;
-        if (f.complete) keep(f.step);
-      }
+      const auto find = [&](PyObject* name, PyObject*& scalar) {
+        scalar = lookup(of_param, name);
+        f.complete = scalar != nullptr && scalar != Py_None;
+        if (f.complete) keep(scalar);
+      };
+      if (f.complete && counts_steps) find(step_name, f.scalars.step);
+      if (f.complete && rule.product_key != nullptr) find(rule.product_key, f.scalars.product);
       if (!f.complete) {
-        f.step = nullptr;
+        f.scalars = {};
         missing.append(i);
       }
     }
@@ -160,7 +162,7 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
   for (std::size_t i = 0; i < found.size(); ++i) {
     if (i + ahead < found.size()) {
       const Found& next = found[i + ahead];
-      for (PyObject* object : {next.param, next.grad, next.step})
+      for (PyObject* object : {next.param, next.grad, next.scalars.step, next.scalars.product})
         if (object != nullptr && plain(object)) prefetch_tensor(object);
       for (std::size_t s = 0; next.complete && s < n_states; ++s)
         if (plain(next.states[s])) prefetch_tensor(next.states[s]);
@@ -169,8 +171,8 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
     const std::size_t n_known = f.complete ? n_states : 0;
     Entry entry{};
     bool fine = read_streams(f.param, f.grad, f.states, n_known, entry, true);
-    if (fine && f.step != nullptr) fine = read_step(f.step, device_scalars, entry);
-    if (!fine) mend_entry(f.index, f.param, f.grad, f.states, n_known, f.step, device_scalars, mend, entry);
+    if (fine) fine = read_scalars(f.scalars, device_scalars, entry);
+    if (!fine) mend_entry(f.index, f.param, f.grad, f.states, n_known, rule, f.scalars, device_scalars, mend, entry);
     if (!f.complete) continue;
     entry.fresh = !fresh.is_none() && PySequence_Contains(fresh.ptr(), f.param) == 1;
     if (entry.item.size > 0 && !seen.insert(entry.item.param)) {
@@ -185,18 +187,22 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
 }
 
 void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
-                      PyObject* step, bool device_scalars, const py::function& mend, Entry& entry) {
+                      const RuleVariant& rule, const ScalarObjects& scalars, bool device_scalars,
+                      const py::function& mend, Entry& entry) {
   const auto or_none = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
   py::list known;
   for (std::size_t s = 0; s < n_states; ++s) known.append(py::handle(states[s]));
-  const py::list stand_ins = mend(index, py::handle(param), or_none(grad), known, or_none(step));
+  py::dict of_scalars;
+  if (scalars.step != nullptr) of_scalars["step"] = py::handle(scalars.step);
+  if (scalars.product != nullptr) of_scalars[rule.product_key] = py::handle(scalars.product);
+  const py::list stand_ins = mend(index, py::handle(param), or_none(grad), known, of_scalars);
   std::vector<PyObject*> streams;
   for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
   const std::size_t first_state = grad != nullptr ? 2 : 1;
   if (streams.size() != first_state + n_states) throw py::value_error("mend() gave a wrong number of tensors");
   const bool fine = read_streams(streams[0], grad != nullptr ? streams[1] : nullptr, streams.data() + first_state,
                                  n_states, entry, false) &&
-                    (step == nullptr || read_step(step, device_scalars, entry));
+                    read_scalars(scalars, device_scalars, entry);
   if (!fine) throw py::value_error("parameter " + std::to_string(index) + " is of a kind that no kernel can update");
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -50,7 +51,7 @@ class Tensors {
  private:
   void read(py::handle tensor, TensorView& out, const char* name) {
     if (!reader->read(tensor.ptr(), out, layouts_))
-      throw py::value_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
+      throw std::runtime_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
   }
 
   TensorView first_;
@@ -207,6 +208,7 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
 #endif
   const Workspace workspace(workspace_bytes(call.rows, size, call.dtype), on_cuda, room);
   call.workspace = workspace.address();
+  if (elements == 0) return;
   run(tensors, call, threads, stream, cpu_layers().row_norm_backward, ONEPASS_CUDA_LAYER(row_norm_backward));
 }
 
@@ -215,7 +217,7 @@ namespace {
 BatchShape shape_of(const BatchShapeArguments& arguments, std::int64_t elements) {
   const BatchShape shape{std::get<0>(arguments), std::get<1>(arguments), std::get<2>(arguments),
                          std::get<3>(arguments)};
-  if (elements == 0 || shape.batch * shape.channels * shape.space != elements)
+  if (shape.batch * shape.channels * shape.space != elements)
     throw py::value_error("x is not of the shape that was given for its batch norm");
   return shape;
 }
@@ -268,8 +270,9 @@ void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handl
 #else
   const auto workspace_bytes = &cpu::batch_norm_workspace;
 #endif
-  const Workspace workspace(workspace_bytes(call.shape), on_cuda, room);
+  const Workspace workspace(elements == 0 ? 0 : workspace_bytes(call.shape), on_cuda, room);
   call.workspace = workspace.address();
+  if (elements == 0) return;
   run(tensors, call, threads, stream, cpu_layers().batch_norm, ONEPASS_CUDA_LAYER(batch_norm));
 }
 
@@ -307,8 +310,9 @@ void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::han
 #else
   const auto workspace_bytes = &cpu::batch_norm_workspace;
 #endif
-  const Workspace workspace(workspace_bytes(call.shape), on_cuda, room);
+  const Workspace workspace(elements == 0 ? 0 : workspace_bytes(call.shape), on_cuda, room);
   call.workspace = workspace.address();
+  if (elements == 0) return;
   run(tensors, call, threads, stream, cpu_layers().batch_norm_backward, ONEPASS_CUDA_LAYER(batch_norm_backward));
 }
 

@@ -55,7 +55,7 @@ class Plan {
   }
 
   // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
-  // device and layout goes through mend(index, param, grad, states, step), which returns one-dimensional dense
+  // device and layout goes through mend(index, param, grad, states, scalars), which returns one-dimensional dense
   // stand-ins [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters
   // whose state is missing; if there are any the plan is not to be run.
   py::list gather(int variant, const py::object& params, const py::dict& state, const py::tuple& hyper,
@@ -63,8 +63,9 @@ class Plan {
                   const py::function& mend);
 
   // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
-  // p of |g|**p; infinity the largest magnitude and -infinity the smallest.
-  double cpu_total(double norm_type, int max_threads) const;
+  // p of |g|**p; infinity the largest magnitude and -infinity the smallest. weighted, with 2 only: each gradient times
+  // its parameter, element by element.
+  double cpu_total(double norm_type, bool weighted, int max_threads) const;
 
   // Whether any parameter, with a gradient or without, is of a subclass of Tensor: it may be sharded.
   bool has_subclasses() const { return has_subclasses_; }
@@ -78,25 +79,42 @@ class Plan {
   // Devices (of the CUDA kernels) that hold gradients.
   std::vector<int> cuda_devices() const;
   std::int64_t cuda_partials(int device) const;
-  void cuda_total(double norm_type, int device, std::uintptr_t partials, std::uintptr_t total,
+  void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
                   std::uintptr_t stream) const;
 
   // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, scaled_norm, norm,
   // grad_scale, found_inf): addresses, 0 where there is none.
-  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double norm, double grad_scale,
-           bool scaled_on_device, const py::function& on_device);
+  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double epsilon, double norm,
+           double grad_scale, bool scaled_on_device, const py::function& on_device);
 
   // The parameters that were gathered, for their version counters.
   py::list updated() const;
 
  private:
+  // A 0-d state: the step count, or a running product.
+  struct ScalarState {
+    void* at;  // null: there is none
+    bool is_double;
+
+    double read() const { return is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at)); }
+    void write(double value) const {
+      if (is_double)
+        *static_cast<double*>(at) = value;
+      else
+        *static_cast<float*>(at) = float(value);
+    }
+  };
+  // The same as Python objects, null where there is none.
+  struct ScalarObjects {
+    PyObject *step, *product;
+  };
   struct Entry {
     Item item;
     int device_type, device;
     bool cuda;
     DType dtype;
-    void* step;  // null: the rule counts none
-    bool step_is_double, fresh;
+    ScalarState step, product;
+    bool fresh;
     int occurrence;  // a parameter listed twice is updated twice, in order
   };
   struct Group {
@@ -125,11 +143,14 @@ class Plan {
   bool read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
                     bool check_negation);
   void mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
-                  PyObject* step, bool device_scalars, const py::function& mend, Entry& entry);
-  bool read_step(PyObject* step, bool device_scalars, Entry& entry);
-  // The number of the step at hand, by the count on the host; 1 where the rule counts none.
-  static double next_step(const Entry& entry);
-  static void advance(const std::vector<const Entry*>& entries);
+                  const RuleVariant& rule, const ScalarObjects& scalars, bool device_scalars, const py::function& mend,
+                  Entry& entry);
+  bool read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out);
+  bool read_scalars(const ScalarObjects& objects, bool device_scalars, Entry& entry) {
+    return (objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step)) &&
+           (objects.product == nullptr || read_scalar(objects.product, device_scalars, entry, entry.product));
+  }
+  class HostScalars;
   void run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const;
   void run_cuda(const Group& group, const std::vector<const Entry*>& entries, const GradScaling& scaling,
                 double grad_scale, bool scaled_on_device, const py::function& on_device) const;

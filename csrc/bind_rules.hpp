@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,8 @@ struct RuleVariant {
   std::vector<std::string> hyper_names, state_names;
   std::vector<PyObject*> state_keys;  // state_names as interned Python strings, never freed
   bool reads_grad;
+  PyObject* product_key;  // name of the running product, interned; null where the rule keeps none
+  double (*product_factor)(const double* hyper, double t);
   std::vector<cpu::ApplyFunction> cpu;  // one for each of isa_names
   cuda::ApplyFunction cuda;             // null in a build without CUDA
 };
@@ -68,19 +71,30 @@ inline std::vector<std::string> split_names(const std::string& names) {
   return out;
 }
 
+template <class Rule>
+double product_factor(const double* hyper, double t) {
+  typename Rule::Hyper h;
+  std::memcpy(&h, hyper, sizeof h);
+  return RunningProduct<Rule>::factor(h, t);
+}
+
 template <class... Rules>
 void describe(std::vector<RuleVariant>& out, const char* name, Variants<Rules...>,
               const std::vector<const cpu::ApplyFunction*>& cpu_tables, const cuda::ApplyFunction* cuda_table) {
   int variant = 0;
-  const auto add = [&](const char* hyper_names, const char* state_names, bool reads_grad) {
-    RuleVariant v{name, split_names(hyper_names), split_names(state_names), {}, reads_grad, {}, nullptr};
+  const auto add = [&](const char* hyper_names, const char* state_names, bool reads_grad, const char* product_name,
+                       double (*factor)(const double*, double)) {
+    RuleVariant v{name,   split_names(hyper_names), split_names(state_names), {}, reads_grad, nullptr, factor, {},
+                  nullptr};
+    if (*product_name != 0) v.product_key = PyUnicode_InternFromString(product_name);
     for (const std::string& state : v.state_names) v.state_keys.push_back(PyUnicode_InternFromString(state.c_str()));
     for (const auto* table : cpu_tables) v.cpu.push_back(table[variant]);
     if (cuda_table != nullptr) v.cuda = cuda_table[variant];
     out.push_back(v);
     ++variant;
   };
-  (add(Rules::hyper_names, Rules::state_names, Rules::reads_grad), ...);
+  (add(Rules::hyper_names, Rules::state_names, Rules::reads_grad, RunningProduct<Rules>::name, &product_factor<Rules>),
+   ...);
 }
 
 inline const std::vector<RuleVariant>& rule_variants() {

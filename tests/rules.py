@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onepass
 import torch
-from reference import adam, sgd
+from reference import adagrad, adam, nadam, rmsprop, rprop, sgd
 from reference.common import Case, Reference
 from support import ARITHMETIC, arithmetic_dtype, assert_close, rounding, to_numpy
 
@@ -21,6 +21,11 @@ class Rule:
     cases: list[Case]
     product: list[Case]
     usual: Case  # arguments under which every state of the rule exists
+
+    @property
+    def no_decay(self) -> Case:
+        """weight_decay=0, said aloud where the rule has it."""
+        return {"weight_decay": 0.0} if "weight_decay" in self.options else {}
 
 
 _no_decoupled = {key: values for key, values in adam.OPTIONS.items() if key != "decoupled_weight_decay"}
@@ -54,6 +59,46 @@ RULES = {
         adam.ADAMW_CASES,
         [],  # Adam's product with decoupled_weight_decay=True
         {"lr": 0.1, "eps": 1e-4, "amsgrad": True, "weight_decay": 0.1},
+    ),
+    "NAdam": Rule(
+        onepass.optim.NAdam,
+        torch.optim.NAdam,
+        nadam.NAdam,
+        nadam.to_torch,
+        nadam.OPTIONS,
+        nadam.CASES,
+        nadam.PRODUCT,
+        {"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1},
+    ),
+    "RMSprop": Rule(
+        onepass.optim.RMSprop,
+        torch.optim.RMSprop,
+        rmsprop.RMSprop,
+        rmsprop.to_torch,
+        rmsprop.OPTIONS,
+        rmsprop.CASES,
+        rmsprop.PRODUCT,
+        {"lr": 0.1, "eps": 2e-2, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    ),
+    "Rprop": Rule(
+        onepass.optim.Rprop,
+        torch.optim.Rprop,
+        rprop.Rprop,
+        rprop.to_torch,
+        rprop.OPTIONS,
+        rprop.CASES,
+        rprop.PRODUCT,
+        {"lr": 0.1},
+    ),
+    "Adagrad": Rule(
+        onepass.optim.Adagrad,
+        torch.optim.Adagrad,
+        adagrad.Adagrad,
+        adagrad.to_torch,
+        adagrad.OPTIONS,
+        adagrad.CASES,
+        adagrad.PRODUCT,
+        {"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1},
     ),
 }
 
@@ -101,7 +146,7 @@ class BesideReference:
             )
             for key, value in states.items():
                 assert_close(came[key], value, tolerance, f"{key} of parameter {i} {where}")
-                wanted = torch.float32 if key == "step" else p.dtype if p.is_complex() else dtype
+                wanted = torch.float32 if key in self.optimizer.scalar_states else p.dtype if p.is_complex() else dtype
                 assert came[key].dtype == wanted, f"{key} of parameter {i} should be {wanted}, is {came[key].dtype}"
         self.compare_norm(where)
 

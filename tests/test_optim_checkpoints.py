@@ -13,6 +13,10 @@ CASES = {
     "SGD": [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}],
     "Adam": [{"lr": 0.01}, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}],
     "AdamW": [{"lr": 0.01}],
+    "NAdam": [{"lr": 0.01}, {"lr": 0.01, "momentum_decay": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}],
+    "RMSprop": [{"lr": 0.01}, {"lr": 0.01, "momentum": 0.9}, {"lr": 0.01, "momentum": 0.9, "centered": True}],
+    "Rprop": [{"lr": 0.01}, {"lr": 0.01, "etas": (0.3, 1.5)}],
+    "Adagrad": [{"lr": 0.1}, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}],
 }
 PAIRS = [
     pytest.param(RULES[key], case, id=f"{key}-{i}") for key, cases in CASES.items() for i, case in enumerate(cases)
@@ -44,6 +48,9 @@ def test_ours_to_torch(rule, case, device):
     both.train(5)
     both.theirs = rule.theirs(both.twin.parameters(), lr=99.0)
     both.theirs.load_state_dict(through_file(both.ours.state_dict()))
+    for state in both.theirs.state.values():
+        if "mu_product" in state:  # which torch casts to the parameter's dtype, and goes on in it
+            state["mu_product"] = state["mu_product"].float()
     both.train(5)
 
 
@@ -65,7 +72,8 @@ def test_state_dict_has_torchs_structure(rule, device):
 def test_loading_keeps_our_own_options(rule):
     """A torch checkpoint does not know them: they stay as this optimizer was made with."""
     own = {"max_norm": 0.25, "fused_unscale": True}
-    own |= {"lr_in_velocity": True} if "momentum" in rule.usual else {"eps_inside_sqrt": True, "bias_correction": False}
+    forms = {"lr_in_velocity": True, "eps_inside_sqrt": True, "bias_correction": False, "variant": "rprop-"}
+    own |= {key: value for key, value in forms.items() if key in rule.options}
     both = BesideTorch(rule)
     both.ours = rule.ours(both.model.parameters(), **own)
     both.ours.load_state_dict(both.theirs.state_dict())
@@ -94,12 +102,14 @@ def test_checkpoint_with_few_keys(rule):
     both.train(2)
 
 
-def test_step_as_a_number():
-    """Very old checkpoints hold `step` as an int."""
-    both = BesideTorch(RULES["Adam"])
+@pytest.mark.parametrize("rule", [pytest.param(r, id=key) for key, r in RULES.items() if "capturable" in r.options])
+def test_step_as_a_number(rule):
+    """Very old checkpoints hold `step` as an int, and NAdam's `mu_product` as a float."""
+    both = BesideTorch(rule)
     both.train(3)
     saved = through_file(both.theirs.state_dict())
-    saved["state"] = {i: {**s, "step": int(s["step"])} for i, s in saved["state"].items()}
+    for state in saved["state"].values():
+        state.update({key: int(v) if key == "step" else float(v) for key, v in state.items() if v.dim() == 0})
     both.ours.load_state_dict(saved)
     both.train(2)
     for state in both.ours.state.values():

@@ -27,6 +27,10 @@ OPTIMIZERS: dict[str, tuple[type, type, dict]] = {
     "SGD": (onepass.optim.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "Adam": (onepass.optim.Adam, torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
     "AdamW": (onepass.optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
+    "NAdam": (onepass.optim.NAdam, torch.optim.NAdam, {"lr": 0.01}),
+    "RMSprop": (onepass.optim.RMSprop, torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9}),
+    "Rprop": (onepass.optim.Rprop, torch.optim.Rprop, {"lr": 0.01}),
+    "Adagrad": (onepass.optim.Adagrad, torch.optim.Adagrad, {"lr": 0.01, "initial_accumulator_value": 0.1}),
 }
 
 
@@ -56,7 +60,7 @@ def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
         assert optimizer.state[p].keys() == theirs.state[q].keys(), f"states of {name} under {what}"
         for key, value in theirs.state[q].items():
             came = optimizer.state[p][key]
-            assert isinstance(came, DTensor) == (isinstance(p, DTensor) and key != "step"), (
+            assert isinstance(came, DTensor) == (isinstance(p, DTensor) and key not in optimizer.scalar_states), (
                 f"{key} of {name}: {type(came)}"
             )
             assert_close(whole(came), value, 1e-12, f"{key} of {name} under {what}")

@@ -19,20 +19,28 @@ def good_parameters(sizes=(5, 3, 8, 6)) -> list[torch.nn.Parameter]:
 
 # ---- hyper-parameters ------------------------------------------------------------------------------------------------
 
-OF_ALL = [{"lr": -1.0}, {"weight_decay": -0.1}, {"lr": torch.tensor([0.1, 0.2])}]
-OF_ADAM = [
+# Each is given to every optimizer that has its arguments.
+ARGUMENTS = [
+    {"lr": -1.0},
+    {"lr": torch.tensor([0.1, 0.2])},
+    {"weight_decay": -0.1},
+    {"eps": -1e-8},
     {"betas": (1.0, 0.9)},
     {"betas": (0.9, 1.0)},
     {"betas": (-0.1, 0.9)},
-    {"betas": (0.9, torch.tensor(0.9))},
-    {"eps": -1e-8},
-]
-OF_SGD = [
     {"momentum": -0.1},
     {"nesterov": True},
     {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+    {"momentum_decay": -0.1},
+    {"alpha": -0.1},
+    {"etas": (1.2, 0.5)},
+    {"etas": (0.5, 1.0)},
+    {"etas": (0.0, 1.2)},
+    {"lr_decay": -0.1},
+    {"initial_accumulator_value": -0.1},
 ]
-WRONG = [(key, kwargs) for key in RULES for kwargs in OF_ALL + (OF_SGD if key == "SGD" else OF_ADAM)]
+WRONG = [(key, kwargs) for key, rule in RULES.items() for kwargs in ARGUMENTS if kwargs.keys() <= rule.options.keys()]
+WRONG += [(key, {"betas": (0.9, torch.tensor(0.9))}) for key in ("Adam", "AdamW")]
 
 
 @pytest.mark.parametrize(("key", "kwargs"), WRONG, ids=str)
@@ -65,6 +73,7 @@ OURS = [
     ),  # torch: an accidental RuntimeError
     ("SGD", {"momentum": 0.9, "dampening": 0.1, "lr_in_velocity": True}, "lr_in_velocity"),
     ("SGD", {"momentum": 0.9, "dampening": 0.1, "fused_unscale": True}, "fused_unscale"),
+    ("Rprop", {"variant": "rprop+"}, "variant"),
 ]
 
 

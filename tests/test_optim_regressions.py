@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import math
 import pickle
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 from onepass import _compat, _native
 from onepass.optim import SGD, Adam, AdamW, clip_grad_norm_
+from rules import RULES
 from support import assert_close, assert_same, snapshot
 from torch.nn import Parameter
 
@@ -124,14 +126,19 @@ def test_incomplete_checkpoint(key: str) -> None:
     assert_same(snapshot(optimizer), before, "after the error")
 
 
-@pytest.mark.parametrize(("saved", "loading"), [(SGD, Adam), (Adam, SGD)])
-def test_checkpoint_of_another_optimizer(saved: type, loading: type) -> None:
+@pytest.mark.parametrize(("saved", "loading"), list(itertools.permutations(RULES, 2)))
+def test_checkpoint_of_another_optimizer(saved: str, loading: str) -> None:
+    if {saved, loading} == {"Adam", "AdamW"}:
+        return  # the same state, as in torch
     p = with_grad(torch.ones(3))
-    kw = {"momentum": 0.9} if saved is SGD else {}
-    source = saved([p], lr=0.1, **kw)
+    source, optimizer = (RULES[key].ours([p], **RULES[key].usual) for key in (saved, loading))
     source.step()
+    optimizer.step()
+    before, groups = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
     with pytest.raises(ValueError, match="another optimizer"):
-        loading([p], lr=0.1).load_state_dict(source.state_dict())
+        optimizer.load_state_dict(source.state_dict())
+    assert_same(snapshot(optimizer), before, "after the error")
+    assert optimizer.state_dict()["param_groups"] == groups, "the refused checkpoint left its options"
 
 
 def test_change_of_memory_format_moves_the_state_once(monkeypatch: pytest.MonkeyPatch) -> None:

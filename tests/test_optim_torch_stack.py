@@ -63,7 +63,9 @@ def test_hooks(rule):
 SCHEDULERS = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=12),  # cycles momentum and betas too
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(  # cycles momentum and betas too
+        o, max_lr=0.05, total_steps=12, cycle_momentum=bool({"momentum", "betas"} & o.defaults.keys())
+    ),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1) ** 0.3),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 3), lr_scheduler.ExponentialLR(o, 0.8)], [3]

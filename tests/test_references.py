@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from reference import adam, clip, sgd
+from reference import adagrad, adam, clip, nadam, rmsprop, rprop, sgd
 from reference.common import every, name, norm_scale, pairs_of, total_norm
 
 SHAPES = ((3,), (), (2, 3), (0,))
@@ -56,6 +56,10 @@ def assert_like_torch(rule, reference_class, torch_class, case) -> None:
 RULES = {
     "SGD": (sgd, sgd.SGD, torch.optim.SGD),
     "Adam": (adam, adam.Adam, torch.optim.Adam),
+    "NAdam": (nadam, nadam.NAdam, torch.optim.NAdam),
+    "RMSprop": (rmsprop, rmsprop.RMSprop, torch.optim.RMSprop),
+    "Rprop": (rprop, rprop.Rprop, torch.optim.Rprop),
+    "Adagrad": (adagrad, adagrad.Adagrad, torch.optim.Adagrad),
 }
 
 

@@ -1,6 +1,7 @@
 """The house keeps its order: who may include or import whom, and every rule has all its rooms."""
 
 import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import onepass
 import pytest
 from onepass import _native
+from onepass.__main__ import _OPTIMIZERS
+from onepass.optim._base import FusedOptimizer
+from rules import RULES
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -68,7 +72,10 @@ def test_only_native_imports_the_extension(path: Path) -> None:
     assert not uses or native, f"{path.name} imports the extension"
 
 
-@pytest.mark.parametrize("rule", sorted(rules_in_cmake("ONEPASS_RULES")))
+WRAPPERS = {"lookahead", "sam"}  # passes with a class; the others are functions
+
+
+@pytest.mark.parametrize("rule", sorted(rules_in_cmake("ONEPASS_RULES") | WRAPPERS))
 def test_every_rule_has_its_rooms(rule: str) -> None:
     rooms = [
         CSRC / "rules" / f"{rule}.hpp",
@@ -80,13 +87,44 @@ def test_every_rule_has_its_rooms(rule: str) -> None:
     assert not missing, f"the rule {rule} lacks {missing}"
 
 
+OPTIMIZERS = {
+    name: cls
+    for name, cls in vars(onepass.optim).items()
+    if name in onepass.optim.__all__ and isinstance(cls, type) and issubclass(cls, FusedOptimizer)
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_told_of(name: str) -> None:
+    """A page with its signature, states and source, that the README and the common page lead to; a place in self-test and tests."""
+    cls = OPTIMIZERS[name]
+    page = ROOT / "docs" / "rules" / f"{inspect.getmodule(cls).__name__.rpartition('.')[2]}.md"
+    text = page.read_text()
+    parameters = inspect.signature(cls).parameters
+    said = f"`onepass.optim.{name}(params" in text or f"`onepass.optim.{name}`: the same" in text
+    assert said, f"{page.name} does not show how {name} is called"
+    own = parameters.keys() - {"params", "foreach", "fused", "differentiable"}
+    unsaid = [argument for argument in own if argument not in text]
+    assert not unsaid, f"{page.name} does not say {unsaid}"
+    states = {*_native.state_names(cls.rule), *cls.scalar_states}
+    unsaid = [state for state in states if f"`{state}`" not in text]
+    assert not unsaid, f"{page.name} does not name the states {unsaid}"
+    for needed in ("Memory", "Source", f"csrc/rules/{cls.rule}.hpp"):
+        assert needed in text, f"{page.name} has no {needed!r}"
+    for place in (ROOT / "README.md", ROOT / "docs" / "optimizers.md"):
+        assert f"rules/{page.name}" in place.read_text(), f"{place.name} does not lead to {page.name}"
+    assert name in (ROOT / "CHANGELOG.md").read_text()
+    assert name in _OPTIMIZERS, f"`python -m onepass` does not test {name}"
+    assert name in RULES, f"tests/rules.py has no {name}"
+
+
 def test_the_build_has_the_listed_rules() -> None:
     assert set(_native.rules()) == rules_in_cmake("ONEPASS_RULES") | rules_in_cmake("ONEPASS_PASSES")
 
 
 def test_every_optimizer_names_a_rule_of_the_build() -> None:
-    classes = [getattr(onepass.optim, name) for name in onepass.optim.__all__ if name[0].isupper()]
-    assert {cls.rule for cls in classes} == rules_in_cmake("ONEPASS_RULES")
+    assert {cls.rule for cls in OPTIMIZERS.values()} == rules_in_cmake("ONEPASS_RULES")
+    assert rules_in_cmake("ONEPASS_PASSES") >= WRAPPERS
 
 
 def test_the_rule_in_contributing_compiles(tmp_path: Path) -> None:
@@ -97,7 +135,7 @@ def test_the_rule_in_contributing_compiles(tmp_path: Path) -> None:
     (tmp_path / "rule.hpp").write_text(blocks[0])
     (tmp_path / "rule.cpp").write_text(
         '#include "cpu/apply.hpp"\n#include "rule.hpp"\n'
-        "const auto* table = onepass::cpu::baseline::ApplyTable<onepass::rules::adagrad>::functions;\n"
+        "const auto* table = onepass::cpu::baseline::ApplyTable<onepass::rules::adadelta>::functions;\n"
     )
     flags = ["-std=gnu++17", "-fsyntax-only", "-DONEPASS_ISA=baseline", "-Wno-psabi", f"-I{CSRC}"]
     run = subprocess.run([compiler, *flags, "rule.cpp"], cwd=tmp_path, capture_output=True, text=True)

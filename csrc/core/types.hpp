@@ -24,9 +24,11 @@ struct Item {
 
 // What may differ between the tensors of one launch and changes the scalars of a step.
 struct Use {
-  double t;            // number of this step, from 1, where the host knows it
-  float* device_step;  // else the step count in device memory: read, advanced and written by the prepare kernel
-  bool fresh;          // the states were made for this very step
+  double t;               // number of this step, from 1, where the host knows it
+  double product;         // and the rule's running product, see core/rule.hpp
+  float* device_step;     // else where they are in device memory: read, advanced and written by the prepare kernel
+  float* device_product;  // null where the rule keeps none
+  bool fresh;             // the states were made for this very step
 };
 
 // A hyper-parameter: a number, or the address of one in device memory (float32 or float64).
@@ -40,6 +42,7 @@ struct Scalar {
 struct GradScaling {
   bool maximize;
   bool normalize;
+  double epsilon;  // added to the norm that normalize divides by
   bool clip;
   double max_norm;
 };
@@ -53,7 +56,14 @@ struct DeviceGradScaling {
 };
 
 // What a reduction over many tensors computes; the p-norms are roots of these.
-enum class Total : std::uint8_t { squares, magnitudes, powers, largest, smallest };
+enum class Total : std::uint8_t {
+  squares,
+  weighted_squares,  // of each element times that of a second stream
+  magnitudes,
+  powers,
+  largest,
+  smallest
+};
 struct Reduction {
   Total total;
   double power;  // for powers: of the magnitudes

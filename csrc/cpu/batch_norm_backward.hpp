@@ -84,6 +84,8 @@ struct BatchNormBackwardTeam {
           int turn = 0;
           layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count) __attribute__((always_inline)) {
             constexpr bool whole = decltype(w)::value;
+            __builtin_prefetch(static_cast<const T*>(call.dy) + i + layout.stride());
+            __builtin_prefetch(static_cast<const T*>(call.x) + i + layout.stride());
             const Reg<F> dz = dz_at<whole>(i, count);
             Reg<F> distance = x_at<whole>(i, count) - center;
             if constexpr (!whole) distance = first_of<F>(distance, count);

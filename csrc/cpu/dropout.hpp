@@ -43,28 +43,40 @@ static inline Reg<double> keep_lanes(std::uint32_t bits, Reg<double> x) {
 #endif
 }
 
-// The bits of elements [from, to), from a multiple of 8, whose bit is the first of `out`. After the last one there are
-// zeros to the end of its byte.
-static void make_bits(const PhiloxSequence& sequence, std::uint64_t threshold, std::int64_t from, std::int64_t to,
-                      std::uint8_t* out) {
-  constexpr int group = PhiloxSequence::group;
-  // word >= threshold, as word > threshold - 1 where that is a 32-bit number.
-  const Bits32 limit = Bits32{} + static_cast<std::uint32_t>(threshold - 1);
-  const std::uint32_t always = threshold == 0 ? ~0u : 0u;
-  for (std::int64_t first = from / group * group; first < to; first += group) {
+// What a seed and a threshold keep, `group` elements at a time.
+class RandomBits {
+ public:
+  static constexpr int group = PhiloxSequence::group;
+
+  explicit RandomBits(const Dropout& dropout)
+      : sequence_(dropout.seed != nullptr ? static_cast<std::uint64_t>(*dropout.seed) : 0),
+        // word >= threshold, as word > threshold - 1 where that is a 32-bit number.
+        limit_(Bits32{} + static_cast<std::uint32_t>(dropout.threshold - 1)),
+        always_(dropout.threshold == 0 ? ~0u : 0u) {}
+
+  // Bits of elements [first, first + group), first a multiple of 4.
+  __attribute__((always_inline)) std::uint32_t at(std::int64_t first) const {
     Bits32 words[2];
-    sequence.words(static_cast<std::uint64_t>(first), words);
-    std::uint32_t bits = bits_greater(words[0], limit) | bits_greater(words[1], limit) << group / 2 | always;
-    if (first >= from && first + group <= to) {
-      std::memcpy(out + (first - from) / 8, &bits, group / 8);
-    } else {
+    sequence_.words(static_cast<std::uint64_t>(first), words);
+    return bits_greater(words[0], limit_) | bits_greater(words[1], limit_) << group / 2 | always_;
+  }
+
+  // Bits of elements [from, to), from a multiple of 8, whose bit is the first of `out`. After the last one there are
+  // zeros to the end of its byte.
+  void write(std::int64_t from, std::int64_t to, std::uint8_t* out) const {
+    for (std::int64_t first = from / group * group; first < to; first += group) {
+      std::uint32_t bits = at(first);
       const std::int64_t low = first < from ? from : first, high = first + group < to ? first + group : to;
-      if (high - first < 32) bits &= (1u << (high - first)) - 1;
-      std::memcpy(out + (low - from) / 8, reinterpret_cast<const char*>(&bits) + (low - first) / 8,
-                  (high - low + 7) / 8);
+      bits = bits << (32 - (high - first)) >> (32 - (high - first)) >> (low - first);
+      std::memcpy(out + (low - from) / 8, &bits, (high - low + 7) / 8);
     }
   }
-}
+
+ private:
+  PhiloxSequence sequence_;
+  Bits32 limit_;
+  std::uint32_t always_;
+};
 
 // At least 25 bits from element i on, of a mask of so many bytes.
 static inline std::uint32_t bits_at(const std::uint8_t* mask, std::int64_t bytes, std::int64_t i) {
@@ -82,38 +94,45 @@ constexpr std::int64_t mask_bytes(std::int64_t size) { return (size + 7) / 8; }
 template <class T>
 struct DropoutTeam {
   using F = Arithmetic<T>;
-  static constexpr std::int64_t chunk = 8192;  // elements: the bits of one stay in the first cache
 
   const DropoutCall& call;
 
+  // Elements [first, first + count): one pack, or some of its lanes.
   template <bool whole>
-  static __attribute__((always_inline)) void drop(const T* x, T* y, std::uint32_t bits, F scale, int count) {
-    store<whole>(y, keep_lanes(bits, load<whole>(x, count) * scale), count);
+  __attribute__((always_inline)) void drop_pack(std::int64_t first, std::uint32_t bits, F scale, int count) const {
+    const Reg<F> x = load<whole>(static_cast<const T*>(call.x) + first, count);
+    store<whole>(static_cast<T*>(call.y) + first, keep_lanes(bits, x * scale), count);
   }
 
-  // Elements [0, n); bits: of these elements.
-  static void drop_chunk(const T* x, T* y, const std::uint8_t* bits, std::int64_t n, F scale) {
-    constexpr int width = lanes<F>;
-    const std::int64_t bytes = mask_bytes(n);
-    std::int64_t i = 0;
-    for (; i + width <= n; i += width) drop<true>(x + i, y + i, bits_at(bits, bytes, i), scale, width);
-    if (i < n) drop<false>(x + i, y + i, bits_at(bits, bytes, i), scale, static_cast<int>(n - i));
+  // The random words of the next group are computed while the elements of this one come from memory.
+  template <bool reads_mask>
+  void drop(std::int64_t begin, std::int64_t end) const {
+    constexpr int group = RandomBits::group, width = lanes<F>;
+    const RandomBits random(call.dropout);
+    const F scale = F(call.dropout.scale);
+    const std::int64_t bytes = mask_bytes(call.size);
+    std::int64_t first = begin;
+    for (; first + group <= end; first += group) {
+      const std::uint32_t bits = reads_mask ? bits_at(call.mask, bytes, first) : random.at(first);
+      if (!reads_mask && call.mask != nullptr) std::memcpy(call.mask + first / 8, &bits, group / 8);
+      if (call.y != nullptr)
+        for (int i = 0; i < group; i += width) drop_pack<true>(first + i, bits >> i, scale, width);
+    }
+    if (first == end) return;
+    std::uint8_t rest[group / 8] = {};  // the last elements, fewer than a group
+    std::uint8_t* const bits = call.mask != nullptr ? call.mask + first / 8 : rest;
+    if (!reads_mask) random.write(first, end, bits);
+    for (; call.y != nullptr && first < end; first += width) {
+      const int count = end - first < width ? static_cast<int>(end - first) : width;
+      drop_pack<false>(first, bits_at(bits, mask_bytes(end % group), first % group), scale, count);
+    }
   }
 
   static void body(void* context, int thread, int n_threads) {
-    const DropoutCall& call = static_cast<DropoutTeam*>(context)->call;
-    const PhiloxSequence sequence(static_cast<std::uint64_t>(*call.dropout.seed));
+    const DropoutTeam& team = *static_cast<DropoutTeam*>(context);
     std::int64_t begin, end;
-    part_of(call.size, chunk, thread, n_threads, begin, end);
-    std::uint8_t of_chunk[chunk / 8];
-    for (std::int64_t from = begin; from < end; from += chunk) {
-      const std::int64_t to = from + chunk < end ? from + chunk : end;
-      std::uint8_t* const bits = call.mask != nullptr ? call.mask + from / 8 : of_chunk;
-      if (!call.reads_mask) make_bits(sequence, call.dropout.threshold, from, to, bits);
-      if (call.y != nullptr)
-        drop_chunk(static_cast<const T*>(call.x) + from, static_cast<T*>(call.y) + from, bits, to - from,
-                   F(call.dropout.scale));
-    }
+    part_of(team.call.size, 4096, thread, n_threads, begin, end);
+    team.call.reads_mask ? team.drop<true>(begin, end) : team.drop<false>(begin, end);
   }
 
   static void run(const DropoutCall& call, int max_threads) {

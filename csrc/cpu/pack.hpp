@@ -50,14 +50,29 @@ using Reg = Pack<F, register_bytes>;
 using Bits32 = Pack<std::uint32_t, register_bytes>;
 using Bits16 = Pack<std::uint16_t, register_bytes / 2>;
 
-// Only the low 16 bits of each lane matter: truncation keeps them.
-static inline Bits16 narrow(Bits32 x) { return __builtin_convertvector(x, Bits16); }
-
-static inline Reg<float> decode(const bfloat16* p) {
+// 16-bit numbers in the low halves of 32-bit lanes, and back; narrow() takes lanes below 2^16. GCC's own conversion
+// of such vectors goes through halves and costs three times as much.
+#if defined(__AVX512F__)
+static inline Bits32 widen(const void* p) {
+  return (Bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+}
+static inline Bits16 narrow(Bits32 x) { return (Bits16)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif defined(__AVX2__)
+static inline Bits32 widen(const void* p) { return (Bits32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline Bits16 narrow(Bits32 x) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#else
+static inline Bits32 widen(const void* p) {
   Bits16 raw;
   std::memcpy(&raw, p, sizeof raw);
-  return (Reg<float>)(__builtin_convertvector(raw, Bits32) << 16);
+  return __builtin_convertvector(raw, Bits32);
 }
+static inline Bits16 narrow(Bits32 x) { return __builtin_convertvector(x, Bits16); }
+#endif
+
+static inline Reg<float> decode(const bfloat16* p) { return (Reg<float>)(widen(p) << 16); }
 
 // To nearest, ties to even; NaN to a quiet NaN.
 static inline void encode(bfloat16* p, Reg<float> x) {

@@ -47,7 +47,9 @@ struct RowNormTeam {
 
   template <bool whole>
   static __attribute__((always_inline)) void normalise(const T* x, T* y, const Affine<F>& affine,
-                                                       const rows::Stats<F>& stats, std::int64_t i, int count) {
+                                                       const rows::Stats<F>& stats, std::int64_t i, int count,
+                                                       std::int64_t n) {
+    __builtin_prefetch(x + i + n);  // the next row: the processor's own prefetching stops at the end of a page
     const Reg<F> v = load<whole>(x + i, count);
     Reg<F> out;
     if constexpr (rms)
@@ -66,8 +68,8 @@ struct RowNormTeam {
     static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
     T* const y = static_cast<T*>(call.y) + row * n;
     std::int64_t i = 0;
-    for (; i + width <= n; i += width) normalise<true>(x, y, affine, stats, i, width);
-    if (i < n) normalise<false>(x, y, affine, stats, i, static_cast<int>(n - i));
+    for (; i + width <= n; i += width) normalise<true>(x, y, affine, stats, i, width, n);
+    if (i < n) normalise<false>(x, y, affine, stats, i, static_cast<int>(n - i), n);
   }
 
   template <bool whole>
@@ -102,12 +104,11 @@ struct RowNormTeam {
         team.norm_row(static_cast<const T*>(call.x) + row * call.size, row);
       return;
     }
-    const bool drops = call.dropout.seed != nullptr;
-    const PhiloxSequence sequence(drops ? static_cast<std::uint64_t>(*call.dropout.seed) : 0);
+    const RandomBits random(call.dropout);
     for (std::int64_t row = begin; row < end; ++row) {
-      if (drops && row % together == 0) {
+      if (call.dropout.seed != nullptr && row % together == 0) {
         const std::int64_t last = row + together < end ? row + together : end;
-        make_bits(sequence, call.dropout.threshold, row * call.size, last * call.size, call.mask + row * call.size / 8);
+        random.write(row * call.size, last * call.size, call.mask + row * call.size / 8);
       }
       team.add_row(row);
       team.norm_row(static_cast<const T*>(call.sum) + row * call.size, row);
@@ -198,8 +199,10 @@ struct RowNormBackwardTeam {
   }
 
   template <bool whole>
-  __attribute__((always_inline)) void write(const Row& row, std::int64_t i, int count) const {
+  __attribute__((always_inline)) void write(const Row& row, std::int64_t i, int count, std::int64_t ahead) const {
     const Reg<F> g = weight_at<F, whole>(weight, i, count) * load<whole>(row.dy + i, count);
+    __builtin_prefetch(row.dy + i + ahead);
+    __builtin_prefetch(row.x + i + ahead);
     Reg<F> dx = rows::input_gradient(g, row.xhat(load<whole>(row.x + i, count)), row.mean_g, row.mean_gx, row.rstd);
     if (row.dsum != nullptr) dx = dx + load<whole>(row.dsum + i, count);
     store<whole>(row.dx + i, dx, count);
@@ -222,8 +225,8 @@ struct RowNormBackwardTeam {
     for (int r = 0; r < n_rows; ++r) {
       rows[r].mean_g = sum_of<F>(g_sum[r]) / F(n);
       rows[r].mean_gx = sum_of<F>(gx_sum[r]) / F(n);
-      for (i = 0; i + width <= n; i += width) write<true>(rows[r], i, width);
-      if (i < n) write<false>(rows[r], i, static_cast<int>(n - i));
+      for (i = 0; i + width <= n; i += width) write<true>(rows[r], i, width, n_rows * n);
+      if (i < n) write<false>(rows[r], i, static_cast<int>(n - i), n_rows * n);
     }
   }
 

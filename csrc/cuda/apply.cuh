@@ -75,8 +75,10 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
       for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
     }
     p.store(param + i);
-    ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
+    if constexpr (writes_state<Rule>) {
+      ONEPASS_UNROLL
+      for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
+    }
   }
 
   // The tail of an aligned chunk, or all of an unaligned one.
@@ -87,8 +89,10 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
     F gradient = 0;
     if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
     encode(param[i], Rule::template update<F>(k, decode(param[i]), gradient, s));
-    ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
+    if constexpr (writes_state<Rule>) {
+      ONEPASS_UNROLL
+      for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
+    }
   }
 }
 
@@ -139,6 +143,12 @@ __global__ void __launch_bounds__(tuning::prepare_threads)
   if (from.uses[u].device_step != nullptr) {
     context.t = double(*from.uses[u].device_step) + 1;
     if (!skip) *from.uses[u].device_step = float(context.t);
+  }
+  context.product = from.uses[u].product;
+  if (from.uses[u].device_product != nullptr) {
+    const double factor = RunningProduct<Rule>::factor(hyper, context.t);
+    context.product = next_product(double(*from.uses[u].device_product), factor, false);
+    if (!skip) *from.uses[u].device_product = float(context.product);
   }
   context.grad_factor = grad_factor(from.scaling, scale, norm);
   context.fresh = from.uses[u].fresh;
@@ -218,8 +228,8 @@ class Launcher {
     typename Rule::Hyper hyper;
     double* const value = reinterpret_cast<double*>(&hyper);
     for (int i = 0; i < Sources<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
-    const StepContext context{call_.uses[use].t, grad_factor(call_.scaling, call_.grad_scale, 0),
-                              call_.uses[use].fresh};
+    const StepContext context{call_.uses[use].t, grad_factor(call_.scaling, call_.grad_scale, 0), call_.uses[use].fresh,
+                              call_.uses[use].product};
     table_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
     use_of_[n_steps_] = use;
     return n_steps_++;

@@ -22,6 +22,8 @@ constexpr int max_steps = 16;
 constexpr int prepare_threads = 128;
 
 constexpr int reduce_threads = 256;
+constexpr int reduce_blocks_per_sm =
+    4;  // 64 registers a thread, as above; sm_75 would take more of two float64 streams
 constexpr int reduce_chunk = 8192;
 constexpr int join_threads = 512;  // of the single block that joins the chunks' totals
 

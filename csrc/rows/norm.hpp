@@ -17,7 +17,7 @@ struct Stats {
 
   template <class V>
   ONEPASS_HD V normalised(V x) const {
-    return ((x - mean) - mean_low) * rstd;
+    return (x - mean) * rstd - mean_low * rstd;
   }
 };
 

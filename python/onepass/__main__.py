@@ -13,6 +13,10 @@ _OPTIMIZERS = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01},
     "AdamW": {"lr": 0.01},
+    "NAdam": {"lr": 0.01, "weight_decay": 0.01, "decoupled_weight_decay": True},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 0.01},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
 }
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -46,7 +50,7 @@ def _self_test() -> Iterator[tuple[str, bool]]:
             where = f"cpu ({isa})" if device == "cpu" else "cuda"
             figures = ", ".join(f"{str(d).removeprefix('torch.')} {e:.0e}" for d, e in errors.items())
             yield (
-                f"{'ok    ' if fine else 'WRONG '} {name:<6} {where:<14} largest difference from torch: {figures}",
+                f"{'ok    ' if fine else 'WRONG '} {name:<7} {where:<14} largest difference from torch: {figures}",
                 fine,
             )
 

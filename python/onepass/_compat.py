@@ -77,6 +77,12 @@ def local_of(dtensor: Any) -> Tensor:
     return cast(Tensor, local.wait() if hasattr(local, "wait") else local)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, and of a DTensor all of it."""
+    dtensor = dtensor_type()
+    return cast(Any, tensor).full_tensor() if dtensor is not None and isinstance(tensor, dtensor) else tensor
+
+
 def has_own_dispatch(tensor: Tensor) -> bool:
     """Whether a tensor subclass handles operators itself (fake, functional, quantized ...): its memory is not its value."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -85,6 +91,21 @@ def has_own_dispatch(tensor: Tensor) -> bool:
 def is_functional_wrapper(tensor: Tensor) -> bool:
     """Tensors inside torch.func transforms and functionalization: the Python type is Tensor, the memory is not theirs."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
+
+
+def begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What torch.optim.Optimizer.load_state_dict does first: a shallow copy, and what the user's hooks make of it."""
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+    return state_dict
+
+
+def end_load(optimizer: torch.optim.Optimizer) -> None:
+    """What torch.optim.Optimizer.load_state_dict does last."""
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
 
 
 def is_capturing() -> bool:
@@ -101,3 +122,35 @@ def current_stream(device: int) -> int:
 def default_scalar_dtype() -> torch.dtype:
     """The dtype of a `step` count as torch.optim makes it."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+# --- what the layers ask before a call --------------------------------------------------------------------------------
+
+_innermost_transform: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack
+
+
+@torch.compiler.assume_constant_result
+def in_transform() -> bool:
+    """Whether a torch.func transform is active; while torch.compile traces, whether one is being traced (it guards that)."""
+    return _innermost_transform() is not None
+
+
+active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many TorchDispatchModes are active."""
+
+jit_tracing: Callable[[], object | None] = torch._C._get_tracing_state
+"""The state of torch.jit.trace, or None."""
+
+is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a gradient is a batch of them: torch.autograd.grad(is_grads_batched=True) has a vmap of its own."""
+
+
+def in_backward() -> bool:
+    """Whether this runs inside of backward(), as what activation checkpointing computes a second time does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without the questions about torch.func transforms (3 us), for callers that have asked."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply

@@ -50,11 +50,13 @@ class Mender:
         self.copies: dict[Any, tuple[Tensor, Tensor, bool]] = {}  # by memory: (original, copy, write it back)
         self.locals: list[Tensor] = []
 
-    def __call__(self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], step: Any) -> list[Tensor]:
-        """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size."""
+    def __call__(
+        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
+    ) -> list[Tensor]:
+        """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size. scalars: the 0-d states."""
         who = self.name(index)
-        if step is not None:
-            self._check_step(who, step)
+        for name, value in scalars.items():
+            self._check_scalar(who, name, value)
         param, grad, states = self._unwrap_dtensors(who, param, grad, states)
         self._check_param(who, param)
         if grad is not None:
@@ -179,11 +181,11 @@ class Mender:
                     f"the optimizer made its state? Make the optimizer anew, or convert the state."
                 )
 
-    def _check_step(self, who: str, step: Any) -> None:
-        ok = isinstance(step, Tensor) and step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
+    def _check_scalar(self, who: str, name: str, value: Any) -> None:
+        ok = isinstance(value, Tensor) and value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
         if not ok:
-            came = f"{step.dtype} of shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
-            raise RuntimeError(f"{who}: its state 'step' is a {came}; a float32 tensor with one element is expected.")
+            came = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise RuntimeError(f"{who}: its state '{name}' is a {came}; a float32 tensor with one element is expected.")
 
     # --- stand-ins --------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import repeat
 
 import torch
-from onepass.optim import clip_grad_value_
+from onepass.optim import SGD, Lookahead, clip_grad_value_
 from reference.common import name
 from rules import RULES, Rule
 from support import DTYPES, bits, parameter
@@ -77,6 +77,15 @@ def digests(device: torch.device) -> dict[str, str]:
                 found[f"{what}, unaligned"] = stepped(rule, case, drawn(SIZES, dtype, offset=1), device)
             found[f"{key}, {dtype}, many tensors"] = stepped(rule, rule.usual, drawn(MANY, dtype), device)
             found[f"{key}, {dtype}, special values"] = stepped(rule, rule.usual, special(dtype), device)
+        for offset in (0, 1):
+            params = [parameter(p.to(device)) for p in next(drawn(SIZES, dtype, offset)) + next(special(dtype))]
+            optimizer = Lookahead(SGD(params, lr=0.1), 2, 0.3)
+            for values in (drawn(SIZES, dtype, offset + 2), drawn(SIZES, dtype)):
+                for p, g in zip(params, next(values), strict=False):
+                    p.grad = g[-p.numel() :].to(device) if p.numel() else torch.zeros_like(p)
+                optimizer.step()
+            slow = [optimizer.state[p]["slow_param"] for p in params]
+            found[f"Lookahead, {dtype}, offset {offset}"] = digest([*params, *slow])
         clipped = [parameter(values.to(device)) for values in next(drawn(SIZES, dtype, 1)) + next(special(dtype))]
         for p in clipped:
             p.grad = p.detach().clone()

@@ -4,14 +4,18 @@ These run on a GPU, and on the host with the backend of that name (see backend.p
 """
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
 from cuda_on_host import backend
-from onepass.optim import clip_grad_norm_, clip_grad_value_
+from onepass import _native
+from onepass._mend import Mender
+from onepass.optim import SGD, Lookahead, clip_grad_norm_, clip_grad_value_
 from reference import clip
-from rules import RULES, BesideReference
-from support import assert_close, assert_same, parameter, rounding, snapshot, to_numpy
+from rules import RULES, BesideReference, Rule
+from support import assert_close, assert_same, bits, parameter, rounding, snapshot, to_numpy
+from wrappers import OURS, BesideLookahead, BesideSAM
 
 DEVICE = backend.kernel_device()
 if DEVICE is None:
@@ -19,14 +23,24 @@ if DEVICE is None:
 ON_HOST = DEVICE.type == "cpu"
 
 pytestmark = pytest.mark.cuda_kernels
-# Classes that share a rule share its kernels: one of them, as usual and with as few states as it can have.
-KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}
-PLAIN = {key: {k: v for k, v in rule.usual.items() if k in ("lr", "eps")} for key, rule in KERNELS.items()}
+KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}  # classes that share a rule share its kernels
+
+
+def forms(rule: Rule) -> list[dict]:
+    """Arguments for each choice of states that the rule has: as usual, and without some of what is usual."""
+    cases = [{k: v for k, v in rule.usual.items() if k not in without} for without in combinations(rule.usual, 2)]
+    found = {}
+    for case in (rule.usual, *cases):
+        optimizer = rule.ours([parameter(torch.zeros(1))], **case)
+        found.setdefault(optimizer._state_names(optimizer.param_groups[0]), case)
+    assert len(found) == len(_native.variants(rule.ours.rule)), f"of some kernels of {rule.ours.rule} no case is known"
+    return list(found.values())
+
+
 COUNTING = {key: rule for key, rule in KERNELS.items() if "capturable" in rule.options}
 EVERY_KERNEL = pytest.mark.parametrize(
     ("rule", "case"),
-    [(rule, case) for key, rule in KERNELS.items() for case in (rule.usual, PLAIN[key])],
-    ids=[f"{key}{form}" for key in KERNELS for form in ("", "-plain")],
+    [pytest.param(rule, case, id=f"{key}-{i}") for key, rule in KERNELS.items() for i, case in enumerate(forms(rule))],
 )
 EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
 COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)
@@ -214,3 +228,66 @@ def test_clipping_values_over_chunks(offset, dtype):
     for i, (p, g) in enumerate(zip(params, expected, strict=True)):
         assert_close(p.grad, g, 0.0, f"gradient {i}")
     assert_fences(wholes, SIZES, offset)
+
+
+# ---- the wrappers' passes ----------------------------------------------------------------------------------------------
+
+
+def beside(wrapper: str, params: list[torch.nn.Parameter]):
+    if wrapper == "Lookahead":
+        return BesideLookahead(OURS["SGD"], params, 2, 0.25)
+    return BesideSAM(OURS["SGD"], params, rho=0.5, adaptive=wrapper == "ASAM")
+
+
+EVERY_WRAPPER = pytest.mark.parametrize("wrapper", ["Lookahead", "SAM", "ASAM"])
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@EVERY_WRAPPER
+def test_wrappers_over_chunks_and_alignment(wrapper, offset, dtype):
+    """Synchronisation, perturbation and its norm, with adaptive of two streams, restoration."""
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
+    both = beside(wrapper, [parameter(view) for view in views])
+    for t in range(2):
+        grads = ([fenced(n, dtype, (offset + t) % 5)[1] for n in SIZES] for _ in range(1 + (wrapper != "Lookahead")))
+        both.step(*grads)
+    assert_fences(wholes, SIZES, offset)
+
+
+@EVERY_WRAPPER
+def test_wrappers_of_more_tensors_than_a_launch_can_name(wrapper):
+    both = beside(wrapper, [parameter(p) for p in random(MANY)])
+    for _ in range(2):
+        both.step(*(random(MANY) for _ in range(1 + (wrapper != "Lookahead"))))
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_alpha_in_device_memory(wide, dtype):
+    """As the quadratic form leaves it there: the kernel reads it."""
+    params = [parameter(p) for p in random(SIZES, dtype)]
+    optimizer = Lookahead(SGD(params, lr=0.5), 2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    slow = [optimizer.state[p]["slow_param"].clone() for p in params]
+    expected = [s + 0.25 * (p.detach().to(s) - s) for p, s in zip(params, slow, strict=True)]
+    optimizer._synchronise(torch.tensor(0.25, dtype=wide, device=DEVICE))
+    for i, (p, s) in enumerate(zip(params, expected, strict=True)):
+        assert_close(optimizer.state[p]["slow_param"], s, 4e-6, f"slow weights {i}")
+        assert_close(p, s.to(dtype), 4e-6, f"weights {i}", 2 * rounding(dtype))
+
+
+def test_restoring_by_numbers_in_device_memory(dtype):
+    """The numbers of the way there mean nothing on the way back; the states are read and not written."""
+    params, old = (random(SIZES, torch.float32) for _ in range(2))
+    params = [p.to(dtype) for p in params]
+    old = [o.to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32) for o in old]
+    before = [bits(o) for o in old]
+    plan, mender = _native.new_plan(), Mender(str, ("old_param",), True)
+    state = {p: {"old_param": o} for p, o in zip(params, old, strict=True)}
+    hyper = {"rho": torch.tensor(math.nan, device=DEVICE), "adaptive": 1.0}
+    assert not _native.Group("sam", ("old_param",), params, state, hyper, mender, reads_grad=False).gather(plan)
+    _native.update(plan, [mender], _native.Clip())
+    for p, o in zip(params, old, strict=True):
+        assert bits(p) == bits(o.to(dtype))
+    assert [bits(o) for o in old] == before

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .common import SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
 
 
 class Adam(Reference):
@@ -12,6 +12,7 @@ class Adam(Reference):
         "lr": 1e-3,
         "betas": (0.9, 0.999),
         "eps": 1e-8,
+        "weight_decay": 0.0,
         "amsgrad": False,
         "capturable": False,
         "decoupled_weight_decay": False,
@@ -55,6 +56,7 @@ OPTIONS = {
     "decoupled_weight_decay": (False, True),
     "bias_correction": (True, False),
     "eps_inside_sqrt": (False, True),
+    **DECAY,
     **SHARED_OPTIONS,
 }
 

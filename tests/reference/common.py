@@ -10,7 +10,6 @@ Array = np.ndarray
 Case = dict[str, object]
 
 SHARED_DEFAULTS: ClassVar[Case] = {
-    "weight_decay": 0.0,
     "maximize": False,
     "max_norm": None,
     "normalize_grads": False,
@@ -18,12 +17,12 @@ SHARED_DEFAULTS: ClassVar[Case] = {
 }
 # The values of the arguments that every rule has; a rule adds its own.
 SHARED_OPTIONS: dict[str, tuple] = {
-    "weight_decay": (0.0, 0.1),
     "maximize": (False, True),
     "max_norm": (None, 0.5),
     "normalize_grads": (False, True),
     "fused_unscale": (False, True),
 }
+DECAY: dict[str, tuple] = {"weight_decay": (0.0, 0.1)}  # every rule's but Rprop's
 
 
 def total_norm(grads: Iterable[Array | None]) -> float:
@@ -74,7 +73,7 @@ class Reference:
                     continue
                 o = {**self.options, **self.overrides.get(i, {})}
                 g = g * (-scale if o["maximize"] else scale)
-                if o["weight_decay"] != 0:
+                if o.get("weight_decay", 0) != 0:
                     if self.decoupled(o):
                         w[...] = w * (1.0 - o["lr"] * o["weight_decay"])
                     else:

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .common import SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
 
 
 class SGD(Reference):
@@ -10,6 +10,7 @@ class SGD(Reference):
         "lr": 1e-3,
         "momentum": 0.0,
         "dampening": 0.0,
+        "weight_decay": 0.0,
         "nesterov": False,
         "lr_in_velocity": False,
     }
@@ -33,6 +34,7 @@ OPTIONS = {
     "dampening": (0.0, 0.3),
     "nesterov": (False, True),
     "lr_in_velocity": (False, True),
+    **DECAY,
     **SHARED_OPTIONS,
 }
 

@@ -6,6 +6,7 @@ Inputs are plain strided tensors of one device and of a dtype in float32, float6
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -227,12 +228,13 @@ _BOTH, _FIRST, _SECOND = 0, 1, 2  # halves of a call; between them SyncBatchNorm
 def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
     """(batch, channels, space, whether the channels are the innermost dimension in memory)."""
     batch, channels = x.shape[:2]
-    space = x.numel() // (batch * channels)
+    space = math.prod(x.shape[2:])
     return batch, channels, space, space == 1 or not x.is_contiguous()
 
 
 def _channel_stats(x: Tensor) -> Tensor:
-    return torch.empty((2, x.shape[1]), dtype=_arithmetic(x), device=x.device)
+    make = torch.empty if x.numel() else torch.zeros  # of an empty batch a kernel writes nothing
+    return make((2, x.shape[1]), dtype=_arithmetic(x), device=x.device)
 
 
 def batch_norm(

@@ -45,7 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]  # a word of the list in CMakeLists.txt
-    counts_steps: ClassVar[bool] = True  # whether the state has a "step"
+    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states, and their values before the first step
     sparse_text: ClassVar[str | None] = None  # torch's sentence about sparse gradients
 
     def __init__(
@@ -96,6 +96,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _all_state_names(self) -> tuple[str, ...]:
         """Every state that some choice of options makes."""
         return _native.state_names(self.rule)
+
+    def _initial_value(self, group: dict[str, Any], name: str) -> float:
+        """What each element of a state is before the first step."""
+        return 0.0
 
     def _may_lack(self, name: str) -> bool:
         """Whether a checkpoint may leave a state out."""
@@ -205,7 +209,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(loaded, dict) or not isinstance(kept, dict) or not param.is_floating_point():
                 continue
             for name, value in loaded.items():
-                if not isinstance(value, Tensor) or name == "step" or not value.is_floating_point():
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    continue
+                if name in self.scalar_states:
+                    kept[name] = value
                     continue
                 dtype = state_dtype(param.dtype) if value.dim() > 0 or param.dim() == 0 else value.dtype
                 if kept[name].dtype != dtype:
@@ -219,10 +226,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not of_param:
                 continue
             who = _name(group, number, index)
-            wanted = [*names, "step"] if self.counts_steps else [*names]
+            wanted = [*names, *self.scalar_states]
             missing = [n for n in wanted if of_param.get(n) is None and not self._may_lack(n)]
-            known = {*self._all_state_names(), "step"} if self.counts_steps else {*self._all_state_names()}
-            if missing or not known & of_param.keys():
+            foreign = _native.foreign_states(self.rule) & of_param.keys()
+            if missing or foreign or not {*self._all_state_names(), *self.scalar_states} & of_param.keys():
                 raise ValueError(
                     f"{who}: the loaded state has {sorted(map(str, of_param))}, {type(self).__name__} needs {wanted}. Is it of "
                     f"another optimizer?"
@@ -237,23 +244,23 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{who}: the loaded state '{name}' has {came}, the parameter has shape {tuple(param.shape)}. The state "
                         f"belongs to another model."
                     )
-            if self.counts_steps:
-                step = of_param["step"]
-                if isinstance(step, Tensor) and step.numel() != 1:
+            for name in self.scalar_states:
+                value = of_param[name]
+                if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError(
-                        f"{who}: the loaded state 'step' has shape {tuple(step.shape)}; one number is expected."
+                        f"{who}: the loaded state '{name}' has shape {tuple(value.shape)}; one number is expected."
                     )
-                of_param["step"] = self._step_tensor(group, param, step)
+                of_param[name] = self._scalar_tensor(group, param, value)
 
-    def _step_tensor(self, group: dict[str, Any], param: Tensor, step: float | Tensor = 0.0) -> Tensor:
-        """A step count where it has to live: on the CPU, or beside the parameter for CUDA graphs and fused_unscale."""
+    def _scalar_tensor(self, group: dict[str, Any], param: Tensor, value: float | Tensor) -> Tensor:
+        """A 0-d state where it has to live: on the CPU, or beside the parameter for CUDA graphs and fused_unscale."""
         on_device = param.is_cuda and (group.get("capturable") or group["fused_unscale"])
         device = param.device if on_device else torch.device("cpu")
         dtype = torch.float32 if on_device else _compat.default_scalar_dtype()
-        if isinstance(step, Tensor):
-            keep = step.dtype in (torch.float32, torch.float64) and not on_device
-            return step.to(device=device, dtype=step.dtype if keep else dtype)
-        return torch.tensor(float(step), dtype=dtype, device=device)
+        if isinstance(value, Tensor):
+            keep = value.dtype in (torch.float32, torch.float64) and not on_device
+            return value.to(device=device, dtype=value.dtype if keep else dtype)
+        return torch.tensor(float(value), dtype=dtype, device=device)
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -321,7 +328,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_capture(self, plan: Any) -> None:
         """A CUDA graph that replays a step whose number the host counts would repeat that one step."""
         on_host = [g for g in self.param_groups if not (g.get("capturable") or g["fused_unscale"])]
-        if self.counts_steps and on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
+        if self.scalar_states and on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable "
                 f"is False."
@@ -349,8 +356,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state,
                 self._hyper(group),
                 mender,
-                counts_steps=self.counts_steps,
-                device_scalars=bool(self.counts_steps and (group.get("capturable") or group["fused_unscale"])),
+                counts_steps="step" in self.scalar_states,
+                device_scalars=bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"])),
                 maximize=group["maximize"],
                 fresh=fresh,
             )
@@ -361,16 +368,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state[group["params"][index]][name] = tensor
 
     def _make_state(self, group: dict[str, Any], param: Tensor, made: list[tuple[Tensor, str]]) -> None:
-        """Zero states, as tensors like the parameter: same strides, and a DTensor for a DTensor."""
+        """New states, as tensors like the parameter: same strides, and a DTensor for a DTensor."""
         state = self.state[param]
-        if self.counts_steps and state.get("step") is None:
-            state["step"] = self._step_tensor(group, param)
-            made.append((param, "step"))
+        for name, value in self.scalar_states.items():
+            if state.get(name) is None:
+                state[name] = self._scalar_tensor(group, param, value)
+                made.append((param, name))
         for name in self._state_names(group):
             if state.get(name) is None:
-                dtype = state_dtype(param.dtype)
-                state[name] = torch.zeros_like(
-                    param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                value = self._initial_value(group, name)
+                state[name] = torch.full_like(
+                    param,
+                    complex(value, value) if param.is_complex() else value,  # complex numbers are pairs of reals
+                    dtype=state_dtype(param.dtype),
+                    memory_format=torch.preserve_format,
+                    requires_grad=False,
                 )
                 made.append((param, name))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -35,7 +35,7 @@ class SGD(FusedOptimizer):
     """
 
     rule = "sgd"
-    counts_steps = False
+    scalar_states: ClassVar[dict[str, float]] = {}
 
     def __init__(
         self,

@@ -1,0 +1,33 @@
+"""Norms and dropout, each in one pass over memory; forward and backward, CPU and CUDA."""
+
+from . import functional
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    Dropout,
+    DropoutAddLayerNorm,
+    DropoutAddRMSNorm,
+    LayerNorm,
+    RMSNorm,
+    SyncBatchNorm,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "Dropout",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "SyncBatchNorm",
+    "functional",
+]

@@ -1,0 +1,80 @@
+"""Which way a call of a layer goes: the one place that asks.
+
+A call takes the shortest way to the kernel, unless somebody has to see it. NOTE: [the order of the questions]
+
+1. A torch.func transform is active: the formula in torch operations, which every transform and every nesting of them
+   takes. Asked before 2, since a transform inside a compiled function needs it just as much.
+2. torch.compile or torch.export is tracing: the operator.
+3. Forward-mode AD, or torch.jit.trace: the formula.
+4. A tensor with a meaning of its own (subclass, fake, meta), an active dispatch mode, a device without kernels: the
+   operator, which subclasses and modes see and devices refuse by name.
+5. Otherwise: the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from .. import _native
+from .._compat import active_dispatch_modes, in_transform, is_batched_gradient, jit_tracing
+
+KERNEL: Final = 0
+OPERATOR: Final = 1
+FORMULA: Final = 2
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_HAS_CUDA = _native.has_cuda
+
+
+def route(first: Tensor, *others: Tensor | None) -> int:
+    """KERNEL, OPERATOR or FORMULA for a call with these tensors, all on one device."""
+    if in_transform():
+        return FORMULA
+    if is_compiling():
+        return OPERATOR
+    if forward_ad._current_level >= 0 or jit_tracing() is not None:
+        return FORMULA
+    if type(first) not in _PLAIN or active_dispatch_modes():
+        return OPERATOR
+    for tensor in others:
+        if type(tensor) not in _PLAIN:
+            return OPERATOR
+    return KERNEL if first.is_cpu or (_HAS_CUDA and first.is_cuda) else OPERATOR
+
+
+def route_back(first: Tensor, *others: Tensor | None) -> int:
+    """The same for a backward, `first` is the gradient. The formula also if it is going to be differentiated itself
+    (create_graph=True) or is a batch of gradients (is_grads_batched=True)."""
+    if torch.is_grad_enabled() or is_batched_gradient(first):
+        return FORMULA
+    return route(first, *others)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with the tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In what kernels compute and keep statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Contiguous, no sign pending: what kernels take."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg().contiguous()
+
+
+def plain_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else plain(tensor)

@@ -1,0 +1,216 @@
+"""Dropout by a mask that is a function of (seed, element index) alone. Formulas: docs/layers.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.compiler import is_compiling
+
+from .. import _compat, _native
+from .._native import layers as native
+from . import _formula
+from ._checks import check_dropout_input, check_in_place, check_p, check_seed, check_tensor
+from ._dispatch import FORMULA, KERNEL, plain, route, route_back, wants_grad
+from ._library import define
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | None = None,
+    generator: Generator | None = None,
+    inverted: bool = True,
+) -> Tensor:
+    """Zero each element with probability p, multiply the others by 1 / (1 - p); torch.nn.functional.dropout.
+
+    Sources: Srivastava et al. 2014; masks by Philox4x32-10, Salmon et al. 2011. One seed is one mask, whatever the device,
+    the dtype, the strides and the number of threads; backward keeps at most one bit an element.
+
+    Args:
+        input: any shape and strides, float32, float64, bfloat16 or float16.
+        p: probability of dropping, in [0, 1].
+        training: False returns the input itself.
+        inplace: write into input.
+        seed: gives the mask and touches no generator. None: drawn from `generator`, or from torch's for the device.
+        generator: of the input's device. Excludes seed.
+        inverted: False is the paper's form, nothing is scaled in training and (1 - p) * input is returned otherwise.
+
+    Returns:
+        A tensor like input. A dropped infinity or NaN is 0 (torch makes it NaN).
+
+    Raises:
+        ValueError: p outside of [0, 1]; seed and generator both given; a seed of more than 64 bits.
+        RuntimeError: an integer input; a generator of another device; in place on a leaf that requires grad.
+    """
+    check_tensor("dropout", "input", 1, input)
+    check_p(p)
+    check_seed(seed, generator)
+    if not training and not inverted and p != 0:
+        check_dropout_input(input)
+        return input.mul_(1 - p) if inplace else input * (1 - p)
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    check_dropout_input(input)
+    if inplace and not is_compiling():
+        check_in_place(input)
+    seeded = seed_tensor(seed, generator, input.device)
+    way = route(input)
+    if way == KERNEL:
+        y = _on_kernel(input, seeded, p, inverted, inplace)
+    elif way == FORMULA:
+        y = _formula.dropout(input, mask_operator(seeded, input.shape, p, False), p, inverted)
+    else:
+        y = _operator(input.contiguous(), seeded, p, inverted, wants_grad(input) and keeps_mask(input))[0]
+    if inplace:
+        return y if y is input else input.copy_(y)
+    if way == FORMULA or input.is_contiguous():
+        return y
+    like = torch.empty_like(input)  # the mask goes by logical order, the result by the input's order in memory
+    return y if like.is_contiguous() else like.copy_(y)
+
+
+def dropout_mask(
+    shape: Sequence[int], p: float, seed: int, *, packed: bool = False, device: torch.device | str | None = None
+) -> Tensor:
+    """The mask that dropout(x, p, seed=seed) uses for an x of this shape.
+
+    Returns:
+        A bool tensor of `shape`, True where an element is kept; or `packed`, uint8 of [(n + 7) // 8]: bit i % 8 of byte
+        i // 8 is element i in row-major order, the last byte is padded with zeros.
+
+    Raises: ValueError, TypeError as dropout.
+    """
+    check_p(p)
+    check_seed(seed, None)
+    seeded = seed_tensor(seed, None, device)
+    if route(seeded) == KERNEL:
+        return native.dropout_mask(tuple(shape), p, seeded, packed, seeded.device)
+    mask: Tensor = mask_operator(seeded, tuple(shape), p, packed)
+    return mask
+
+
+def seed_tensor(seed: int | None, generator: Generator | None, device: torch.device | str | None) -> Tensor:
+    """A 0-d int64 tensor on the device: kernels read it there, nothing waits for it, a captured graph draws anew."""
+    if seed is not None:
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.randint(0, 2**63 - 1, (), device=device, generator=generator)
+
+
+def keeps_mask(x: Tensor) -> bool:
+    """Whether forward stores its mask for backward: on CPUs reading a bit is 2-3 times faster than computing it anew."""
+    return not _native.is_on_cuda(x)
+
+
+def _on_kernel(input: Tensor, seed: Tensor, p: float, inverted: bool, inplace: bool) -> Tensor:
+    x = plain(input)
+    # Written directly where nothing can go wrong any more: copy_ knows views, inference tensors and the like.
+    direct = inplace and x is input and input._base is None and not input.is_inference()
+    if wants_grad(x):
+        y: Tensor = _apply(x, seed, p, inverted, direct)
+    else:
+        y = native.dropout(x, p, seed, inverted, False, x if direct else None)[0]
+        if direct:
+            _compat.increment_version([x])
+    return y
+
+
+def dropout_gradient(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:
+    way = route_back(dy, seed, mask)
+    if way == FORMULA:
+        return _formula.dropout(dy, mask_operator(seed, dy.shape, p, False), p, inverted)
+    if way == KERNEL:
+        return native.dropout_backward(plain(dy), p, seed, inverted, mask)
+    dx: Tensor = _operator_backward(dy.contiguous(), seed, mask, p, inverted)
+    return dx
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, inverted: bool, inplace: bool) -> Tensor:
+        y, mask = native.dropout(x, p, seed, inverted, keeps_mask(x), x if inplace else None)
+        if inplace:
+            ctx.mark_dirty(x)
+            y = x
+        _save(ctx, seed, mask, p, inverted)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy)
+
+
+_apply = _compat.applier(_Dropout)
+
+
+def _save(ctx: Any, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> None:
+    ctx.save_for_backward(seed, mask)
+    ctx.rest = p, inverted
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return dropout_gradient(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+def _kernel(x: Tensor, seed: Tensor, p: float, inverted: bool, keep_mask: bool) -> tuple[Tensor, Tensor]:
+    return native.dropout(plain(x), p, seed, inverted, keep_mask)
+
+
+def _fake(x: Tensor, seed: Tensor, p: float, inverted: bool, keep_mask: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), fake_mask(x, keep_mask)
+
+
+def fake_mask(x: Tensor, keep_mask: bool) -> Tensor:
+    return x.new_empty((x.numel() + 7) // 8 if keep_mask else 0, dtype=torch.uint8)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, seed, p, inverted, _ = inputs
+    _save(ctx, seed, output[1], p, inverted)
+
+
+def _kernel_backward(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:
+    return native.dropout_backward(plain(dy), p, seed, inverted, mask)
+
+
+def _fake_backward(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:
+    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+
+
+def _kernel_mask(seed: Tensor, shape: Sequence[int], p: float, packed: bool) -> Tensor:
+    return native.dropout_mask(tuple(shape), p, seed, packed, seed.device)
+
+
+def _fake_mask(seed: Tensor, shape: Sequence[int], p: float, packed: bool) -> Tensor:
+    mask = seed.new_empty(shape, dtype=torch.bool)
+    return seed.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8) if packed else mask
+
+
+_operator = define(
+    "dropout",
+    "(Tensor x, Tensor seed, float p, bool inverted, bool keep_mask) -> (Tensor y, Tensor mask)",
+    _kernel,
+    _fake,
+    _setup_context,
+    lambda ctx, dy, dmask: _gradients(ctx, dy),
+)
+_operator_backward = define(
+    "dropout_backward",
+    "(Tensor dy, Tensor seed, Tensor mask, float p, bool inverted) -> Tensor",
+    _kernel_backward,
+    _fake_backward,
+)
+mask_operator = define(
+    "dropout_mask", "(Tensor seed, SymInt[] shape, float p, bool packed) -> Tensor", _kernel_mask, _fake_mask
+)

@@ -1,0 +1,146 @@
+"""The layers in torch operations, for what kernels cannot do: every transform, every order of derivative, every mode.
+
+Formulas and symbols are those of docs/layers.md. The arithmetic is float32 (float64 for float64), as in the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._dispatch import wide
+
+
+def _centred_and_rstd(h: Tensor, dims: tuple[int, ...], eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    centred = h if rms else h - h.mean(dims, keepdim=True)
+    return centred, torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _through_statistics(g: Tensor, xhat: Tensor, rstd: Tensor, dims: tuple[int, ...], rms: bool) -> Tensor:
+    """dx, g = weight * dy: (g - mean(g) - xhat * mean(g * xhat)) * rstd, without mean(g) for RMSNorm."""
+    dx = g - xhat * (g * xhat).mean(dims, keepdim=True)
+    if not rms:
+        dx = dx - g.mean(dims, keepdim=True)
+    return dx * rstd
+
+
+# --- norms over rows --------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, size: int) -> Tensor:
+    return x.to(wide(x.dtype)).reshape(x.numel() // max(size, 1), size)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
+    """LayerNorm or RMSNorm over rows of `size` elements; weight and bias of `size` elements or one."""
+    centred, rstd = _centred_and_rstd(_rows(x, size), (1,), eps, rms)
+    y = centred * rstd
+    if weight is not None:
+        y = y * weight.reshape(-1)
+    if bias is not None:
+        y = y + bias.reshape(-1)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_shape: torch.Size | None, size: int, eps: float, rms: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias; they are of the arithmetic's dtype, autograd rounds them."""
+    g = _rows(dy, size)
+    centred, rstd = _centred_and_rstd(_rows(x, size), (1,), eps, rms)
+    xhat = centred * rstd
+    dweight = dbias = None
+    if weight is not None:
+        dweight = (g * xhat).sum_to_size(weight.reshape(-1).shape).reshape(weight.shape)
+    if bias_shape is not None:
+        dbias = g.sum_to_size((bias_shape.numel(),)).reshape(bias_shape)
+    if weight is not None:
+        g = g * weight.reshape(-1)
+    return _through_statistics(g, xhat, rstd, (1,), rms).to(x.dtype).reshape(x.shape), dweight, dbias
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def dropout_scale(p: float, inverted: bool) -> float:
+    """What the elements that are kept are multiplied by; nothing is kept of p = 1."""
+    return 1 / (1 - p) if inverted and p < 1 else 1.0
+
+
+def dropout(x: Tensor, keep: Tensor, p: float, inverted: bool) -> Tensor:
+    """x where `keep`, scaled, else 0."""
+    return torch.where(keep, x.to(wide(x.dtype)) * dropout_scale(p, inverted), 0).to(x.dtype)
+
+
+def dropout_add(x: Tensor, residual: Tensor, keep: Tensor | None, p: float, inverted: bool) -> Tensor:
+    """residual + dropout(x), rounded once."""
+    h = x.to(wide(x.dtype))
+    if keep is not None:
+        h = torch.where(keep, h * dropout_scale(p, inverted), 0)
+    return (residual + h).to(x.dtype)
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------------------
+
+
+def per_channel(values: Tensor, dim: int) -> Tensor:
+    """[C] as [1, C, 1 ...] of `dim` dimensions."""
+    return values.reshape((1, -1) + (1,) * (dim - 2))
+
+
+def but_channels(dim: int) -> tuple[int, ...]:
+    return (0, *range(2, dim))
+
+
+def activation(z: Tensor, residual: Tensor | None, slope: float | None) -> Tensor:
+    """z + residual, then z > 0 ? z : slope * z."""
+    if residual is not None:
+        z = z + residual
+    return z if slope is None else F.leaky_relu(z, slope) if slope != 0 else F.relu(z)
+
+
+def batch_norm(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+) -> Tensor:
+    """torch's own batch_norm, which may update running statistics inside a transform; none of ours may."""
+    dtype = wide(x.dtype)
+    widened = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (*running, weight, bias)]
+    z = F.batch_norm(x.to(dtype), *widened, training, momentum, eps)
+    if training:
+        for statistic, updated in zip(running, widened[:2], strict=True):
+            if statistic is not None and updated is not None and updated is not statistic:
+                statistic.copy_(updated)
+    return activation(z, residual, slope).to(x.dtype)
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    slope: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, weight and bias. stats: mean and rstd that are constants, or None: those of x."""
+    dims = but_channels(x.dim())
+    h, dz = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
+    if slope is not None and y is not None:
+        dz = torch.where(y > 0, dz, slope * dz)
+    if stats is None:
+        centred, rstd = _centred_and_rstd(h, dims, eps, False)
+    else:
+        centred, rstd = h - per_channel(stats[0], x.dim()), per_channel(stats[1], x.dim())
+    xhat = centred * rstd
+    g = dz if weight is None else dz * per_channel(weight, x.dim())
+    dx = g * rstd if stats is not None else _through_statistics(g, xhat, rstd, dims, False)
+    return dx.to(x.dtype), dz.to(x.dtype), (dz * xhat).sum(dims), dz.sum(dims)

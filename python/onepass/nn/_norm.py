@@ -1,0 +1,190 @@
+"""LayerNorm and RMSNorm, one body with a flag. Arithmetic: csrc/rows; formulas: docs/layers.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from .._native import layers as native
+from . import _formula
+from ._checks import norm_operands
+from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, wants_grad, wide
+from ._library import define, given, wanted
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimensions; torch.nn.functional.layer_norm.
+
+    Source: Ba, Kiros & Hinton 2016. The variance is the biased one.
+
+    Args:
+        input: [*, *normalized_shape], float32, float64, bfloat16 or float16, any strides.
+        normalized_shape: the dimensions normalised together, the last ones of input.
+        weight, bias: of normalized_shape or 0-d, of the input's dtype, or of float32 beside a 16-bit input.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype, under autocast too.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError: torch's, for operands that do not fit.
+    """
+    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
+    return _norm(input, weight, bias, size, eps, False)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimensions; torch.nn.functional.rms_norm.
+
+    Source: Zhang & Sennrich 2019.
+
+    Args:
+        input, normalized_shape: as for layer_norm.
+        weight: of normalized_shape or 0-d, of any floating dtype.
+        eps: None is float32's machine epsilon, float64's for a float64 input.
+
+    Returns, raises: as layer_norm.
+    """
+    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
+    return _norm(input, weight, None, size, default_eps(input) if eps is None else eps, True)
+
+
+def default_eps(input: Tensor) -> float:
+    return torch.finfo(wide(input.dtype)).eps
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
+    way = route(x, weight, bias)
+    if way == FORMULA or x.numel() == 0:
+        return _formula.norm(x, weight, bias, size, eps, rms)
+    if way == KERNEL:
+        x, weight, bias = plain(x), plain_or_none(weight), plain_or_none(bias)
+        if wants_grad(x, weight, bias):
+            y: Tensor = _apply(x, weight, bias, size, eps, rms)
+        else:
+            y, _ = native.norm(x, weight, bias, size, eps, rms)
+    else:
+        y, _ = _operator(x.contiguous(), weight, bias, size, eps, rms)
+    return y
+
+
+def norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias_shape: torch.Size | None,
+    stats: Tensor,
+    size: int,
+    eps: float,
+    rms: bool,
+    want: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias."""
+    way = route_back(dy, x, weight, stats)
+    if way == FORMULA:
+        return _formula.norm_backward(dy, x, weight, bias_shape, size, eps, rms)
+    if way == KERNEL:
+        return native.norm_backward(plain(dy), plain(x), weight, stats, size, rms, want)
+    return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool
+    ) -> Tensor:
+        y, stats = native.norm(x, weight, bias, size, eps, rms)
+        _save(ctx, x, weight, bias, stats, size, eps, rms)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy)
+
+
+_apply = _compat.applier(_Norm)
+
+
+def _save(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, size: int, eps: float, rms: bool
+) -> None:
+    ctx.save_for_backward(x, weight, stats)
+    ctx.rest = None if bias is None else bias.shape, size, eps, rms
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, stats = ctx.saved_tensors
+    bias_shape, size, eps, rms = ctx.rest
+    want = ctx.needs_input_grad[:3]
+    return (*norm_gradients(dy, x, weight, bias_shape, stats, size, eps, rms, want), None, None, None)
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Any:
+    return native.norm(plain(x), plain_or_none(weight), plain_or_none(bias), size, eps, rms)
+
+
+def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Any:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty((2, x.numel() // size), dtype=wide(x.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, *rest = inputs
+    _save(ctx, x, weight, bias, output[1], *rest)
+
+
+def _kernel_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
+) -> Any:
+    gradients = native.norm_backward(plain(dy), plain(x), plain_or_none(weight), stats, size, rms, tuple(want))
+    return given(gradients, x)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
+) -> Any:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = fake_affine_gradient(x, weight, size)
+    return given(wanted((dx, dweight, torch.empty_like(dweight)), want), x)
+
+
+def fake_affine_gradient(x: Tensor, weight: Tensor | None, size: int) -> Tensor:
+    """Like the weight; that of a bias without one is of the arithmetic's dtype, autograd rounds it."""
+    if weight is None:
+        return x.new_empty(size, dtype=wide(x.dtype))
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+_operator = define(
+    "norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, SymInt size, float eps, bool rms) -> (Tensor y, Tensor stats)",
+    _kernel,
+    _fake,
+    _setup_context,
+    lambda ctx, dy, dstats: _gradients(ctx, dy),
+)
+_operator_backward = define(
+    "norm_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor stats, SymInt size, bool rms, bool[] want)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _kernel_backward,
+    _fake_backward,
+)

@@ -1,0 +1,123 @@
+"""BatchNorm over the batches of all processes: moments are merged in forward, sums of the gradient in backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from .. import _compat
+from .._native import layers as native
+from ._batch_norm import Running, dense, is_channels_last, is_counted, update_running
+from ._checks import batch_norm_operands
+from ._dispatch import KERNEL, plain_or_none, route, wide
+
+
+def world_of(module: torch.nn.SyncBatchNorm, input: Tensor) -> Any:
+    """The process group to synchronise with, or None where this process is alone."""
+    if input.size(1) == 0:
+        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = module.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+@_compat.disable_dynamo
+def sync_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    group: Any,
+) -> Tensor:
+    """batch_norm in training over the batches of all processes of `group`, every one of which must call it.
+
+    Raises: as batch_norm; RuntimeError inside of torch.func transforms, forward-mode AD and for tensor subclasses.
+    """
+    running = running_mean, running_var
+    batch_norm_operands(x, *running, weight, bias, None, True, momentum, eps)
+    if route(x, weight, bias, *running) != KERNEL:
+        raise RuntimeError(
+            "SyncBatchNorm exchanges statistics between processes: not for torch.func transforms, forward-mode AD, tensor "
+            "subclasses and devices without kernels"
+        )
+    channels_last = is_channels_last(x)
+    y: Tensor = _SyncBatchNorm.apply(
+        dense(x, channels_last),
+        plain_or_none(weight),
+        plain_or_none(bias),
+        running,
+        float(momentum),
+        eps,
+        group,
+        channels_last,
+    )  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: Running,
+        momentum: float,
+        eps: float,
+        group: Any,
+        channels_last: bool,
+    ) -> Tensor:
+        mean, var, count = _merged_moments(x, group)
+        if is_counted():
+            counted = (count > 0) * torch.full_like(count, momentum)  # 0 where all batches are empty
+            update_running(running, mean, var, count.clamp(min=2), counted)
+        stats = torch.stack((mean, torch.rsqrt(var + eps))).to(wide(x.dtype))
+        ctx.save_for_backward(x, weight, stats, count)
+        ctx.rest = group, channels_last
+        return native.batch_norm_apply(x, stats, weight, bias, None, None) if x.numel() else torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, stats, count = ctx.saved_tensors
+        group, channels_last = ctx.rest
+        want = ctx.needs_input_grad
+        x, dy = dense(x, channels_last), dense(dy, channels_last)
+        empty = x.numel() == 0
+        sums = torch.zeros_like(stats) if empty else native.batch_norm_backward_sums(dy, x, None, stats, None)
+        dbias, dweight = sums  # this process's: averaging gradients is DistributedDataParallel's
+        dx = None
+        if want[0]:
+            means = sums.to(torch.float64, copy=True)
+            distributed.all_reduce(means, group=group)
+            means = (means / count).to(stats.dtype)
+            dx = torch.empty_like(x)
+            if not empty:
+                dx, _ = native.batch_norm_backward_apply(dy, x, None, weight, stats, means, 1.0, None, (True, False))
+        return dx, dweight if want[1] else None, dbias if want[2] else None, *(None,) * 5
+
+
+def _merged_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of each channel and the values in it, over all processes, in float64. Chan et al. 1979.
+
+    An empty batch weighs nothing. Gathered, not reduced: every process adds up in the same order and gets the same bits.
+    """
+    channels = x.shape[1]
+    own = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    if x.numel():
+        own[:-1] = native.batch_norm_moments(x).reshape(-1)
+        own[-1] = x.numel() // channels
+    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(gathered, own, group=group)
+    means, variances, counts = torch.stack(gathered).split((channels, channels, 1), dim=1)
+    count = counts.sum()
+    weights = counts / count.clamp(min=1)
+    mean = (means * weights).sum(0)
+    return mean, ((variances + (means - mean).square()) * weights).sum(0), count

@@ -1,0 +1,256 @@
+"""The layers as modules: torch.nn's classes with another forward.
+
+Constructors, parameters, buffers, repr and state_dicts are torch.nn's. A class that replaces one of torch.nn adds nothing
+to an instance, so that convert() can change the class of one in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional as F
+from ._batch_norm import activation_slope, apply_batch_norm, is_counted
+from ._checks import check_p
+from ._sync_batch_norm import sync_batch_norm, world_of
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm; see functional.layer_norm. weight and bias may be replaced by 0-d parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm; see functional.rms_norm. weight may be replaced by a 0-d parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout; see functional.dropout.
+
+    Args:
+        p, inplace: as torch.nn.Dropout.
+        inverted: False scales by 1 - p in evaluation instead of by 1 / (1 - p) in training.
+    """
+
+    inverted = True
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, inverted: bool = True) -> None:
+        super().__init__(p, inplace)
+        if not inverted:
+            self.inverted = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, self.training, self.inplace, inverted=self.inverted)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.inverted else ", inverted=False")
+
+
+class DropoutAddLayerNorm(LayerNorm):
+    """sum = residual + dropout(input), y = layer_norm(sum); gives (y, sum). See functional.dropout_add_layer_norm.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as torch.nn.LayerNorm.
+        p: probability of dropping.
+        inverted: as for Dropout.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        p: float = 0.5,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        inverted: bool = True,
+    ) -> None:
+        check_p(p)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.p, self.inverted = p, inverted
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.dropout_add_layer_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.p,
+            self.training,
+            inverted=self.inverted,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}" + ("" if self.inverted else ", inverted=False")
+
+
+class DropoutAddRMSNorm(RMSNorm):
+    """sum = residual + dropout(input), y = rms_norm(sum); gives (y, sum). See functional.dropout_add_rms_norm.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as torch.nn.RMSNorm.
+        p: probability of dropping.
+        inverted: as for Dropout.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        p: float = 0.5,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        inverted: bool = True,
+    ) -> None:
+        check_p(p)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.p, self.inverted = p, inverted
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.dropout_add_rms_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            self.p,
+            self.training,
+            inverted=self.inverted,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}" + ("" if self.inverted else ", inverted=False")
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------------------
+
+
+def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
+    """What every BatchNorm here does: normalise by the batch's statistics or the running ones, then count the batch."""
+    module._check_input_dim(input)
+    training, momentum = module.training, module.momentum
+    running_mean, running_var, batches = module.running_mean, module.running_var, module.num_batches_tracked
+    if training and not module.track_running_stats:
+        running_mean = running_var = batches = None
+    if not training or batches is None or not is_counted():
+        batches = None
+    elif momentum is None:
+        momentum = _cumulative_momentum(batches)
+    momentum = 0.0 if momentum is None else momentum
+    operands = input, running_mean, running_var, module.weight, module.bias
+    group = world_of(module, input) if training and isinstance(module, SyncBatchNorm) else None
+    if group is not None:
+        y = sync_batch_norm(*operands, momentum, module.eps, group)
+    else:
+        by_batch = training or (running_mean is None and running_var is None)
+        y = apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope)
+    if batches is not None:
+        batches.add_(1)
+    return y
+
+
+def _cumulative_momentum(batches: Tensor) -> float | Tensor:
+    """1 / (this batch's number): the running statistics are the mean over all batches."""
+    if torch.compiler.is_compiling():  # a number would end the graph
+        return (batches + 1).to(torch.float32).reciprocal()
+    return 1 / (int(batches) + 1)
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d: input [N, C] or [N, C, L]; see functional.batch_norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d: input [N, C, H, W]; see functional.batch_norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class BatchNorm3d(nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d: input [N, C, D, H, W]; see functional.batch_norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch.nn.SyncBatchNorm: in training, mean and variance are those of the batches of all processes together.
+
+    On CPUs too, over gloo. Batches may differ in size and be empty. Not twice differentiable where it synchronises; a graph
+    break under torch.compile.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """torch.nn.SyncBatchNorm.convert_sync_batchnorm, to this class."""
+        converted: nn.Module = super().convert_sync_batchnorm(module, process_group)
+        for child in converted.modules():
+            if type(child) is nn.SyncBatchNorm:
+                child.__class__ = cls
+        return converted
+
+
+class _Activation(_BatchNorm):
+    """What the BatchNormAct classes have in common."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        activation_slope(activation, negative_slope)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _forward(self, input, residual, activation_slope(self.activation, self.negative_slope))
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+
+
+class BatchNormAct1d(_Activation, BatchNorm1d):
+    """activation(BatchNorm1d(input) + residual), residual optional; see functional.batch_norm_activation.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch.nn.BatchNorm1d.
+        activation, negative_slope: as for functional.batch_norm_activation.
+    """
+
+
+class BatchNormAct2d(_Activation, BatchNorm2d):
+    """activation(BatchNorm2d(input) + residual), residual optional. Arguments as for BatchNormAct1d."""
+
+
+class BatchNormAct3d(_Activation, BatchNorm3d):
+    """activation(BatchNorm3d(input) + residual), residual optional. Arguments as for BatchNormAct1d."""

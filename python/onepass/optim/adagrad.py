@@ -1,0 +1,103 @@
+"""Adagrad: arithmetic in csrc/rules/adagrad.hpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, check, check_scalar
+
+
+class Adagrad(FusedOptimizer):
+    r"""Adagrad; torch.optim.Adagrad in one pass over memory.
+
+    With g the gradient after clipping, sign and weight decay (g + weight_decay * w), t the parameter's step count from 1:
+
+        G <- G + g^2
+        w <- w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(G) + eps)
+
+    Source: Duchi, Hazan & Singer 2011.
+
+    Args:
+        params, lr, lr_decay, weight_decay, eps, maximize: as torch.optim.Adagrad. lr may be a tensor of one element; on CUDA
+            it may live on the device and change without a synchronisation.
+        initial_accumulator_value: what G is before a parameter's first step.
+        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        differentiable: must be False.
+        capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
+            nothing.
+        eps_inside_sqrt: sqrt(G + eps) in place of sqrt(G) + eps.
+        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+
+    State: step (0-d float32), sum (G), in the parameter's dtype (float32 for bfloat16 and float16). It is made in a
+    parameter's first step, or by share_memory().
+
+    Raises:
+        ValueError: an option out of range, with torch.optim's text.
+    """
+
+    rule = "adagrad"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        eps_inside_sqrt: bool = False,
+        max_norm: float | None = None,
+        normalize_grads: bool = False,
+        fused_unscale: bool = False,
+    ) -> None:
+        check_scalar("lr", lr)
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+            "capturable": capturable,
+            "eps_inside_sqrt": eps_inside_sqrt,
+        }
+        super().__init__(
+            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
+        )
+
+    def share_memory(self) -> None:
+        """Move the states `sum` to shared memory, for processes that train together (Hogwild); made where they are missing."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._make_state(group, param, [])
+                self.state[param]["sum"].share_memory_()
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        check(group["lr_decay"] >= 0, "Invalid lr_decay value", group["lr_decay"])
+        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        initial = group["initial_accumulator_value"]
+        check(initial >= 0, "Invalid initial_accumulator_value value", initial)
+        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("sum",)
+
+    def _initial_value(self, group: dict[str, Any], name: str) -> float:
+        return float(group["initial_accumulator_value"])
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        return {name: group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "eps_inside_sqrt")}

@@ -1,0 +1,97 @@
+"""NAdam: arithmetic in csrc/rules/nadam.hpp."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, check, check_scalar
+
+
+class NAdam(FusedOptimizer):
+    r"""Adam with Nesterov momentum; torch.optim.NAdam in one pass over memory.
+
+    With g the gradient after clipping, sign and coupled weight decay, t the parameter's step count from 1:
+
+        mu_t <- beta1 * (1 - 0.96^(t * momentum_decay) / 2),  P_t <- mu_1 * ... * mu_t
+        m <- beta1 * m + (1 - beta1) * g
+        v <- beta2 * v + (1 - beta2) * g^2
+        w <- w - lr * ((1 - mu_t) * g / (1 - P_t) + mu_(t+1) * m / (1 - P_(t+1))) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Source: Dozat 2016, Incorporating Nesterov Momentum into Adam.
+
+    Args:
+        params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize: as torch.optim.NAdam. lr may
+            be a tensor of one element; on CUDA it may live on the device and change without a synchronisation.
+        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        capturable: keep step and mu_product on the device, so that step() can be captured in a CUDA graph. On the CPU it
+            changes nothing.
+        differentiable: must be False.
+        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+
+    State: step and mu_product (P, both 0-d float32), exp_avg, exp_avg_sq, in the parameter's dtype (float32 for bfloat16 and
+    float16).
+
+    Raises:
+        ValueError: an option out of range, with torch.optim's text.
+    """
+
+    rule = "nadam"
+    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0, "mu_product": 1.0}
+    sparse_text = "NAdam does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_norm: float | None = None,
+        normalize_grads: bool = False,
+        fused_unscale: bool = False,
+    ) -> None:
+        check_scalar("lr", lr)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(
+            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
+        for index, beta in enumerate(group["betas"]):
+            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
+        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        check(group["momentum_decay"] >= 0, "Invalid momentum_decay value", group["momentum_decay"])
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        beta1, beta2 = group["betas"]
+        own = ("lr", "eps", "weight_decay", "decoupled_weight_decay")
+        # The host multiplies mu_product too, so what it depends on has to be numbers.
+        product = {"beta1": float(beta1), "momentum_base": 0.96 ** float(group["momentum_decay"])}
+        return {**product, "beta2": beta2, **{name: group[name] for name in own}}

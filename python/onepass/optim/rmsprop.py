@@ -1,0 +1,98 @@
+"""RMSprop: arithmetic in csrc/rules/rmsprop.hpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, check, check_scalar
+
+
+class RMSprop(FusedOptimizer):
+    r"""RMSprop, centered or not, with or without momentum; torch.optim.RMSprop in one pass over memory.
+
+    With g the gradient after clipping, sign and weight decay (g + weight_decay * w):
+
+        G <- alpha * G + (1 - alpha) * g^2
+        D <- sqrt(G) + eps                                                       (not centered)
+        a <- alpha * a + (1 - alpha) * g,  D <- sqrt(max(0, G - a^2)) + eps      (centered)
+        w <- w - lr * g / D                                                      (without momentum)
+        b <- momentum * b + g / D,  w <- w - lr * b                              (with momentum)
+
+    G - a^2 rounds below 0 when the gradient hardly changes; torch.optim then gives NaN. Sources: Tieleman & Hinton 2012,
+    lecture 6.5; centered: Graves 2013, Generating Sequences With Recurrent Neural Networks.
+
+    Args:
+        params, lr, alpha, eps, weight_decay, momentum, centered, maximize: as torch.optim.RMSprop. lr may be a tensor of one
+            element; on CUDA it may live on the device and change without a synchronisation.
+        capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
+            nothing.
+        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        differentiable: must be False.
+        eps_inside_sqrt: D = sqrt(G + eps), or sqrt(max(0, G - a^2) + eps).
+        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+
+    State: step (0-d float32), square_avg (G), if centered grad_avg (a), with momentum momentum_buffer (b), in the parameter's
+    dtype (float32 for bfloat16 and float16).
+
+    Raises:
+        ValueError: an option out of range, with torch.optim's text.
+    """
+
+    rule = "rmsprop"
+    sparse_text = "RMSprop does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        eps_inside_sqrt: bool = False,
+        max_norm: float | None = None,
+        normalize_grads: bool = False,
+        fused_unscale: bool = False,
+    ) -> None:
+        check_scalar("lr", lr)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "eps_inside_sqrt": eps_inside_sqrt,
+        }
+        super().__init__(
+            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
+        check(group["momentum"] >= 0, "Invalid momentum value", group["momentum"])
+        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        check(group["alpha"] >= 0, "Invalid alpha value", group["alpha"])
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        centered = ("grad_avg",) if group["centered"] else ()
+        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+        return ("square_avg", *centered, *momentum)
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        return {name: group[name] for name in ("lr", "alpha", "eps", "weight_decay", "momentum", "eps_inside_sqrt")}

@@ -1,0 +1,102 @@
+"""Rprop: arithmetic in csrc/rules/rprop.hpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, check, check_scalar
+
+_VARIANTS = ("irprop-", "rprop-")
+
+
+class Rprop(FusedOptimizer):
+    r"""Resilient propagation; torch.optim.Rprop in one pass over memory.
+
+    Every element has a step size d of its own, lr at first. With g the gradient after clipping and sign, h the one that
+    the step before kept, (eta_minus, eta_plus) = etas, and sign(NaN) = 0:
+
+        d <- eta_plus * d where g * h > 0,  d <- eta_minus * d and g <- 0 where g * h < 0
+        d <- d clamped to step_sizes
+        w <- w - sign(g) * d,  h <- g
+
+    Sources: iRprop-, Igel & Huesken 2003; Rprop-, Riedmiller & Braun 1993 without weight backtracking.
+
+    Args:
+        params, etas, step_sizes, maximize: as torch.optim.Rprop.
+        lr: the first step size, a number or a tensor of one element; read only when a parameter is stepped for the first
+            time.
+        capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
+            nothing.
+        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        differentiable: must be False.
+        variant: "irprop-" as above; "rprop-": g stays where g * h < 0, and d <- eta_minus * d where g * h = 0 as well, but in
+            a parameter's first step.
+        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+
+    State: step (0-d float32), prev (h), step_size (d), in the parameter's dtype (float32 for bfloat16 and float16).
+
+    Raises:
+        ValueError: an option out of range, with torch.optim's text.
+    """
+
+    rule = "rprop"
+    sparse_text = "Rprop does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        variant: str = "irprop-",
+        max_norm: float | None = None,
+        normalize_grads: bool = False,
+        fused_unscale: bool = False,
+    ) -> None:
+        check_scalar("lr", lr)
+        defaults = {
+            "lr": lr,
+            "etas": etas,
+            "step_sizes": step_sizes,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+            "variant": variant,
+        }
+        super().__init__(
+            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        eta_minus, eta_plus = group["etas"]
+        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        if not 0 < eta_minus < 1 < eta_plus:
+            raise ValueError(f"Invalid eta values: {eta_minus}, {eta_plus}")
+        if group["variant"] not in _VARIANTS:
+            raise ValueError(f"Invalid variant: {group['variant']!r}; expected is one of {', '.join(_VARIANTS)}")
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("prev", "step_size")
+
+    def _initial_value(self, group: dict[str, Any], name: str) -> float:
+        return float(group["lr"]) if name == "step_size" else 0.0
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        (eta_minus, eta_plus), (smallest, largest) = group["etas"], group["step_sizes"]
+        return {
+            "eta_minus": eta_minus,
+            "eta_plus": eta_plus,
+            "smallest_step": smallest,
+            "largest_step": largest,
+            "zero_after_turn": group["variant"] == "irprop-",
+        }

@@ -1,0 +1,179 @@
+"""What only one rule has: states that do not start at zero, forms and edge cases of its own."""
+
+import copy
+import math
+
+import onepass
+import pytest
+import torch
+from onepass import _native
+from rules import RULES, BesideReference
+from support import assert_close, bits, parameter, snapshot
+
+
+def stepped(optimizer: torch.optim.Optimizer, p: torch.Tensor, grads: list[float]) -> torch.Tensor:
+    for g in grads:
+        p.grad = torch.full_like(p, g)
+        optimizer.step()
+    return p.detach()
+
+
+# ---- NAdam -----------------------------------------------------------------------------------------------------------
+
+
+def test_mu_product_is_kept_in_float32_through_checkpoints(dtype):
+    """torch's load_state_dict casts it to the parameter's dtype, of a 0-d float64 parameter too."""
+    for shape in ((), (5,)):
+        p = parameter(torch.ones(shape, dtype=dtype))
+        optimizer = onepass.optim.NAdam([p])
+        stepped(optimizer, p, [1.0, 2.0])
+        saved = copy.deepcopy(optimizer.state_dict())
+        again = onepass.optim.NAdam([p])
+        again.load_state_dict(saved)
+        came, expected = again.state[p]["mu_product"], saved["state"][0]["mu_product"]
+        assert came.dtype == torch.float32
+        assert bits(came) == bits(expected), f"{came.item()} came, {expected.item()} expected"
+
+
+def test_mu_product_in_torchs_default_dtype():
+    """With float64 as default torch keeps it in float64, and so do we: the same numbers to the last places."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        p, twin = parameter(torch.ones(5)), parameter(torch.ones(5))
+        ours, theirs = onepass.optim.NAdam([p]), torch.optim.NAdam([twin])
+        grads = [float(g) for g in torch.randn(30)]
+        assert_close(stepped(ours, p, grads), stepped(theirs, twin, grads), 1e-14, "parameter")
+        came, expected = ours.state[p]["mu_product"], theirs.state[twin]["mu_product"]
+        assert came.dtype == expected.dtype == torch.float64
+        assert_close(came, expected, 1e-15, "mu_product")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones((), dtype=torch.int64), 0.5, "half"], ids=str)
+def test_mu_product_that_is_none(bad):
+    p = parameter(torch.ones(5))
+    optimizer = onepass.optim.NAdam([p])
+    stepped(optimizer, p, [1.0])
+    optimizer.state[p]["mu_product"] = bad
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0: its state 'mu_product' is a"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1, "the refused step was counted"
+
+
+def test_betas_changed_between_steps():
+    """mu_product is a product of what the momentum was in each step, not a power of what it is now."""
+    both = BesideReference(RULES["NAdam"], RULES["NAdam"].usual, [parameter(torch.randn(6, dtype=torch.float64))])
+    for beta in (0.9, 0.5, 0.8, 0.3):
+        both.optimizer.param_groups[0]["betas"] = both.reference.options["betas"] = (beta, 0.999)
+        both.step([torch.randn(6, dtype=torch.float64)])
+
+
+# ---- RMSprop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [{}, {"eps_inside_sqrt": True}], ids=str)
+def test_centered_rmsprop_under_a_constant_gradient(form, device):
+    """G - a^2 rounds below 0; torch.optim gives NaN there."""
+    p, twin = parameter(torch.zeros(50, device=device)), parameter(torch.zeros(50, device=device))
+    grads = torch.linspace(0.1, 0.9, 50, device=device)
+    case = {"lr": 1e-3, "alpha": 0.5, "eps": 1.0, "centered": True}
+    ours, theirs = onepass.optim.RMSprop([p], **case, **form), torch.optim.RMSprop([twin], **case)
+    for _ in range(200):
+        p.grad, twin.grad = grads, grads.clone()
+        ours.step()
+        theirs.step()
+    assert bool(twin.isnan().any()), "torch has mended it: the documentation says otherwise"
+    assert bool(p.isfinite().all()), f"{int((~p.isfinite()).sum())} elements are not finite"
+    assert_close(p, -200 * 1e-3 * grads, 2e-2, "with D near eps = 1")
+
+
+def test_nan_gradient_of_centered_rmsprop(device):
+    """The clamp at 0 keeps NaN: it does not hide that training went wrong."""
+    p = parameter(torch.ones(3, device=device))
+    optimizer = onepass.optim.RMSprop([p], centered=True)
+    p.grad = torch.tensor([1.0, math.nan, math.inf], device=device)
+    optimizer.step()
+    assert p.isnan().tolist() == [False, True, True], p
+
+
+# ---- Rprop -----------------------------------------------------------------------------------------------------------
+
+
+def test_rprop_by_hand():
+    """Signs of the gradient + + - - + 0 +; etas of 0.5 and 2, steps of 1 at first."""
+    grads = [1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 1.0]
+    expected = {  # step sizes, and where the parameter goes from 0
+        "irprop-": ([1, 2, 1, 1, 0.5, 0.5, 0.5], [-1, -3, -3, -2, -2, -2, -2.5]),
+        "rprop-": ([1, 2, 1, 2, 1, 0.5, 0.25], [-1, -3, -2, 0, -1, -1, -1.25]),
+    }
+    for variant, (sizes, places) in expected.items():
+        p = parameter(torch.zeros(1))
+        optimizer = onepass.optim.Rprop([p], lr=1.0, etas=(0.5, 2.0), variant=variant)
+        for t, g in enumerate(grads):
+            p.grad = torch.full_like(p, g)
+            optimizer.step()
+            state = optimizer.state[p]
+            assert (state["step_size"].item(), p.item()) == (sizes[t], places[t]), f"{variant}, step {t + 1}"
+
+
+@pytest.mark.parametrize("variant", ["irprop-", "rprop-"])
+def test_rprop_reads_lr_once(variant):
+    p = parameter(torch.zeros(1))
+    lr = torch.tensor(0.5)
+    optimizer = onepass.optim.Rprop([p], lr=lr, variant=variant)
+    stepped(optimizer, p, [1.0])
+    lr.fill_(7.0)
+    stepped(optimizer, p, [1.0])
+    assert_close(optimizer.state[p]["step_size"], torch.tensor([0.6]), 1e-7, "step size")
+
+
+def test_nan_has_no_sign(device):
+    """A NaN gradient moves nothing; the step sizes stay, in the step and in the next one."""
+    p, twin = parameter(torch.ones(3, device=device)), parameter(torch.ones(3, device=device))
+    ours, theirs = onepass.optim.Rprop([p]), torch.optim.Rprop([twin])
+    for g in (1.0, math.nan, 2.0, -1.0):
+        assert_close(stepped(ours, p, [g]), stepped(theirs, twin, [g]), 1e-7, f"parameter after {g}")
+        for key, value in theirs.state[twin].items():
+            assert_close(ours.state[p][key], value, 1e-7, f"{key} after {g}")
+
+
+# ---- Adagrad ---------------------------------------------------------------------------------------------------------
+
+
+def test_share_memory():
+    """Before the first step, as torch's: the states are made for it. Later the same memory is used on."""
+    p, other = parameter(torch.ones(3)), parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = onepass.optim.Adagrad([p, other], initial_accumulator_value=0.25)
+    optimizer.share_memory()
+    for q in (p, other):
+        state = optimizer.state[q]
+        assert state["sum"].is_shared()
+        assert state["sum"].dtype == torch.float32
+        assert bool((state["sum"] == 0.25).all())
+        assert state["step"] == 0
+    shared = optimizer.state[p]["sum"]
+    stepped(optimizer, p, [1.0, 1.0])
+    assert optimizer.state[p]["sum"] is shared
+    assert shared.tolist() == [2.25] * 3
+    before = snapshot(optimizer)
+    optimizer.share_memory()
+    assert snapshot(optimizer) == before
+
+
+def test_accumulator_of_complex_parameters_starts_in_both_parts():
+    p = parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = onepass.optim.Adagrad([p], initial_accumulator_value=0.5)
+    optimizer.share_memory()
+    assert optimizer.state[p]["sum"].tolist() == [0.5 + 0.5j] * 3
+
+
+# ---- all -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_classes_name_the_scalar_states_of_their_rule(rule):
+    product = _native.product_name(rule.ours.rule)
+    assert set(rule.ours.scalar_states) - {"step"} == ({product} if product else set())
