@@ -59,7 +59,7 @@ __device__ F* mean_lows(const BatchNorm& call, std::int64_t parts) {
 }
 
 template <class F>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::finish_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_finish_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t parts) {
   const std::int64_t channels = call.shape.channels;
   const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(tuning::column_threads)
 }
 
 template <class F>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::finish_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_sums_finish_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t parts) {
   const std::int64_t channels = call.shape.channels;
   const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;

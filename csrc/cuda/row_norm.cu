@@ -99,23 +99,28 @@ __device__ void norm_rows(const RowNorm& call, int team) {
   }
 }
 
+// Threads of the largest block.
+template <bool adds>
+constexpr int most_threads = adds ? tuning::long_sum_threads : tuning::long_row_threads;
+
 // fits: the row does, in a team's registers. adds: there is a residual.
 template <class T, int rounds, bool fits, bool adds>
-__global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_row_threads)
+__global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : most_threads<adds>,
+                                  rounds == 1 ? tuning::short_blocks_per_sm : 1)
     row_norm_kernel(ONEPASS_GRID_CONSTANT(RowNorm) call, int team) {
   norm_rows<T, width<T>, rounds, fits, adds>(call, team);
 }
 
 // For rows of any length at any address.
 template <class T, bool adds>
-__global__ void __launch_bounds__(tuning::long_row_threads)
+__global__ void __launch_bounds__(most_threads<adds>)
     row_norm_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNorm) call, int team) {
   norm_rows<T, 1, tuning::narrow_rounds, false, adds>(call, team);
 }
 
 template <class T, bool adds>
 void launch_row_norm(const RowNorm& call, void* stream) {
-  constexpr int w = width<T>, lanes = 32, rounds = tuning::row_rounds<sizeof(T)>, most = tuning::long_row_threads;
+  constexpr int w = width<T>, lanes = 32, rounds = tuning::row_rounds<sizeof(T)>, most = most_threads<adds>;
   bool wide = call.size % w == 0;
   for (const void* p : {call.x, call.residual, static_cast<const void*>(call.sum), static_cast<const void*>(call.y)})
     wide = wide && is_aligned16(p);

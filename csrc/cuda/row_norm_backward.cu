@@ -150,7 +150,8 @@ __device__ void write_partials(Elements<F, w> (&of_weight)[rounds], Elements<F, 
 }
 
 template <class T, int rounds>
-__global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_gradient_threads)
+__global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_gradient_threads,
+                                  rounds == 1 ? tuning::roomy_blocks_per_sm : 1)
     row_norm_backward_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
   using F = Arithmetic<T>;
   constexpr int w = width<T>;
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(tuning::long_gradient_threads, 2)
   differentiate_rows<T, width<T>, 1>(call, team);
 }
 template <class T>
-__global__ void __launch_bounds__(tuning::long_gradient_threads, 2)
+__global__ void __launch_bounds__(tuning::long_gradient_threads, 1)
     row_norm_backward_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
   differentiate_rows<T, 1, tuning::narrow_rounds>(call, team);
 }

@@ -29,7 +29,7 @@ constexpr int join_threads = 512;  // of the single block that joins the chunks'
 
 // Blocks of a grid whose blocks take several turns: a few waves on the largest GPU, so that a last wave that is not
 // full costs little. No grid depends on the device, for the order of sums must not.
-constexpr int max_blocks = 4096;
+constexpr int max_blocks = 2048;
 
 // With all threads of an SM resident, one load of 16 bytes each is in flight: 32 KB, more than enough.
 constexpr int dropout_threads = 256;
@@ -42,6 +42,8 @@ constexpr int row_rounds = element_bytes == 4 ? 4 : 2;
 constexpr int narrow_rounds = 4;
 constexpr int row_threads = 256;
 constexpr int long_row_threads = 1024;
+constexpr int long_sum_threads = 512;   // with a residual, whose elements take more registers
+constexpr int short_blocks_per_sm = 4;  // of rows that a warp has room for
 
 // Backward keeps the gradients of the weights of its columns beside x and dy: up to 128 registers a thread. So many
 // blocks, of several rows each, that their gradients are small beside the rows, and two an SM on most GPUs.
@@ -61,7 +63,8 @@ constexpr int batch_part_last = 16384;
 constexpr int batch_columns_last = 128;
 constexpr int batch_blocks = 2048;
 
-// Without this number ptxas aims at 32 registers for the float64 kernel, and spills.
-constexpr int finish_blocks_per_sm = 4;
+// Blocks of 256 threads that registers must leave room for: 128 a thread. Without a number ptxas aims at as few as 32,
+// and spills.
+constexpr int roomy_blocks_per_sm = 2;
 
 }  // namespace onepass::cuda::tuning

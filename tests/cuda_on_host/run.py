@@ -2,8 +2,8 @@
 
     python tests/cuda_on_host/run.py [--build build/cuda-on-host] [REGEX]    # of the names of some runs
 
-The whole suite once, in random thread order; test_kernels.py, which launches every kernel, in the other orders and under
-the sanitizers. Prints a line a run; the output of those that failed. See cuda_on_host.hpp for what a run can show.
+The whole suite once, in random thread order; what launches every kernel, test_*kernels.py, in the other orders and
+under the sanitizers. Prints a line a run; the output of those that failed. See cuda_on_host.hpp for what a run can show.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ from pathlib import Path
 from host_compiler import cuda_include
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KERNELS = ["tests/cuda_on_host/test_kernels.py"]
-SUITE = [*KERNELS, "tests/cuda_on_host/test_same_bits.py", "tests/test_clip.py", "tests/test_optim_*.py"]
+KERNELS = ["tests/cuda_on_host/test_*kernels.py"]
+SUITE = [
+    *KERNELS,
+    "tests/cuda_on_host/test_same_bits.py",
+    "tests/test_clip.py",
+    "tests/test_optim_*.py",
+    "tests/test_nn_*.py",
+]
 CXX = os.environ.get("CXX", "g++")
 
 
