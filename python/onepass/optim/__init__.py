@@ -7,5 +7,17 @@ from .nadam import NAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+from .sparse_adam import SparseAdam
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "NAdam", "RMSprop", "Rprop", "clip_grad_norm_", "clip_grad_value_"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RMSprop",
+    "Rprop",
+    "SparseAdam",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+]
