@@ -59,6 +59,11 @@ def increment_version(tensors: Sequence[Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+def assert_async(condition: Tensor) -> None:
+    """An assertion on the tensor's device, which nothing waits for; as torch's own kernels check indices."""
+    torch._assert_async(condition)
+
+
 def dtensor_type() -> type | None:
     """The DTensor class if something in this process has imported it (without it there can be no instance)."""
     import sys
