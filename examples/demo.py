@@ -103,7 +103,8 @@ class CharacterGPT(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         x = self.characters(text) + self.places.weight[: text.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(self.drop(x))))
-        return logits.flatten(0, 1)
+        flat: Tensor = logits.flatten(0, 1)
+        return flat
 
 
 def sgd_torch(model: nn.Module) -> Step:

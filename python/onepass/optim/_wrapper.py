@@ -193,7 +193,7 @@ def gather(
         state[params[index]][name] = tensor
 
     sparse_text = cast("str | None", options.pop("sparse_text", None))
-    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace)
+    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace=replace)
     missing = _native.Group(rule, (name,), params, state, hyper, mender, **options).gather(plan)
     return mender, [params[index] for index in missing]
 
