@@ -94,10 +94,7 @@ class Wrapper(torch.optim.Optimizer):
         """Add a group to the wrapped optimizer; options of the wrapper that it lacks come from the constructor."""
         if isinstance(param_group, dict):
             self._check_options({**self.defaults, **param_group})
-        self.base_optimizer.add_param_group(param_group)
-        for name, value in self.defaults.items():
-            if name.startswith(self.prefix):
-                self.param_groups[-1].setdefault(name, value)
+        self.base_optimizer.add_param_group(param_group)  # its defaults have our options too
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
