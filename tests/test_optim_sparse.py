@@ -12,9 +12,6 @@ from rules import RULES
 from sparse import SPARSE, Beside, some_rows, sparse
 from support import ARITHMETIC, assert_close, assert_same, bits, parameter, snapshot
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-
-
 EVERY_RULE = pytest.mark.parametrize("rule", SPARSE.values(), ids=SPARSE)
 
 

@@ -23,7 +23,7 @@ if DEVICE is None:
     pytest.skip("no CUDA kernels here: neither a GPU nor the backend cuda-on-host", allow_module_level=True)
 ON_HOST = DEVICE.type == "cpu"
 
-pytestmark = [pytest.mark.cuda_kernels, pytest.mark.filterwarnings("ignore:Sparse invariant checks")]
+pytestmark = pytest.mark.cuda_kernels
 KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}  # classes that share a rule share its kernels
 
 
