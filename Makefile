@@ -11,6 +11,7 @@ BASE_PYTHON ?= python3
 # Installed before what depends on it, so that pip does not choose another.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+BENCH ?= optimizers wrappers layers
 BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
 
@@ -44,7 +45,7 @@ BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUIL
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(PACKAGE) ## Train two networks with torch.optim and with onepass: table and demo.png
+demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and demo.png
 	$(PY) examples/demo.py
 
 test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
@@ -63,8 +64,8 @@ lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m mypy
 	$(if $(PYTHON),,$(VENV)/bin/)clang-format --dry-run -Werror $(NATIVE)
 
-bench: $(PACKAGE) ## Benchmarks against torch and the memory's limit; BENCH_ARGS="--filter adamw" for some
-	$(PY) benchmarks/optimizers.py --out $(RESULTS) $(BENCH_ARGS)
+bench: $(PACKAGE) ## Against torch and the memory's limit; BENCH=layers BENCH_ARGS="--filter LayerNorm" for some
+	set -e; for benchmark in $(BENCH); do $(PY) benchmarks/$$benchmark.py --out $(RESULTS) $(BENCH_ARGS); done
 
 wheel: $(ENVIRONMENT) ## A wheel in dist/
 	$(PIP) wheel $(BUILD_FLAGS) --wheel-dir dist .
