@@ -35,8 +35,8 @@ class Mender:
         states: names of the states, in the order they come.
         has_cuda: whether this build has CUDA kernels.
         sparse_text: torch's sentence for refusing sparse gradients; None: they are taken.
-        by_rows: of sparse gradients take the rows only; else they are made dense.
         replace: stores a state anew (index, name, tensor): with the parameter's strides, where they had come apart.
+        by_rows: of sparse gradients take the rows only; else they are made dense.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Mender:
         states: tuple[str, ...],
         has_cuda: bool,
         sparse_text: str | None = None,
-        by_rows: bool = False,
         replace: Callable[[int, str, Tensor], None] | None = None,
+        by_rows: bool = False,
     ) -> None:
         self.name, self.states = name, states
         self.has_cuda, self.replace = has_cuda, replace

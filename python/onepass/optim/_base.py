@@ -350,8 +350,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 states,
                 _native.cuda_kernels,
                 self._sparse_refusal(group),
-                _native.takes_rows(self.rule, states),
                 partial(self._replace_state, group),
+                _native.takes_rows(self.rule, states),
             )
             menders.append(mender)
             native = _native.Group(

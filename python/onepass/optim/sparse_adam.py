@@ -94,5 +94,6 @@ class SparseAdam(FusedOptimizer):
         """As torch's, whose SparseAdam counts the steps in a Python int."""
         saved = super().state_dict()
         for index, state in saved["state"].items():
-            saved["state"][index] = {**state, "step": int(state["step"])}
+            if "step" in state:
+                saved["state"][index] = {**state, "step": int(state["step"])}
         return saved
