@@ -18,7 +18,7 @@ from .. import _compat
 from .._native import layers as native
 from . import _formula
 from ._checks import batch_norm_operands, check_batch_size
-from ._dispatch import FORMULA, KERNEL, plain_or_none, route, route_back, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, plain_or_none, route, route_back, seen, wants_grad, wide
 from ._library import define, given, wanted
 from ._norm import fake_affine_gradient
 
@@ -234,7 +234,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, dy), *(None,) * 6)
+        return *_gradients(ctx, dy, route_back(dy)), *(None,) * 6
 
 
 _apply = _compat.applier(_BatchNorm)
@@ -255,12 +255,11 @@ def _save(
     ctx.rest = eps, slope, channels_last, training
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, way: int) -> tuple[Tensor | None, ...]:
     """Of x, residual, weight and bias."""
     x, y, weight, stats = ctx.saved_tensors
     eps, slope, channels_last, training = ctx.rest
     want = ctx.needs_input_grad[:4]
-    way = route_back(dy, x, y, weight, stats)
     if way == FORMULA:
         gradients = _formula.batch_norm_backward(dy, x, y, weight, None if training else stats, eps, slope)
         return wanted(gradients, want)
@@ -365,7 +364,7 @@ _operator = define(
     _kernel,
     _fake,
     _setup_context,
-    lambda ctx, dy, dstats: (*_gradients(ctx, dy), None, None, None),
+    lambda ctx, dy, dstats: (*_gradients(ctx, dy, seen(route_back(dy))), None, None, None),
 )
 _operator_apply = define(
     "batch_norm_apply",
@@ -373,7 +372,7 @@ _operator_apply = define(
     _kernel_apply,
     _fake_apply,
     _setup_context_apply,
-    lambda ctx, dy: (*_gradients(ctx, dy), None, None, None),
+    lambda ctx, dy: (*_gradients(ctx, dy, seen(route_back(dy))), None, None, None),
 )
 _operator_backward = define(
     "batch_norm_backward",
