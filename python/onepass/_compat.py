@@ -140,3 +140,10 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         node.apply = function.backward
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
+
+
+def register_vmap(operator: str, rule: Callable[..., Any]) -> None:
+    """torch.library.register_vmap (torch >= 2.5); without it vmap loops over the batch by itself, with a warning."""
+    register = getattr(torch.library, "register_vmap", None)
+    if register is not None:
+        register(operator, rule)

@@ -211,3 +211,11 @@ _operator_backward = define(
 mask_operator = define(
     "dropout_mask", "(Tensor seed, SymInt[] shape, float p, bool packed) -> Tensor", _kernel_mask, _fake_mask
 )
+
+
+def _vmap_mask(info: Any, in_dims: tuple[int | None, ...], seeds: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    """vmap(randomness="different"): every example has its seed."""
+    return torch.stack([mask_operator(seed, *rest) for seed in seeds.unbind(in_dims[0] or 0)]), 0
+
+
+_compat.register_vmap("onepass::dropout_mask", _vmap_mask)

@@ -115,10 +115,10 @@ def batch_norm(
 ) -> Tensor:
     """torch's own batch_norm, which may update running statistics inside a transform; none of ours may."""
     dtype = wide(x.dtype)
-    widened = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (*running, weight, bias)]
-    z = F.batch_norm(x.to(dtype), *widened, training, momentum, eps)
+    mean, var, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (*running, weight, bias))
+    z = F.batch_norm(x.to(dtype), mean, var, weight, bias, training, momentum, eps)
     if training:
-        for statistic, updated in zip(running, widened[:2], strict=True):
+        for statistic, updated in zip(running, (mean, var), strict=True):
             if statistic is not None and updated is not None and updated is not statistic:
                 statistic.copy_(updated)
     return activation(z, residual, slope).to(x.dtype)

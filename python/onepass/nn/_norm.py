@@ -73,9 +73,9 @@ def _norm(
     rms: bool,
 ) -> Tensor:
     if type(normalized_shape) is tuple and len(normalized_shape) == 1 and route(x, weight, bias) == KERNEL:
-        y = _try_kernel(x, normalized_shape, weight, bias, eps, rms)
-        if y is not None:
-            return y
+        done = _try_kernel(x, normalized_shape, weight, bias, eps, rms)
+        if done is not None:
+            return done
     size, weight, bias = norm_operands(function, x, normalized_shape, weight, bias, eps)
     if eps is None:
         eps = default_eps(x)
