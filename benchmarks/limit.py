@@ -29,19 +29,29 @@ SETTLE_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class Pattern:
-    """Streams of one pass over an element: bytes read for the gradient, bytes of each value updated in place."""
+    """Streams of one pass over an element, in bytes: what is read, each value updated in place, what is only written."""
 
     index: int  # in enum pattern of stream.c
     read: int
     inplace: tuple[int, ...] = ()
+    write: int = 0
 
     @property
     def bytes_per_element(self) -> int:
-        return self.read + 2 * sum(self.inplace)
+        return self.read + 2 * sum(self.inplace) + self.write
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes of an element of each stream, in the order of stream.c."""
+        return tuple(width for width in (self.read, *self.inplace, self.write) if width)
 
 
 READ = Pattern(0, read=4)
 READ_HALF = Pattern(5, read=2)
+# The passes of the wrappers, on float32.
+SYNCHRONISE = Pattern(7, read=0, inplace=(4, 4))
+PERTURB = Pattern(8, read=4, inplace=(4,), write=4)
+RESTORE = Pattern(9, read=4, write=4)
 _STEPS = {
     (4, 1): Pattern(1, read=4, inplace=(4, 4)),
     (4, 2): Pattern(2, read=4, inplace=(4, 4, 4)),
@@ -66,9 +76,7 @@ class StreamLimit:
         self._scale = elements / self._elements
         widest = max(patterns, key=lambda pattern: pattern.bytes_per_element)
         # zeros_ and not torch.zeros: untouched pages would all be the same page of zeros, and cached.
-        self._streams = [
-            torch.empty(self._elements * width, dtype=torch.uint8).zero_() for width in (widest.read, *widest.inplace)
-        ]
+        self._streams = [torch.empty(self._elements * width, dtype=torch.uint8).zero_() for width in widest.widths]
 
     def seconds(self) -> float:
         time.sleep(SETTLE_SECONDS)

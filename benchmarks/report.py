@@ -1,7 +1,7 @@
 """From the JSON of a benchmark to what people read: text, a markdown table, a plot.
 
 python benchmarks/report.py benchmarks/results/optimizers-*.json                  # markdown to the terminal
-python benchmarks/report.py RESULT.json --readme README.md --plot docs/speed.png  # into the README, between its markers
+python benchmarks/report.py benchmarks/results/*.json --page docs/speed.md   # into the page, with its plots beside it
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+# Where a result goes in a page: between two comments that name its benchmark.
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 OURS = "onepass"
 # Colour-blind safe (Okabe and Ito).
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#999999"
@@ -103,7 +104,7 @@ def line(row: Json) -> str:
 
 
 def _text_line(columns: Sequence[str]) -> str:
-    widths = [28, 11, 18, 8, 6, 9, 8, 13]
+    widths = [44, 11, 18, 8, 6, 9, 8, 13]
     first, *others = (column.rjust(width) for column, width in zip(columns, widths, strict=False))
     return " ".join([columns[0].ljust(len(first)), *others])
 
@@ -169,6 +170,12 @@ def footnotes(result: Json) -> str:
     if peaks:
         each = ", ".join(f"{name} {first:.1f} and {later:.1f}" for name, (first, later) in peaks.items())
         lines.append(f"Peak memory of a step beyond the states, MB, first step and later ones, worst row: {each}.")
+    kept = {
+        row["case"]: row["kept_bytes"] for row in result["rows"] if row["rule"] == "Dropout" and "kept_bytes" in row
+    }
+    for case, by_variant in kept.items():
+        each = ", ".join(f"{name} {bytes_ / 1e6:.2f}" for name, bytes_ in by_variant.items())
+        lines.append(f"MB kept for the backward of {case}: {each}.")
     disturbed = [row["name"] for row in result["rows"] if _disturbed(row)]
     if disturbed:
         lines.append(f"Not to be relied on, other processes took a core in most samples: {', '.join(disturbed)}.")
@@ -211,7 +218,7 @@ def plot(result: Json, path: Path) -> None:
     left.minorticks_off()
     left.set_yticks(places, names)
     left.set_ylim(len(summaries) - 0.5, -0.5)
-    left.set_title("Times faster than the best torch.optim path", loc="left", fontsize=11)
+    left.set_title("Times faster than the best of the others", loc="left", fontsize=11)
     for place, ratio in zip(places, ratios, strict=True):
         shift, side = (4, "left") if ratio >= 1 else (-4, "right")
         text, where = f"{ratio:.2f}x", (ratio, place)
@@ -235,28 +242,26 @@ def plot(result: Json, path: Path) -> None:
     plt.close(figure)
 
 
-def insert(readme: str, text: str) -> str:
-    """The README with ``text`` between its two markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"the README needs one line {BEGIN} and, after it, one line {END}")
-    between = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return between.sub(lambda _: f"{BEGIN}\n{text}\n{END}", readme)
+def insert(page: str, benchmark: str, text: str) -> str:
+    """The page with ``text`` between the two markers of the benchmark."""
+    begin, end = BEGIN.format(benchmark), END.format(benchmark)
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(f"the page needs one line {begin} and, after it, one line {end}")
+    between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return between.sub(lambda _: f"{begin}\n{text}\n{end}", page)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON files that a benchmark saved")
-    parser.add_argument("--readme", type=Path, help="write the tables into this file, between its markers")
-    parser.add_argument("--plot", type=Path, help="write the plot of the first result here")
+    parser.add_argument("--page", type=Path, help="write the tables between their markers, the plots beside the page")
     args = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in args.results]
-    text = "\n\n".join(markdown(result) for result in results)
-    if args.readme:
-        args.readme.write_text(insert(args.readme.read_text(), text))
-    else:
-        print(text)
-    if args.plot:
-        plot(results[0], args.plot)
+    for result in (json.loads(path.read_text()) for path in args.results):
+        if args.page:
+            args.page.write_text(insert(args.page.read_text(), result["benchmark"], markdown(result)))
+            plot(result, args.page.with_name(f"{args.page.stem}-{result['benchmark']}.png"))
+        else:
+            print(markdown(result), end="\n\n")
     return 0
 
 

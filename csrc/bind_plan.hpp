@@ -56,15 +56,17 @@ class Plan {
 
   // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
   // device and layout goes through mend(index, param, grad, states, scalars), which returns one-dimensional dense
-  // stand-ins [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters
-  // whose state is missing; if there are any the plan is not to be run.
+  // stand-ins [param, grad, *states] or raises the error that names the trouble. Of a sparse gradient the stand-in
+  // holds the values, and (address of the row numbers, row size) follows the states. Returns the indices of the
+  // parameters whose state is missing; if there are any the plan is not to be run.
   py::list gather(int variant, const py::object& params, const py::dict& state, const py::tuple& hyper,
                   bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
                   const py::function& mend);
 
   // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
-  // p of |g|**p; infinity the largest magnitude and -infinity the smallest.
-  double cpu_total(double norm_type, int max_threads) const;
+  // p of |g|**p; infinity the largest magnitude and -infinity the smallest. weighted, with 2 only: each gradient times
+  // its parameter, element by element.
+  double cpu_total(double norm_type, bool weighted, int max_threads) const;
 
   // Whether any parameter, with a gradient or without, is of a subclass of Tensor: it may be sharded.
   bool has_subclasses() const { return has_subclasses_; }
@@ -78,13 +80,13 @@ class Plan {
   // Devices (of the CUDA kernels) that hold gradients.
   std::vector<int> cuda_devices() const;
   std::int64_t cuda_partials(int device) const;
-  void cuda_total(double norm_type, int device, std::uintptr_t partials, std::uintptr_t total,
+  void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
                   std::uintptr_t stream) const;
 
   // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, scaled_norm, norm,
   // grad_scale, found_inf): addresses, 0 where there is none.
-  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double norm, double grad_scale,
-           bool scaled_on_device, const py::function& on_device);
+  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double epsilon, double norm,
+           double grad_scale, bool scaled_on_device, const py::function& on_device);
 
   // The parameters that were gathered, for their version counters.
   py::list updated() const;

@@ -8,7 +8,9 @@
 namespace onepass {
 namespace {
 
-Reduction reduction_of(double norm_type) {
+Reduction reduction_of(double norm_type, bool weighted) {
+  if (weighted && norm_type != 2) throw py::value_error("a weighted norm is of order 2");
+  if (weighted) return {Total::weighted_squares, 2};
   if (norm_type == 2) return {Total::squares, 2};
   if (norm_type == 1) return {Total::magnitudes, 1};
   if (std::isinf(norm_type)) return {norm_type > 0 ? Total::largest : Total::smallest, norm_type};
@@ -17,20 +19,22 @@ Reduction reduction_of(double norm_type) {
 
 }  // namespace
 
-double Plan::cpu_total(double norm_type, int max_threads) const {
-  const Reduction reduction = reduction_of(norm_type);
+double Plan::cpu_total(double norm_type, bool weighted, int max_threads) const {
+  const Reduction reduction = reduction_of(norm_type, weighted);
   double total = empty_total(reduction.total);
   std::vector<double> partials;
-  std::vector<const void*> data;
+  std::vector<const void*> data, weights;
   std::vector<std::int64_t> sizes;
   for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
     data.clear();
+    weights.clear();
     sizes.clear();
     std::int64_t blocks = 0;
     for (const Group& group : groups_)
       for (const Entry& e : group.entries)
         if (!e.cuda && e.dtype == dtype) {
           data.push_back(e.item.grad != nullptr ? e.item.grad : e.item.param);
+          weights.push_back(e.item.param);
           sizes.push_back(e.item.size);
           blocks += cpu::reduce_blocks(e.item.size);
         }
@@ -38,8 +42,8 @@ double Plan::cpu_total(double norm_type, int max_threads) const {
     partials.resize(blocks);
     const py::gil_scoped_release release;
     total = join(reduction.total, total,
-                 reduce_function()({reduction, dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()),
-                                    partials.data(), max_threads}));
+                 reduce_function()({reduction, dtype, data.data(), weights.data(), sizes.data(),
+                                    static_cast<std::int64_t>(data.size()), partials.data(), max_threads}));
   }
   return total;
 }
@@ -68,24 +72,25 @@ std::int64_t Plan::cuda_partials(int device) const {
   return n;
 }
 
-void Plan::cuda_total(double norm_type, int device, std::uintptr_t partials, std::uintptr_t total,
+void Plan::cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
                       std::uintptr_t stream) const {
-  const Reduction reduction = reduction_of(norm_type);
+  const Reduction reduction = reduction_of(norm_type, weighted);
   const cuda::Where where{device, reinterpret_cast<void*>(stream)};
   std::int64_t done = 0;
   for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
-    std::vector<const void*> data;
+    std::vector<const void*> data, weights;
     std::vector<std::int64_t> sizes;
     std::int64_t chunks = 0;
     for (const Group& group : groups_)
       for (const Entry& e : group.entries)
         if (e.cuda && e.device == device && e.dtype == dtype) {
           data.push_back(e.item.grad != nullptr ? e.item.grad : e.item.param);
+          weights.push_back(e.item.param);
           sizes.push_back(e.item.size);
           chunks += cuda::reduce_chunks(e.item.size);
         }
     if (data.empty()) continue;
-    cuda::reduce({reduction, dtype, data.data(), sizes.data(), static_cast<std::int64_t>(data.size()),
+    cuda::reduce({reduction, dtype, data.data(), weights.data(), sizes.data(), static_cast<std::int64_t>(data.size()),
                   reinterpret_cast<double*>(partials) + done, where});
     done += chunks;
   }
@@ -94,7 +99,7 @@ void Plan::cuda_total(double norm_type, int device, std::uintptr_t partials, std
 }
 #else
 std::int64_t Plan::cuda_partials(int) const { return 0; }
-void Plan::cuda_total(double, int, std::uintptr_t, std::uintptr_t, std::uintptr_t) const {}
+void Plan::cuda_total(double, bool, int, std::uintptr_t, std::uintptr_t, std::uintptr_t) const {}
 #endif
 
 namespace {
@@ -224,12 +229,12 @@ void Plan::run_cuda(const Group&, const std::vector<const Entry*>&, const GradSc
 }
 #endif
 
-void Plan::run(int max_threads, const std::optional<double>& max_norm, bool normalize, double norm, double grad_scale,
-               bool scaled_on_device, const py::function& on_device) {
+void Plan::run(int max_threads, const std::optional<double>& max_norm, bool normalize, double epsilon, double norm,
+               double grad_scale, bool scaled_on_device, const py::function& on_device) {
   has_run_ = true;
   std::vector<const Entry*> same;
   for (const Group& group : groups_) {
-    const GradScaling scaling{group.options.maximize, normalize, max_norm.has_value(), max_norm.value_or(0)};
+    const GradScaling scaling{group.options.maximize, normalize, epsilon, max_norm.has_value(), max_norm.value_or(0)};
     const double factor = grad_factor(scaling, grad_scale, norm);
     for (int occurrence = 0; occurrence < group.occurrences; ++occurrence) {
       // One launch for each device and dtype; few, so a scan for each is cheaper than a map.

@@ -9,7 +9,8 @@ namespace onepass {
 ONEPASS_HD double grad_factor(const GradScaling& scaling, double grad_scale, double norm) {
   double factor = 1 / grad_scale;
   if (scaling.normalize) {
-    factor *= norm == 0 ? 0 : 1 / norm;
+    const double divisor = norm + scaling.epsilon;
+    factor *= divisor == 0 ? 0 : 1 / divisor;
   } else if (scaling.clip) {
     const double clip = scaling.max_norm / (norm + 1e-6);  // 1e-6: torch.nn.utils.clip_grad_norm_
     if (!(clip >= 1)) factor *= clip;                      // written so that a NaN norm gives a NaN factor

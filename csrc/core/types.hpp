@@ -18,8 +18,12 @@ struct Item {
   void* param;
   const void* grad;  // null when the rule reads none
   void* state[max_states];
-  std::int64_t size;
+  std::int64_t size;  // elements to update
   std::int32_t use;
+  // Of a sparse gradient, else null: the gradient holds the values of some rows of row_size elements, one after the
+  // other, and param and states are tables in which the r-th of them is row rows[r]. No row comes twice.
+  const std::int64_t* rows;  // where the tensor lives
+  std::int64_t row_size;
 };
 
 // What may differ between the tensors of one launch and changes the scalars of a step.
@@ -42,6 +46,7 @@ struct Scalar {
 struct GradScaling {
   bool maximize;
   bool normalize;
+  double epsilon;  // added to the norm that normalize divides by
   bool clip;
   double max_norm;
 };
@@ -55,7 +60,14 @@ struct DeviceGradScaling {
 };
 
 // What a reduction over many tensors computes; the p-norms are roots of these.
-enum class Total : std::uint8_t { squares, magnitudes, powers, largest, smallest };
+enum class Total : std::uint8_t {
+  squares,
+  weighted_squares,  // of each element times that of a second stream
+  magnitudes,
+  powers,
+  largest,
+  smallest
+};
 struct Reduction {
   Total total;
   double power;  // for powers: of the magnitudes

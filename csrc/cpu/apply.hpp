@@ -15,12 +15,20 @@ static inline __attribute__((always_inline)) void update_pack(const Item& item, 
                                                               const Step& k) {
   using F = Arithmetic<T>;
   T* const param = static_cast<T*>(item.param) + i;
+  // No hardware prefetcher runs ahead of stores to memory that nothing reads; a copy then takes 1.35 times as long. The
+  // loads below would do, but those of values that a rule does not use the compiler drops.
+  if constexpr (whole && overwrites<Rule>) {
+    __builtin_prefetch(param, 1);
+    if constexpr (writes_state<Rule>)
+      for (int s = 0; s < Rule::n_state; ++s) __builtin_prefetch(static_cast<F*>(item.state[s]) + i, 1);
+  }
   Reg<F> grad{}, state[Rule::n_state > 0 ? Rule::n_state : 1];
   const Reg<F> p = load<whole>(param, count);
   if constexpr (Rule::reads_grad) grad = load<whole>(static_cast<const T*>(item.grad) + i, count);
   for (int s = 0; s < Rule::n_state; ++s) state[s] = load<whole>(static_cast<F*>(item.state[s]) + i, count);
   store<whole>(param, Rule::template update<F>(k, p, grad, state), count);
-  for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
+  if constexpr (writes_state<Rule>)
+    for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
 }
 
 template <class Rule, class T, class Step>
@@ -31,11 +39,26 @@ static void update_range(const Item& item, std::int64_t begin, std::int64_t end,
   if (i < end) update_pack<false, Rule, T>(item, i, static_cast<int>(end - i), k);
 }
 
+// Of a sparse gradient: the parts of the rows that [begin, end) of the values cover, each like a tensor whose param and
+// states stand where they do in the table.
+template <class Rule, class T, class Step>
+static void update_rows(const Item& item, std::int64_t begin, std::int64_t end, const Step& k) {
+  for (std::int64_t i = begin; i < end;) {
+    const std::int64_t row = i / item.row_size, row_end = (row + 1) * item.row_size;
+    const std::int64_t shift = (item.rows[row] - row) * item.row_size;
+    Item part = item;
+    part.param = static_cast<T*>(item.param) + shift;
+    for (int s = 0; s < Rule::n_state; ++s) part.state[s] = static_cast<Arithmetic<T>*>(item.state[s]) + shift;
+    update_range<Rule, T>(part, i, row_end < end ? row_end : end, k);
+    i = row_end;
+  }
+}
+
 template <class Rule, class T>
 struct ApplyTeam {
   using Step = typename Rule::template Step<Arithmetic<T>>;
   static constexpr std::int64_t bytes_per_element =
-      (Rule::reads_grad ? 3 : 2) * sizeof(T) + 2 * Rule::n_state * sizeof(Arithmetic<T>);
+      (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule> ? 2 : 1) * Rule::n_state * sizeof(Arithmetic<T>);
 
   const Apply& call;
   std::int64_t total;
@@ -49,7 +72,11 @@ struct ApplyTeam {
     for (const Item* item = team.call.items; first < end; first += item->size, ++item) {
       const std::int64_t from = begin > first ? begin - first : 0;
       const std::int64_t to = end - first < item->size ? end - first : item->size;
-      if (from < to) update_range<Rule, T>(*item, from, to, team.steps[item->use]);
+      if (from >= to) continue;
+      if (takes_rows<Rule> && item->rows != nullptr)
+        update_rows<Rule, T>(*item, from, to, team.steps[item->use]);
+      else
+        update_range<Rule, T>(*item, from, to, team.steps[item->use]);
     }
   }
 

@@ -8,6 +8,20 @@
 
 namespace onepass::cpu::ONEPASS_ISA {
 
+// Elements of two registers in float64.
+static inline __attribute__((always_inline)) void widen(const double* p, Reg<double> (&out)[2]) {
+  out[0] = decode(p);
+  out[1] = decode(p + lanes<double>);
+}
+template <class T>
+static inline __attribute__((always_inline)) void widen(const T* p, Reg<double> (&out)[2]) {
+  const Reg<float> x = decode(p);
+  Pack<float, register_bytes / 2> half[2];
+  std::memcpy(half, &x, sizeof x);
+  out[0] = __builtin_convertvector(half[0], Reg<double>);
+  out[1] = __builtin_convertvector(half[1], Reg<double>);
+}
+
 // 16 float64 totals whatever the register width, so that every instruction set adds in the same order.
 struct RunningTotals {
   static constexpr int count = 16, registers = count / lanes<double>;
@@ -17,44 +31,51 @@ struct RunningTotals {
     for (auto& p : part) p = Reg<double>{} + empty_total(total);
   }
 
-  __attribute__((always_inline)) void add(const Reduction& reduction, const double* p) {
-    for (int r = 0; r < registers; ++r) part[r] = add_element(reduction, part[r], decode(p + r * lanes<double>));
-  }
-  template <class T>
-  __attribute__((always_inline)) void add(const Reduction& reduction, const T* p) {
-    using Half = Pack<float, register_bytes / 2>;
+  // weight: a second stream that is multiplied in.
+  template <bool weighted, class T>
+  __attribute__((always_inline)) void add(const Reduction& reduction, const T* p, const T* weight) {
     for (int r = 0; r < registers; r += 2) {
-      const Reg<float> x = decode(p + r * lanes<double>);
-      Half half[2];
-      std::memcpy(half, &x, sizeof x);
-      part[r] = add_element(reduction, part[r], __builtin_convertvector(half[0], Reg<double>));
-      part[r + 1] = add_element(reduction, part[r + 1], __builtin_convertvector(half[1], Reg<double>));
+      Reg<double> x[2];
+      widen(p + r * lanes<double>, x);
+      if constexpr (weighted) {
+        Reg<double> w[2];
+        widen(weight + r * lanes<double>, w);
+        x[0] = x[0] * w[0];
+        x[1] = x[1] * w[1];
+      }
+      part[r] = add_element(reduction, part[r], x[0]);
+      part[r + 1] = add_element(reduction, part[r + 1], x[1]);
     }
   }
 
   // Everything so far and the last few elements, fewer than count.
-  template <class T>
-  double finish(const Reduction& reduction, const T* rest, int n) const {
+  template <bool weighted, class T>
+  double finish(const Reduction& reduction, const T* rest, const T* weight, int n) const {
     double lane[count];
     std::memcpy(lane, part, sizeof lane);
-    for (int i = 0; i < n; ++i) lane[i] = add_element(reduction, lane[i], double(load<false>(rest + i, 1)[0]));
+    for (int i = 0; i < n; ++i) {
+      double x = load<false>(rest + i, 1)[0];
+      if constexpr (weighted) x *= load<false>(weight + i, 1)[0];
+      lane[i] = add_element(reduction, lane[i], x);
+    }
     for (int width = count / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) lane[i] = join(reduction.total, lane[i], lane[i + width]);
     return lane[0];
   }
 };
 
-template <class T>
-static inline __attribute__((always_inline)) double block_total(const Reduction& reduction, const T* p,
+template <bool weighted, class T>
+static inline __attribute__((always_inline)) double block_total(const Reduction& reduction, const T* p, const T* weight,
                                                                 std::int64_t n) {
   RunningTotals totals(reduction.total);
   std::int64_t i = 0;
-  for (; i + RunningTotals::count <= n; i += RunningTotals::count) totals.add(reduction, p + i);
-  return totals.finish(reduction, p + i, static_cast<int>(n - i));
+  for (; i + RunningTotals::count <= n; i += RunningTotals::count) totals.add<weighted>(reduction, p + i, weight + i);
+  return totals.finish<weighted>(reduction, p + i, weight + i, static_cast<int>(n - i));
 }
 
-// squares: known when compiled, so that the usual norm's loop has no branch in it.
-template <class T, bool squares>
+// known: the total, where it is one of squares; known when compiled, so that the loop has no branch in it. For all the
+// others it is magnitudes, and the call says which.
+template <class T, Total known>
 struct ReduceTeam {
   const Reduce& call;
   Reduction reduction;
@@ -63,16 +84,18 @@ struct ReduceTeam {
   static void body(void* context, int thread, int n_threads) {
     const ReduceTeam& team = *static_cast<ReduceTeam*>(context);
     Reduction reduction = team.reduction;
-    if constexpr (squares) reduction.total = Total::squares;
+    constexpr bool weighted = known == Total::weighted_squares;
+    if constexpr (known != Total::magnitudes) reduction.total = Total::squares;
     std::int64_t begin, end;
     part_of(team.blocks, 1, thread, n_threads, begin, end);
     std::int64_t first = 0;  // number of the array's first block
     for (std::int64_t array = 0; first < end; ++array) {
       const std::int64_t size = team.call.sizes[array], blocks = reduce_blocks(size);
       const T* const data = static_cast<const T*>(team.call.data[array]);
+      const T* const weight = weighted ? static_cast<const T*>(team.call.weights[array]) : data;
       for (std::int64_t b = begin > first ? begin - first : 0; b < blocks && first + b < end; ++b) {
         const std::int64_t from = b * reduce_block, n = size - from < reduce_block ? size - from : reduce_block;
-        team.call.partials[first + b] = block_total(reduction, data + from, n);
+        team.call.partials[first + b] = block_total<weighted>(reduction, data + from, weight + from, n);
       }
       first += blocks;
     }
@@ -85,7 +108,8 @@ struct ReduceTeam {
       elements += call.sizes[i];
       team.blocks += reduce_blocks(call.sizes[i]);
     }
-    run_team(threads_for(elements * static_cast<std::int64_t>(sizeof(T)), call.max_threads), &body, &team);
+    constexpr std::int64_t bytes = (known == Total::weighted_squares ? 2 : 1) * sizeof(T);
+    run_team(threads_for(elements * bytes, call.max_threads), &body, &team);
     double total = empty_total(call.reduction.total);
     for (std::int64_t b = 0; b < team.blocks; ++b) total = join(call.reduction.total, total, call.partials[b]);
     return total;
@@ -94,7 +118,11 @@ struct ReduceTeam {
 
 template <class T>
 static double reduce_as(const Reduce& call) {
-  return call.reduction.total == Total::squares ? ReduceTeam<T, true>::run(call) : ReduceTeam<T, false>::run(call);
+  switch (call.reduction.total) {
+    case Total::squares: return ReduceTeam<T, Total::squares>::run(call);
+    case Total::weighted_squares: return ReduceTeam<T, Total::weighted_squares>::run(call);
+    default: return ReduceTeam<T, Total::magnitudes>::run(call);
+  }
 }
 
 static double reduce(const Reduce& call) {

@@ -35,6 +35,7 @@ struct Reduce {
   Reduction reduction;
   DType dtype;
   const void* const* data;
+  const void* const* weights;  // the second streams of Total::weighted_squares, arrays as large and of the same dtype
   const std::int64_t* sizes;
   std::int64_t n_tensors;
   double* partials;

@@ -10,9 +10,10 @@ namespace onepass::cuda {
 namespace {
 
 struct ReduceTable {
-  static constexpr int capacity = (tuning::parameter_bytes - 64) / (8 + 8 + 4);
+  static constexpr int capacity = (tuning::parameter_bytes - 64) / (8 + 8 + 8 + 4);
 
   const void* data[capacity];
+  const void* weight[capacity];  // of Total::weighted_squares
   std::int64_t size[capacity];
   std::uint32_t first_chunk[capacity];
   double* partials;
@@ -35,27 +36,40 @@ __device__ double block_total(Total total, double x) {
   return x;
 }
 
-// squares: known when compiled, so that the usual norm's loop has no branch in it.
-template <class T, bool squares>
-__global__ void __launch_bounds__(tuning::reduce_threads) reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
+// known: the total, where it is one of squares; known when compiled, so that the loop has no branch in it. For all the
+// others it is magnitudes, and the table says which.
+template <class T, Total known>
+__global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_per_sm)
+    reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
   constexpr int w = width<T>;
+  constexpr bool weighted = known == Total::weighted_squares;
   Reduction reduction = table.reduction;
-  if constexpr (squares) reduction.total = Total::squares;
+  if constexpr (known != Total::magnitudes) reduction.total = Total::squares;
   const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
   const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::reduce_chunk;
   const std::int64_t left = table.size[tensor] - offset;
   const int n = left < tuning::reduce_chunk ? int(left) : tuning::reduce_chunk;
   const T* const data = static_cast<const T*>(table.data[tensor]) + offset;
+  const T* const weight = weighted ? static_cast<const T*>(table.weight[tensor]) + offset : data;
 
   double total = empty_total(reduction.total);
-  const int whole = is_aligned16(data) ? n / w * w : 0;
+  const int whole = is_aligned16(data) && is_aligned16(weight) ? n / w * w : 0;
   for (int i = int(threadIdx.x) * w; i < whole; i += tuning::reduce_threads * w) {
     const auto e = Elements<T, w>::load(data + i);
+    Elements<T, w> factors;
+    if constexpr (weighted) factors = Elements<T, w>::load(weight + i);
     ONEPASS_UNROLL
-    for (int j = 0; j < w; ++j) total = add_element(reduction, total, double(decode(e.at[j])));
+    for (int j = 0; j < w; ++j) {
+      double x = decode(e.at[j]);
+      if constexpr (weighted) x *= double(decode(factors.at[j]));
+      total = add_element(reduction, total, x);
+    }
   }
-  for (int i = whole + int(threadIdx.x); i < n; i += tuning::reduce_threads)
-    total = add_element(reduction, total, double(decode(data[i])));
+  for (int i = whole + int(threadIdx.x); i < n; i += tuning::reduce_threads) {
+    double x = decode(data[i]);
+    if constexpr (weighted) x *= double(decode(weight[i]));
+    total = add_element(reduction, total, x);
+  }
 
   total = block_total<tuning::reduce_threads>(reduction.total, total);
   if (threadIdx.x == 0) table.partials[blockIdx.x] = total;
@@ -76,7 +90,9 @@ void launch_reduce(const Reduce& call) {
   table.partials = call.partials;
   std::uint64_t n_chunks = 0;
   const auto flush = [&] {
-    const auto kernel = call.reduction.total == Total::squares ? &reduce_kernel<T, true> : &reduce_kernel<T, false>;
+    const auto kernel = call.reduction.total == Total::squares            ? &reduce_kernel<T, Total::squares>
+                        : call.reduction.total == Total::weighted_squares ? &reduce_kernel<T, Total::weighted_squares>
+                                                                          : &reduce_kernel<T, Total::magnitudes>;
     if (table.n_tensors > 0)
       launch("reduce", kernel, dim3(unsigned(n_chunks)), dim3(tuning::reduce_threads), 0, call.where.stream, table);
     table.partials += n_chunks;
@@ -88,6 +104,7 @@ void launch_reduce(const Reduce& call) {
     if (chunks == 0) continue;
     if (table.n_tensors == ReduceTable::capacity || n_chunks + std::uint64_t(chunks) > 0x7fffffffu) flush();
     table.data[table.n_tensors] = call.data[i];
+    if (call.reduction.total == Total::weighted_squares) table.weight[table.n_tensors] = call.weights[i];
     table.size[table.n_tensors] = call.sizes[i];
     table.first_chunk[table.n_tensors++] = std::uint32_t(n_chunks);
     n_chunks += std::uint64_t(chunks);

@@ -17,6 +17,7 @@ _OPTIMIZERS = {
     "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
     "Rprop": {"lr": 0.01},
     "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
+    "SparseAdam": {"lr": 0.01},
 }
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -31,7 +32,7 @@ def _largest_difference(name: str, dtype: torch.dtype, device: str) -> float:
     second = getattr(torch.optim, name)(theirs, **_OPTIMIZERS[name])
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn_like(a)
+            a.grad = torch.randn_like(a).to_sparse() if name == "SparseAdam" else torch.randn_like(a)
             b.grad = a.grad.double()
         first.step()
         second.step()
@@ -50,7 +51,7 @@ def _self_test() -> Iterator[tuple[str, bool]]:
             where = f"cpu ({isa})" if device == "cpu" else "cuda"
             figures = ", ".join(f"{str(d).removeprefix('torch.')} {e:.0e}" for d, e in errors.items())
             yield (
-                f"{'ok    ' if fine else 'WRONG '} {name:<7} {where:<14} largest difference from torch: {figures}",
+                f"{'ok    ' if fine else 'WRONG '} {name:<10} {where:<14} largest difference from torch: {figures}",
                 fine,
             )
 

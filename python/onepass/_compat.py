@@ -59,6 +59,11 @@ def increment_version(tensors: Sequence[Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+def assert_async(condition: Tensor) -> None:
+    """An assertion on the tensor's device, which nothing waits for; as torch's own kernels check indices."""
+    torch._assert_async(condition)
+
+
 def dtensor_type() -> type | None:
     """The DTensor class if something in this process has imported it (without it there can be no instance)."""
     import sys
@@ -77,6 +82,12 @@ def local_of(dtensor: Any) -> Tensor:
     return cast(Tensor, local.wait() if hasattr(local, "wait") else local)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, and of a DTensor all of it."""
+    dtensor = dtensor_type()
+    return cast(Any, tensor).full_tensor() if dtensor is not None and isinstance(tensor, dtensor) else tensor
+
+
 def has_own_dispatch(tensor: Tensor) -> bool:
     """Whether a tensor subclass handles operators itself (fake, functional, quantized ...): its memory is not its value."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -85,6 +96,21 @@ def has_own_dispatch(tensor: Tensor) -> bool:
 def is_functional_wrapper(tensor: Tensor) -> bool:
     """Tensors inside torch.func transforms and functionalization: the Python type is Tensor, the memory is not theirs."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
+
+
+def begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What torch.optim.Optimizer.load_state_dict does first: a shallow copy, and what the user's hooks make of it."""
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+    return state_dict
+
+
+def end_load(optimizer: torch.optim.Optimizer) -> None:
+    """What torch.optim.Optimizer.load_state_dict does last."""
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
 
 
 def is_capturing() -> bool:

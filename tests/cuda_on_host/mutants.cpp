@@ -120,27 +120,33 @@ bool updates() {
   return right;
 }
 
+// Of arrays aligned and not, each with a second stream aligned and not.
 template <class T>
-bool sums(DType dtype) {
-  std::vector<Array<T>> arrays;
-  std::vector<std::int64_t> sizes = {1, chunk - 1, 0, chunk, chunk + 1, 2 * chunk + 100};
+bool sums(DType dtype, Total kind) {
+  const bool weighted = kind == Total::weighted_squares;
+  std::vector<Array<T>> arrays, factors;
+  std::vector<std::int64_t> sizes = {1, chunk - 1, 0, chunk, chunk + 1, 2 * chunk + 100, chunk - 8};
   for (int i = 0; i < ReduceTable::capacity; ++i) sizes.push_back(1 + i % 3);
   double expected = 0;
   std::int64_t n_partials = 0;
-  std::vector<const void*> data;
+  std::vector<const void*> data, weights;
   for (const std::int64_t n : sizes) {
     const auto& array = arrays.emplace_back(n, int(arrays.size() % 2));
+    const auto& factor = factors.emplace_back(n, int(factors.size() % 3 == 1));
     for (std::int64_t i = 0; i < n; ++i) {
       encode(array.data[i], float(i % 13) - 6);
-      expected += double(decode(array.data[i])) * decode(array.data[i]);  // exact
+      encode(factor.data[i], float(i % 5) - 2);
+      const double x = double(decode(array.data[i])) * (weighted ? decode(factor.data[i]) : 1);
+      expected += x * x;  // exact
     }
     n_partials += reduce_chunks(n);
   }
   for (const auto& array : arrays) data.push_back(array.data);
+  for (const auto& factor : factors) weights.push_back(factor.data);
   Array<double> partials(n_partials, 0), total(1, 0);
   for (std::int64_t i = 0; i < n_partials; ++i) partials.data[i] = NAN;
-  reduce({{Total::squares, 2}, dtype, data.data(), sizes.data(), std::int64_t(sizes.size()), partials.data, {}});
-  join_partials(Total::squares, partials.data, n_partials, total.data, {});
+  reduce({{kind, 2}, dtype, data.data(), weights.data(), sizes.data(), std::int64_t(sizes.size()), partials.data, {}});
+  join_partials(kind, partials.data, n_partials, total.data, {});
   return *total.data == expected;
 }
 
@@ -151,7 +157,10 @@ int main() {
   using namespace onepass;
   using namespace onepass::cuda;
   try {
-    if (updates<__nv_bfloat16>() && sums<__nv_bfloat16>(DType::bfloat16) && sums<float>(DType::float32)) return 0;
+    if (updates<__nv_bfloat16>() && sums<__nv_bfloat16>(DType::bfloat16, Total::squares) &&
+        sums<__nv_bfloat16>(DType::bfloat16, Total::weighted_squares) && sums<float>(DType::float32, Total::squares) &&
+        sums<float>(DType::float32, Total::weighted_squares))
+      return 0;
     std::puts("wrong result");
   } catch (const std::exception& error) {
     std::printf("error: %s\n", error.what());

@@ -10,10 +10,13 @@ import pytest
 import torch
 from cuda_on_host import backend
 from onepass import _native
-from onepass.optim import clip_grad_norm_, clip_grad_value_
+from onepass._mend import Mender
+from onepass.optim import SGD, Lookahead, clip_grad_norm_, clip_grad_value_
 from reference import clip
 from rules import RULES, BesideReference, Rule
-from support import assert_close, assert_same, parameter, rounding, snapshot, to_numpy
+from sparse import SPARSE, Beside, some_rows, sparse
+from support import assert_close, assert_same, bits, parameter, rounding, snapshot, to_numpy
+from wrappers import OURS, BesideLookahead, BesideSAM
 
 DEVICE = backend.kernel_device()
 if DEVICE is None:
@@ -42,6 +45,7 @@ EVERY_KERNEL = pytest.mark.parametrize(
 )
 EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
 COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)
+EVERY_SPARSE = pytest.mark.parametrize("rule", SPARSE.values(), ids=SPARSE)
 
 # Chunks have 8192 elements (csrc/cuda/tuning.hpp); empty tensors among the others.
 SIZES = [0, 1, 8191, 0, 8192, 8193, 7, 3 * 8192 + 5, 0]
@@ -193,6 +197,41 @@ def test_one_unaligned_stream(rule, unaligned, dtype):
     assert_fences([whole], [n], 0)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@EVERY_SPARSE
+def test_rows_over_chunks(rule, offset, dtype):
+    """Rows of sparse gradients that begin in one chunk and end in another, wide and narrow, aligned and not."""
+    shapes = [(3, 8192), (40, 500), (700, 16), (5, 1), (9, 3000), (4000, 3), (2, 0), (6, 4)]
+    sizes = [math.prod(shape) for shape in shapes]
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in sizes), strict=True)
+    params = [parameter(view.view(shape)) for view, shape in zip(views, shapes, strict=True)]
+    both = Beside(rule, {**rule.usual, "max_norm": 0.5}, params)
+    for _ in range(2):
+        both.step([some_rows(shape, shape[0], dtype, DEVICE) for shape in shapes])
+    assert_fences(wholes, sizes, offset)
+
+
+@EVERY_SPARSE
+def test_more_tables_than_a_launch_can_name(rule):
+    """Among dense gradients, where the rule takes both; tables without a touched row among them."""
+    shapes = [(3, 1 + i % 5) for i in range(900)]
+    params = [parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+    twins = [parameter(p.detach().clone()) for p in params]
+    ours, theirs = rule.ours(params, **rule.usual), rule.theirs(twins, **rule.usual)
+    for t in range(2):
+        launched = launches()
+        for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+            rows = [[], [2], [0, 2, 0]][(i + t) % 3]
+            dense = i % 7 == 0 and rule is not SPARSE["SparseAdam"]
+            p.grad = torch.randn_like(p) if dense else sparse(p.shape, rows, device=DEVICE)
+            twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert launches() - launched >= 2 or not ON_HOST
+    for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+        assert_close(p, twin, 4e-6, f"parameter {i}")
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, math.inf, -math.inf])
 def test_norms_over_chunks(p, offset, dtype):
@@ -226,3 +265,66 @@ def test_clipping_values_over_chunks(offset, dtype):
     for i, (p, g) in enumerate(zip(params, expected, strict=True)):
         assert_close(p.grad, g, 0.0, f"gradient {i}")
     assert_fences(wholes, SIZES, offset)
+
+
+# ---- the wrappers' passes ----------------------------------------------------------------------------------------------
+
+
+def beside(wrapper: str, params: list[torch.nn.Parameter]):
+    if wrapper == "Lookahead":
+        return BesideLookahead(OURS["SGD"], params, 2, 0.25)
+    return BesideSAM(OURS["SGD"], params, rho=0.5, adaptive=wrapper == "ASAM")
+
+
+EVERY_WRAPPER = pytest.mark.parametrize("wrapper", ["Lookahead", "SAM", "ASAM"])
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@EVERY_WRAPPER
+def test_wrappers_over_chunks_and_alignment(wrapper, offset, dtype):
+    """Synchronisation, perturbation and its norm, with adaptive of two streams, restoration."""
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
+    both = beside(wrapper, [parameter(view) for view in views])
+    for t in range(2):
+        grads = ([fenced(n, dtype, (offset + t) % 5)[1] for n in SIZES] for _ in range(1 + (wrapper != "Lookahead")))
+        both.step(*grads)
+    assert_fences(wholes, SIZES, offset)
+
+
+@EVERY_WRAPPER
+def test_wrappers_of_more_tensors_than_a_launch_can_name(wrapper):
+    both = beside(wrapper, [parameter(p) for p in random(MANY)])
+    for _ in range(2):
+        both.step(*(random(MANY) for _ in range(1 + (wrapper != "Lookahead"))))
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_alpha_in_device_memory(wide, dtype):
+    """As the quadratic form leaves it there: the kernel reads it."""
+    params = [parameter(p) for p in random(SIZES, dtype)]
+    optimizer = Lookahead(SGD(params, lr=0.5), 2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    slow = [optimizer.state[p]["slow_param"].clone() for p in params]
+    expected = [s + 0.25 * (p.detach().to(s) - s) for p, s in zip(params, slow, strict=True)]
+    optimizer._synchronise(torch.tensor(0.25, dtype=wide, device=DEVICE))
+    for i, (p, s) in enumerate(zip(params, expected, strict=True)):
+        assert_close(optimizer.state[p]["slow_param"], s, 4e-6, f"slow weights {i}")
+        assert_close(p, s.to(dtype), 4e-6, f"weights {i}", 2 * rounding(dtype))
+
+
+def test_restoring_by_numbers_in_device_memory(dtype):
+    """The numbers of the way there mean nothing on the way back; the states are read and not written."""
+    params, old = (random(SIZES, torch.float32) for _ in range(2))
+    params = [p.to(dtype) for p in params]
+    old = [o.to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32) for o in old]
+    before = [bits(o) for o in old]
+    plan, mender = _native.new_plan(), Mender(str, ("old_param",), True)
+    state = {p: {"old_param": o} for p, o in zip(params, old, strict=True)}
+    hyper = {"rho": torch.tensor(math.nan, device=DEVICE), "adaptive": 1.0}
+    assert not _native.Group("sam", ("old_param",), params, state, hyper, mender, reads_grad=False).gather(plan)
+    _native.update(plan, [mender], _native.Clip())
+    for p, o in zip(params, old, strict=True):
+        assert bits(p) == bits(o.to(dtype))
+    assert [bits(o) for o in old] == before

@@ -63,10 +63,26 @@ MUTANTS = [
     Mutant(
         "alignment not tested",
         "reduce.cu",
-        "is_aligned16(data) ? n / w * w : 0",
+        "is_aligned16(data) && is_aligned16(weight) ? n / w * w : 0",
         "n / w * w",
         "plain",
         "misaligned access",
+    ),
+    Mutant(
+        "weights' alignment not tested",
+        "reduce.cu",
+        "is_aligned16(data) && is_aligned16(weight)",
+        "is_aligned16(data)",
+        "plain",
+        "misaligned access",
+    ),
+    Mutant(
+        "weights of the chunk's beginning",
+        "reduce.cu",
+        "static_cast<const T*>(table.weight[tensor]) + offset",
+        "static_cast<const T*>(table.weight[tensor])",
+        "plain",
+        "wrong result",
     ),
     Mutant(
         "second launch writes over the first",

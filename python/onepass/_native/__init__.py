@@ -18,9 +18,10 @@ from .._mend import Mender
 fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
-_VARIANTS = {(rule, states): index for index, (rule, _, states, _) in enumerate(_C.rules())}
-_HYPER_NAMES = {rule: hyper for rule, hyper, _, _ in _C.rules()}
-_PRODUCTS = {rule: product for rule, _, _, product in _C.rules()}
+_VARIANTS = {(rule, states, grads): index for index, (rule, _, states, _, grads, _) in enumerate(_C.rules())}
+_HYPER_NAMES = {rule: hyper for rule, hyper, *_ in _C.rules()}
+_PRODUCTS = {rule: product for rule, _, _, product, *_ in _C.rules()}
+_TAKES_ROWS = {(rule, states): takes_rows for rule, _, states, _, _, takes_rows in _C.rules()}
 
 # CUDA kernels in this build; in the test build that runs them on the host they take CPU tensors, and no GPU is used.
 cuda_kernels: bool = bool(_C.cuda_archs)
@@ -37,7 +38,7 @@ def rules() -> tuple[str, ...]:
 
 def variants(rule: str) -> tuple[tuple[str, ...], ...]:
     """The states of each variant of the rule."""
-    return tuple(states for r, states in _VARIANTS if r == rule)
+    return tuple(states for r, states, _ in _VARIANTS if r == rule)
 
 
 def state_names(rule: str) -> tuple[str, ...]:
@@ -48,6 +49,11 @@ def state_names(rule: str) -> tuple[str, ...]:
 def product_name(rule: str) -> str | None:
     """The rule's running product, a 0-d state beside the step count; None where it keeps none."""
     return _PRODUCTS[rule]
+
+
+def takes_rows(rule: str, states: tuple[str, ...]) -> bool:
+    """Whether this variant of the rule updates the rows of a sparse gradient alone."""
+    return _TAKES_ROWS[rule, states]
 
 
 @functools.cache
@@ -110,6 +116,7 @@ class Group:
         params: the parameters; their `.grad` is read if the rule reads gradients.
         state: optimizer state, {parameter: {name: tensor}}.
         hyper: a number or one-element tensor for each hyper-parameter that the rule's file names.
+        reads_grad: of two variants with the same states the one that reads gradients, or the one that does not.
         counts_steps: whether the state has a "step".
         device_scalars: whether "step" lives beside the parameter on CUDA.
         maximize: whether the gradient's sign is turned.
@@ -126,12 +133,13 @@ class Group:
         hyper: dict[str, float | Tensor],
         mender: Mender,
         *,
+        reads_grad: bool = True,
         counts_steps: bool = False,
         device_scalars: bool = False,
         maximize: bool = False,
         fresh: set[Tensor] | None = None,
     ) -> None:
-        self.variant = _VARIANTS[rule, state_names]
+        self.variant = _VARIANTS[rule, state_names, reads_grad]
         self.params, self.state, self.mender = params, state, mender
         self.hyper = tuple(self._scalar(hyper[name]) for name in _HYPER_NAMES[rule])
         self.counts_steps, self.device_scalars, self.maximize, self.fresh = (
@@ -174,6 +182,8 @@ class Clip:
     Args:
         max_norm: clip to this global norm; None: no clipping.
         normalize: divide by the global norm instead.
+        epsilon: added to the norm that is divided by.
+        weighted: the norm is that of parameters times gradients, element by element.
         grad_scale, found_inf: tensors of a GradScaler, or None.
         reduce: turns the sum of squares of this process's gradients into that of all processes; for sharded parameters.
     """
@@ -185,22 +195,24 @@ class Clip:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        epsilon: float = 0.0,
+        weighted: bool = False,
     ) -> None:
         self.max_norm, self.normalize = None if max_norm is None else float(max_norm), bool(normalize)
         self.grad_scale, self.found_inf = grad_scale, found_inf
-        self.reduce = reduce
+        self.reduce, self.epsilon, self.weighted = reduce, epsilon, weighted
 
     @property
     def needs_norm(self) -> bool:
         return self.max_norm is not None or self.normalize
 
 
-def _total_on_device(plan: _C.Plan, norm_type: float, device: int) -> Tensor:
+def _total_on_device(plan: _C.Plan, norm_type: float, weighted: bool, device: int) -> Tensor:
     """Total over the gradients on a CUDA device: a float64 tensor there, no synchronisation."""
     where = _torch_device(device)
     partials = torch.empty(max(1, plan.cuda_partials(device)), dtype=torch.float64, device=where)
     total = torch.empty((), dtype=torch.float64, device=where)
-    plan.cuda_total(norm_type, device, partials.data_ptr(), total.data_ptr(), _stream(device))
+    plan.cuda_total(norm_type, weighted, device, partials.data_ptr(), total.data_ptr(), _stream(device))
     return total
 
 
@@ -212,16 +224,23 @@ def _stream(device: int) -> int:
     return 0 if _C.cuda_on_host else _compat.current_stream(device)
 
 
-def norm_of(plan: _C.Plan, norm_type: float = 2.0, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def norm_of(
+    plan: _C.Plan,
+    norm_type: float = 2.0,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    *,
+    weighted: bool = False,
+) -> Tensor:
     """The p-norm of everything gathered, a 0-d float64 tensor: on the CPU, or on the first CUDA device in use.
 
     norm_type: p, not 0; inf and -inf for the largest and the smallest magnitude.
     reduce: turns this process's sum of squares into that of all, for sharded parameters.
+    weighted: the 2-norm of parameters times gradients, element by element.
     """
     devices = plan.cuda_devices()
-    totals = [_total_on_device(plan, norm_type, device) for device in devices]
+    totals = [_total_on_device(plan, norm_type, weighted, device) for device in devices]
     if not devices or plan.has_cpu():
-        on_cpu = plan.cpu_total(norm_type, torch.get_num_threads())
+        on_cpu = plan.cpu_total(norm_type, weighted, torch.get_num_threads())
         totals.append(torch.tensor(on_cpu, dtype=torch.float64, device="cpu"))
     total = totals[0]
     for other in totals[1:]:
@@ -263,10 +282,10 @@ def _update_on_cpu(plan: _C.Plan, clip: Clip, known_norm: Tensor | None) -> floa
         if known_norm is not None:
             norm = float(known_norm) / grad_scale
         elif clip.reduce is not None:
-            norm = float(norm_of(plan, reduce=clip.reduce)) / grad_scale
+            norm = float(norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)) / grad_scale
         else:
-            norm = math.sqrt(plan.cpu_total(2.0, threads)) / grad_scale
-    plan.run(threads, clip.max_norm, clip.normalize, norm or 0.0, grad_scale, False, _no_device)
+            norm = math.sqrt(plan.cpu_total(2.0, clip.weighted, threads)) / grad_scale
+    plan.run(threads, clip.max_norm, clip.normalize, clip.epsilon, norm or 0.0, grad_scale, False, _no_device)
     return norm
 
 
@@ -279,7 +298,7 @@ def _update_with_cuda(plan: _C.Plan, clip: Clip, devices: list[int], norm: Tenso
     if on_host and clip.found_inf is not None and bool(clip.found_inf):
         return None
     if clip.needs_norm and norm is None:
-        norm = norm_of(plan, reduce=clip.reduce)
+        norm = norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)
     scaled_norm = norm  # of the gradients as they are, before division by the loss scale
     host_scale = float(clip.grad_scale) if on_host and clip.grad_scale is not None else 1.0
     host_norm = float(norm) / host_scale if on_host and norm is not None else 0.0
@@ -309,14 +328,23 @@ def _update_with_cuda(plan: _C.Plan, clip: Clip, devices: list[int], norm: Tenso
         )
 
     scaled_on_device = scaled_norm is not None or clip.grad_scale is not None
-    plan.run(torch.get_num_threads(), clip.max_norm, clip.normalize, host_norm, host_scale, scaled_on_device, on_device)
+    plan.run(
+        torch.get_num_threads(),
+        clip.max_norm,
+        clip.normalize,
+        clip.epsilon,
+        host_norm,
+        host_scale,
+        scaled_on_device,
+        on_device,
+    )
     return norm
 
 
 def _gather_gradients(gradients: list[Tensor], limit: float) -> tuple[_C.Plan, Mender]:
     mender = Mender(lambda index: f"gradient {index}", (), cuda_kernels)
     plan = new_plan()
-    Group("clip", (), gradients, {}, {"limit": limit}, mender).gather(plan)
+    Group("clip", (), gradients, {}, {"limit": limit}, mender, reads_grad=False).gather(plan)
     return plan, mender
 
 

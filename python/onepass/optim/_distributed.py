@@ -10,11 +10,13 @@ from torch import Tensor
 from .. import _compat
 
 
-def reduce_sharded(groups: list[dict[str, Any]]) -> Callable[[Tensor], Tensor] | None:
+def reduce_sharded(
+    groups: list[dict[str, Any]], who: str = "max_norm and normalize_grads need"
+) -> Callable[[Tensor], Tensor] | None:
     """How to turn the sum of squares of this process's shards into that of all: None where nothing is sharded.
 
     Every gradient must then be a DTensor sharded over the same mesh dimensions: one all-reduce over each of them.
-    Replicated dimensions hold the same numbers everywhere and are not summed.
+    Replicated dimensions hold the same numbers everywhere and are not summed. who: begins the error where that is not so.
     """
     dtensor: Any = _compat.dtensor_type()
     if dtensor is None:
@@ -35,8 +37,8 @@ def reduce_sharded(groups: list[dict[str, Any]]) -> Callable[[Tensor], Tensor] |
         return None
     if plain or len(layouts) > 1:
         raise RuntimeError(
-            "max_norm and normalize_grads need all parameters sharded alike; here some are sharded over other mesh dimensions "
-            "or not at all. Clip before the step with torch.nn.utils.clip_grad_norm_ on each set, or split the optimizer."
+            f"{who} all parameters sharded alike; here some are sharded over other mesh dimensions or not at all. Clip "
+            f"before the step with torch.nn.utils.clip_grad_norm_ on each set, or split the optimizer."
         )
     mesh, dims = sharded_layouts[0]
 

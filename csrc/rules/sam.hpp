@@ -1,0 +1,41 @@
+// The two passes of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021) around the second gradient: to the weights
+// where it is taken, and back. Back is the kept weights themselves and no subtraction: the same bits.
+#pragma once
+#include "core/rule.hpp"
+
+namespace onepass::rules {
+
+template <bool perturbs>
+struct Sam {
+  static constexpr int n_state = 1;
+  static constexpr const char* state_names = "old_param";
+  static constexpr bool reads_grad = perturbs;
+  static constexpr bool writes_state = perturbs;
+  static constexpr bool overwrites = true;
+
+  ONEPASS_HYPER(rho, adaptive);  // of the way there
+
+  template <class F>
+  struct Step {
+    F scale;
+    bool adaptive;
+  };
+
+  template <class F>
+  ONEPASS_HD static Step<F> prepare(const Hyper& h, const StepContext& context) {
+    return {F(h.rho * context.grad_factor), h.adaptive != 0};  // the factor normalises: sign / (norm + epsilon)
+  }
+
+  template <class F, class V>
+  ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
+    if constexpr (!perturbs) return s[0];
+    s[0] = p;
+    V e = k.scale * g;
+    if (k.adaptive) e = (e * p) * p;  // this order: p * p would overflow first
+    return p + e;
+  }
+};
+
+using sam = Variants<Sam<true>, Sam<false>>;
+
+}  // namespace onepass::rules

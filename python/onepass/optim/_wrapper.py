@@ -1,0 +1,205 @@
+"""What Lookahead and SAM share: an optimizer around another one, with one set of groups and one checkpoint for both."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from .. import _compat, _native
+from .._mend import Mender, state_dtype
+from ._base import _name
+
+State = dict[Tensor, dict[str, Tensor]]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Base of the wrappers. A subclass names the state it keeps, and its options, which stand in the groups.
+
+    Args:
+        optimizer: the optimizer to wrap, of any class.
+        options: what the wrapper adds to the groups, under names that no optimizer uses for something else.
+
+    `param_groups` and `defaults` are those of the wrapped optimizer, so that schedulers work on either. `state` shows
+    the states of both; it is read-only, `base_optimizer.state` is the place to change those of the wrapped one.
+    """
+
+    kept: ClassVar[str]  # name of the state that the wrapper keeps for a parameter
+    prefix: ClassVar[str]  # of the names of its options in the groups
+    base_optimizer: torch.optim.Optimizer
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):  # the sentence of torch.optim.lr_scheduler
+            raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        # Not the base class's __init__, which would make groups of its own; __setstate__ makes all the rest.
+        self.__setstate__({"base_optimizer": optimizer, "_own_state": {}})
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for name, value in options.items():
+                group.setdefault(name, value)
+
+    # --- what a subclass says -----------------------------------------------------------------------------------------
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for options of the wrapper that are out of range."""
+        raise NotImplementedError
+
+    def _kept_state(self) -> State:
+        """The states that mean something now, which a checkpoint has to hold."""
+        return self._own_state
+
+    def _set_kept_state(self, state: State) -> None:
+        self._own_state = state
+
+    # --- shared with the wrapped optimizer ----------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        """The states of both, read-only."""
+        both = defaultdict(dict, self.base_optimizer.state)
+        for param, own in self._kept_state().items():
+            both[param] = {**both[param], **own}
+        return MappingProxyType(both)
+
+    def _option(self, group: dict[str, Any], name: str) -> Any:
+        """The wrapped optimizer may have loaded groups that know nothing of the wrapper."""
+        return group.get(name, self.defaults[name])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the wrapped optimizer does it."""
+        self.base_optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; options of the wrapper that it lacks come from the constructor."""
+        if isinstance(param_group, dict):
+            self._check_options({**self.defaults, **param_group})
+        self.base_optimizer.add_param_group(param_group)  # its defaults have our options too
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base_optimizer": self.base_optimizer, "_own_state": self._kept_state()}
+
+    @_compat.disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what state_dict() gave: options, the wrapped optimizer's state and the wrapper's.
+
+        Raises ValueError, with nothing changed, for the state of another optimizer: of the wrapped one alone, too, which
+        base_optimizer.load_state_dict() takes.
+        """
+        state_dict = _compat.begin_load(self, state_dict)
+        self._check_loaded(state_dict["param_groups"])
+        own, rest = self._split(state_dict)
+        self.base_optimizer.load_state_dict({**state_dict, "state": rest})
+        self._set_kept_state(own)
+        _compat.end_load(self)
+
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        wanted = [name for name in self.defaults if name.startswith(self.prefix)]
+        for group in groups:
+            missing = [name for name in wanted if name not in group]
+            if missing:
+                raise ValueError(
+                    f"the loaded state is not one of {type(self).__name__}: its groups lack {missing}. The state of the "
+                    f"wrapped {type(self.base_optimizer).__name__} alone loads by base_optimizer.load_state_dict()."
+                )
+            self._check_options(group)
+
+    def _split(self, state_dict: dict[str, Any]) -> tuple[State, dict[Any, Any]]:
+        """The wrapper's states by parameter, where the kernels want them, and all others as they came."""
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        own: State = {}
+        rest = dict(state_dict["state"])
+        for i, param in zip(ids, params, strict=False):  # the wrapped optimizer compares the lengths
+            states = rest.get(i)
+            if not isinstance(states, dict) or self.kept not in states:
+                continue
+            value = states[self.kept]
+            if not isinstance(value, Tensor) or value.shape != param.shape:
+                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+                raise ValueError(
+                    f"{names_of(self.param_groups, [param])(0)}: the loaded state '{self.kept}' has {came}, the parameter has "
+                    f"shape {tuple(param.shape)}. The state belongs to another model."
+                )
+            own[param] = {self.kept: value.to(device=param.device, dtype=state_dtype(param.dtype))}
+            rest[i] = {name: state for name, state in states.items() if name != self.kept}
+            if not rest[i]:
+                del rest[i]
+        return own, rest
+
+
+def names_of(groups: list[dict[str, Any]], params: list[Tensor]) -> Callable[[int], str]:
+    """What error messages call the i-th of some parameters."""
+
+    @functools.cache
+    def names() -> dict[int, str]:
+        return {id(p): _name(g, n, i) for n, g in enumerate(groups) for i, p in enumerate(g["params"])}
+
+    return lambda index: names().get(id(params[index]), "a parameter of no group")
+
+
+def unique(params: list[Tensor]) -> list[Tensor]:
+    """Each parameter once: torch lets a group list one twice, a wrapper's passes must not run twice over it."""
+    return params if len({id(p) for p in params}) == len(params) else list({id(p): p for p in params}.values())
+
+
+def kept_copy(param: Tensor) -> Tensor:
+    """A copy of a parameter as kernels keep it: with its strides, float32 for 16 bits, a DTensor of a DTensor."""
+    with torch.no_grad():
+        like = torch.zeros_like(
+            param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format, requires_grad=False
+        )
+        return like.copy_(param)
+
+
+def gather(
+    rule: str,
+    name: str,
+    groups: list[dict[str, Any]],
+    params: list[Tensor],
+    state: State,
+    hyper: dict[str, float | Tensor],
+    plan: Any,
+    **options: Any,
+) -> tuple[Mender, list[Tensor]]:
+    """Check and collect the tensors of a pass with one state; which parameters still lack it."""
+
+    def replace(index: int, name: str, tensor: Tensor) -> None:
+        state[params[index]][name] = tensor
+
+    sparse_text = cast("str | None", options.pop("sparse_text", None))
+    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace=replace)
+    missing = _native.Group(rule, (name,), params, state, hyper, mender, **options).gather(plan)
+    return mender, [params[index] for index in missing]
+
+
+def restore(groups: list[dict[str, Any]], params: list[Tensor], state: State) -> None:
+    """Write the kept weights back, state[param]["old_param"], in one pass."""
+    plan = _native.new_plan()
+    hyper: dict[str, float | Tensor] = {"rho": 0.0, "adaptive": 0.0}
+    mender, missing = gather("sam", "old_param", groups, params, state, hyper, plan, reads_grad=False)
+    if missing:
+        raise RuntimeError("the weights from before are gone: the optimizer's state was changed from outside")
+    _native.update(plan, [mender], _native.Clip())

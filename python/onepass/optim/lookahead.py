@@ -1,0 +1,190 @@
+"""Lookahead: arithmetic in csrc/rules/lookahead.hpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat, _native
+from ._base import check
+from ._wrapper import State, Wrapper, gather, kept_copy, restore
+
+
+class Lookahead(Wrapper):
+    r"""Slow weights behind the weights of any optimizer, which start anew from them every k steps.
+
+    After each k-th step of the wrapped optimizer, with w its weights:
+
+        slow <- slow + alpha * (w - slow)
+        w <- slow
+
+    slow begins as a copy of w, taken in the first step. The wrapped optimizer's state is left alone.
+    Source: Zhang, Lucas, Hinton & Ba 2019, algorithm 1.
+
+    Args:
+        optimizer: the optimizer to wrap, of this package, of torch.optim or of any subclass of torch.optim.Optimizer.
+        k: steps between two synchronisations, from 1.
+        alpha: how far the slow weights go, from 0 to 1; or "quadratic": to the minimum of the parabola through the losses
+            at both ends and the slope at w. step() then needs a closure, which is evaluated twice more at a
+            synchronisation; see docs/rules/lookahead.md.
+
+    State: slow_param, in the parameter's dtype (float32 for bfloat16 and float16), beside the wrapped optimizer's in
+    state_dict(). The groups get lookahead_k, lookahead_alpha and lookahead_step, the number of steps so far.
+
+    Raises:
+        TypeError: optimizer is none.
+        ValueError: k or alpha out of range; an optimizer that Lookahead wraps already.
+    """
+
+    kept = "slow_param"
+    prefix = "lookahead_"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, k: int = 5, alpha: float | str = 0.5) -> None:
+        options = {"lookahead_k": k, "lookahead_alpha": alpha, "lookahead_step": 0}
+        self._check_options(options)
+        if any(name in group for group in getattr(optimizer, "param_groups", []) for name in options):
+            raise ValueError(f"this {type(optimizer).__name__} is wrapped in Lookahead already; wrap it once")
+        super().__init__(optimizer, options)
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        k, alpha = group["lookahead_k"], group["lookahead_alpha"]
+        check(isinstance(k, int) and k >= 1, "Invalid k value", k)
+        check(
+            alpha == "quadratic" if isinstance(alpha, str) else 0 <= alpha <= 1,
+            "Invalid alpha value (a number from 0 to 1 or 'quadratic')",
+            alpha,
+        )
+
+    def _agreed(self, name: str) -> Any:
+        """An option that counts for all groups."""
+        values = [self._option(group, name) for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} counts for the whole optimizer, but its groups disagree: {values}")
+        return values[0]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer. Its slow weights begin with the next step."""
+        super().add_param_group(param_group)
+        self.param_groups[-1]["lookahead_step"] = self._option(self.param_groups[0], "lookahead_step")
+
+    @_compat.disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of the wrapped optimizer and, every k steps, the synchronisation.
+
+        Args:
+            closure: evaluates the model and returns the loss; goes to the wrapped optimizer. alpha="quadratic" needs it.
+
+        Returns:
+            What the wrapped optimizer's step returns.
+
+        Raises:
+            TypeError: no closure where alpha is "quadratic".
+            RuntimeError: naming the parameter, before anything is written, where one cannot be averaged.
+        """
+        k, alpha = self._agreed("lookahead_k"), self._agreed("lookahead_alpha")
+        if alpha == "quadratic" and closure is None:  # torch.optim.LBFGS's sentence
+            raise TypeError(
+                "Lookahead.step() missing 1 required positional argument: 'closure'; alpha='quadratic' evaluates the loss"
+            )
+        if self.param_groups[0]["params"][0].is_cuda and _compat.is_capturing():
+            raise RuntimeError(
+                "Attempting CUDA graph capture of step() for an instance of Lookahead, whose count of steps is on the host: "
+                "a replay would never synchronise, or always. Capture the wrapped optimizer's step instead."
+            )
+        count = self._agreed("lookahead_step") + 1
+        made = self._begin_new()
+        try:
+            loss = self.base_optimizer.step(closure)
+        except BaseException:
+            for param in made:
+                del self._own_state[param]
+            raise
+        for group in self.param_groups:
+            group["lookahead_step"] = count
+        if count % k == 0:
+            self._synchronise(self._quadratic_alpha(closure) if alpha == "quadratic" else alpha)
+        return loss
+
+    def _gather(self, params: list[Tensor], plan: Any, alpha: float | Tensor) -> Any:
+        hyper = {"alpha": alpha}
+        mender, _ = gather(
+            "lookahead", self.kept, self.param_groups, params, self._own_state, hyper, plan, reads_grad=False
+        )
+        return mender
+
+    def _begin_new(self) -> list[Tensor]:
+        """Slow weights for parameters met for the first time, checked before the first is made."""
+        begun = set(map(id, self._own_state))  # a tensor's own hash costs three times as much
+        params = (p for group in self.param_groups for p in group["params"])
+        new = [p for p in params if id(p) not in begun and p.requires_grad]
+        if new:
+            self._gather(new, _native.new_plan(), 0.0)
+            self._own_state.update({p: {self.kept: kept_copy(p)} for p in new})
+        return new
+
+    def _synchronise(self, alpha: float | Tensor) -> None:
+        plan = _native.new_plan()
+        mender = self._gather(list(self._own_state), plan, alpha)
+        _native.update(plan, [mender], _native.Clip())
+
+    # --- alpha="quadratic" --------------------------------------------------------------------------------------------
+
+    def _quadratic_alpha(self, closure: Callable[[], Any] | None) -> Tensor:
+        """The minimum between slow weights (0) and weights (1) of the parabola through both losses and the last slope."""
+        assert closure is not None
+        params = list(self._own_state)
+        self.zero_grad()
+        last = _evaluate(closure)
+        slope = self._slope(params)
+        fast: State = {p: {"old_param": kept_copy(p)} for p in params}
+        restore(self.param_groups, params, {p: {"old_param": self._own_state[p][self.kept]} for p in params})
+        try:
+            self.zero_grad()
+            first = _evaluate(closure)
+        finally:
+            restore(self.param_groups, params, fast)
+            self.zero_grad()
+        return parabola_minimum(_as_scalar(first, slope), _as_scalar(last, slope), slope)
+
+    def _slope(self, params: list[Tensor]) -> Tensor:
+        """Gradient times (weights - slow weights), summed in float64."""
+        total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        with torch.no_grad():
+            for param in params:
+                if param.grad is None:
+                    continue
+                slow = self._own_state[param][self.kept]
+                grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
+                way = param.to(slow.dtype) - slow
+                if param.is_complex():
+                    way, grad = torch.view_as_real(way), torch.view_as_real(grad)
+                part = (way * grad).sum(dtype=torch.float64)
+                total += _compat.whole(part).to(total.device)
+        return total
+
+
+def _evaluate(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        loss = closure()
+    if loss is None:
+        raise TypeError("the closure returned None; alpha='quadratic' needs the loss")
+    return loss
+
+
+def _as_scalar(loss: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(loss, dtype=like.dtype, device=like.device).detach().reshape(())
+
+
+def parabola_minimum(first: Tensor, last: Tensor, slope: Tensor) -> Tensor:
+    """Where in [0, 1] the parabola q with q(0) = first, q(1) = last, q'(1) = slope is smallest; 0-d float64 tensors.
+
+    A parabola without a minimum: 1 if last <= first, else 0.5. Also 0.5 where a number is not finite.
+    """
+    rise = last - first
+    a, b = slope - rise, 2 * rise - slope
+    ends = torch.where(rise <= 0, 1.0, 0.5)
+    alpha = torch.where(a > 0, (-b / (2 * a)).clamp(0, 1), ends.to(a.dtype))
+    return torch.where(torch.isfinite(a) & torch.isfinite(b), alpha, 0.5)

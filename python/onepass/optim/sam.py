@@ -1,0 +1,259 @@
+"""SAM: arithmetic in csrc/rules/sam.hpp."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import _compat, _native
+from .._mend import Mender, state_dtype
+from ._base import check
+from ._distributed import reduce_sharded
+from ._wrapper import State, Wrapper, gather, restore, unique
+
+
+class SAM(Wrapper):
+    r"""Sharpness-aware minimisation around any optimizer: the gradient is taken where the loss is nearly worst nearby.
+
+    With g the gradients at the weights w, and the norm over all of them together:
+
+        e = rho * g / (norm(g) + 1e-12)                 with adaptive: rho * w^2 * g / (norm(|w| * g) + 1e-12)
+        the base optimizer steps from w, with the gradients at w + e
+
+    Sources: Foret, Kleiner, Mobahi & Neyshabur 2021; adaptive: Kwon, Kim, Park & Choi 2021 (ASAM, eta = 0).
+
+    Args:
+        params: parameters, named parameters or group dicts, as for the base optimizer. A group dict may have a `rho`.
+        base_optimizer: class of the optimizer that steps, or a function that makes one, as functools.partial does.
+        rho: radius of the neighbourhood, not negative.
+        adaptive: scale the neighbourhood by the weights; complex ones as pairs of reals.
+        base_kwargs: arguments of the base optimizer.
+
+    Either step(closure), or by hand: backward(), first_step(zero_grad=True), backward() again, second_step(). Both compute
+    the loss twice; docs/rules/sam.md says what that means for BatchNorm, GradScaler, DistributedDataParallel, clipping.
+
+    State: old_param, the weights between the two, float32 for bfloat16 and float16. It is in state_dict() between
+    first_step() and second_step() only. The groups get sam_rho and sam_adaptive.
+
+    Raises:
+        TypeError: base_optimizer makes no optimizer, or one that SAM cannot drive.
+        ValueError: rho out of range.
+    """
+
+    kept = "old_param"
+    prefix = "sam_"
+    # GradScaler then calls step() for an overflow too, and leaves it to decide: the weights have to go back.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        options = {"sam_rho": rho, "sam_adaptive": bool(adaptive)}
+        self._check_options(options)
+        if not callable(base_optimizer):
+            raise TypeError(
+                f"base_optimizer is of type {type(base_optimizer).__name__}; a class is expected, which SAM calls with params "
+                f"and the further arguments"
+            )
+        self._check_base(base_optimizer)
+        base = base_optimizer(self._prepared(params, options), **base_kwargs)
+        self._check_base(type(base))
+        super().__init__(base, options)
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"{type(base).__name__} needs a closure at every step; SAM has gradients for it, no closure"
+            )
+        self._perturbed: list[Tensor] | None = None
+
+    @staticmethod
+    def _check_base(made_by: Any) -> None:
+        if isinstance(made_by, type) and issubclass(made_by, Wrapper):
+            raise TypeError(f"SAM does not wrap {made_by.__name__}. Lookahead(SAM(...)) is possible.")
+
+    def _prepared(self, params: Any, options: dict[str, Any]) -> Any:
+        """What the base optimizer is given: group dicts with checked options of ours, all else as it came."""
+        if isinstance(params, Tensor):
+            return params  # the base optimizer's error
+        params = list(params)
+        if not params or not isinstance(params[0], dict):
+            return params
+        groups = [self._own_options(group) for group in params]
+        for group in groups:
+            self._check_options({**options, **group})
+        return groups
+
+    @staticmethod
+    def _own_options(group: dict[str, Any]) -> dict[str, Any]:
+        """In a user's group dict rho is SAM's. In the groups its name is its own: Adadelta's rho is something else."""
+        return {("sam_rho" if name == "rho" else name): value for name, value in group.items()}
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        check(group["sam_rho"] >= 0, "Invalid rho value", group["sam_rho"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; it may have a `rho`."""
+        super().add_param_group(self._own_options(param_group) if isinstance(param_group, dict) else param_group)
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are the perturbed ones: from first_step() to second_step()."""
+        return self._perturbed is not None
+
+    # --- checkpoints: old_param belongs to them between the two halves only; outside, it is memory kept for the next step
+
+    def _kept_state(self) -> State:
+        return {param: self._own_state[param] for param in self._perturbed or ()}
+
+    def _set_kept_state(self, state: State) -> None:
+        self._own_state = state
+        self._perturbed = list(state) or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_perturbed": self._perturbed}
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    @_compat.disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Both halves with a closure; without one the second half, after first_step().
+
+        Args:
+            closure: evaluates the model, calls backward() and returns the loss. It is called twice, at w and at w + e; the
+                gradients are cleared in between.
+
+        Returns:
+            The loss at w, or None without a closure.
+
+        Raises:
+            RuntimeError: without a closure if first_step() was not called, with one if it was.
+        """
+        if closure is None:
+            if not self.is_perturbed:
+                raise RuntimeError("SAM's step() without a closure is its second half: call first_step() before it")
+            self._finish()
+            return None
+        self._require_unperturbed("step(closure)")
+        with torch.enable_grad():
+            loss = closure()
+        self._perturb()
+        try:
+            self.zero_grad()
+            with torch.enable_grad():
+                closure()
+        except BaseException:
+            self._restore()
+            raise
+        self._finish()
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Keep the weights and go to w + e, by the gradients that are there.
+
+        Args:
+            zero_grad: clear the gradients after it. Without, the next backward() adds to them.
+
+        Raises:
+            RuntimeError: called twice without second_step() in between; naming the parameter, where one cannot be changed.
+        """
+        self._require_unperturbed("first_step()")
+        self._perturb()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restore the weights, bit for bit, and step the base optimizer with the gradients that are there.
+
+        Args:
+            zero_grad: clear the gradients after it.
+
+        Raises:
+            RuntimeError: first_step() was not called.
+        """
+        if not self.is_perturbed:
+            raise RuntimeError("second_step() without first_step() before it: there are no weights to go back to")
+        self.step()  # so that hooks and schedulers see one step
+        if zero_grad:
+            self.zero_grad()
+
+    def _require_unperturbed(self, what: str) -> None:
+        if self.is_perturbed:
+            raise RuntimeError(
+                f"{what} after first_step(): second_step(), or step() without a closure, has to come first"
+            )
+
+    def _gather(self) -> tuple[Any, list[Mender], list[Tensor]]:
+        plan = _native.new_plan()
+        menders: list[Mender] = []
+        missing: list[Tensor] = []
+        for group in self.param_groups:
+            mender, lacking = gather(
+                "sam",
+                self.kept,
+                self.param_groups,
+                unique(group["params"]),
+                self._own_state,
+                {"rho": self._option(group, "sam_rho"), "adaptive": self._option(group, "sam_adaptive")},
+                plan,
+                maximize=bool(group.get("maximize", False)),  # the loss is then -loss, and so is its slope
+                sparse_text="SAM does not support sparse gradients",
+            )
+            menders.append(mender)
+            missing += lacking
+        return plan, menders, missing
+
+    def _perturb(self) -> None:
+        adaptive = {self._option(group, "sam_adaptive") for group in self.param_groups}
+        if len(adaptive) > 1:
+            raise ValueError("sam_adaptive counts for the whole optimizer, but its groups disagree")
+        plan, menders, missing = self._gather()
+        clip = _native.Clip(normalize=True, epsilon=1e-12, weighted=adaptive.pop())
+        if plan.has_subclasses():
+            clip.reduce = reduce_sharded(self.param_groups, "SAM needs")
+        try:
+            if missing:  # everything was checked before the first copy is made
+                for param in missing:
+                    self._own_state[param] = {self.kept: torch.zeros_like(param, dtype=state_dtype(param.dtype))}
+                plan, menders, _ = self._gather()
+            _native.update(plan, menders, clip)
+        finally:
+            if plan.has_run():
+                self._perturbed = plan.updated()
+            else:
+                for param in missing:
+                    self._own_state.pop(param, None)
+
+    def _restore(self) -> None:
+        # Backwards: of two parameters in the same memory the one perturbed first has kept the weights.
+        restore(self.param_groups, (self._perturbed or [])[::-1], self._own_state)
+        self._perturbed = None
+
+    def _finish(self) -> None:
+        self._restore()
+        base = self.base_optimizer
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is None:
+            base.step()
+        elif getattr(base, "_step_supports_amp_scaling", False):
+            base.grad_scale, base.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+            try:
+                base.step()
+            finally:
+                del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
+        elif not bool(found_inf):  # reads it on the host, as GradScaler does for optimizers that do not scale
+            if grad_scale is not None:
+                grads = [p.grad for group in self.param_groups for p in unique(group["params"]) if p.grad is not None]
+                torch._foreach_mul_(grads, 1 / float(grad_scale))
+            base.step()
