@@ -97,7 +97,7 @@ def norm_operands(
     eps: float | None,
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """Elements in a row, and weight and bias as kernels take them: alike, of a dtype that goes with the input's."""
-    if type(eps) is not float and not isinstance(eps, (int, float)) and (eps is not None or function == "layer_norm"):
+    if not isinstance(eps, (int, float)) and (eps is not None or function == "layer_norm"):
         raise TypeError(f"{function}(): argument 'eps' must be float, not {type(eps).__name__}")
     if type(normalized_shape) is not tuple:
         if isinstance(normalized_shape, int):
@@ -106,8 +106,7 @@ def norm_operands(
                 f"{type(normalized_shape).__name__}"
             )
         normalized_shape = tuple(normalized_shape)
-    if not isinstance(input, Tensor):
-        check_tensor(function, "input", 1, input)
+    check_tensor(function, "input", 1, input)
     dtype = input.dtype
     plain = (
         dtype in FLOATS
@@ -226,7 +225,7 @@ def batch_norm_operands(
     bias: Tensor | None,
     residual: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
 ) -> None:
     """Raises for operands that do not go together, in the order in which torch asks."""
