@@ -84,7 +84,8 @@ class Block(nn.Module):
         q, k, v = self.attend(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop1(self.project(mixed.transpose(1, 2).flatten(2)))
-        return x + self.drop2(self.network(self.norm2(x)))
+        result: Tensor = x + self.drop2(self.network(self.norm2(x)))
+        return result
 
 
 class CharacterGPT(nn.Module):
