@@ -137,7 +137,7 @@ def batch_norm_backward(
     dims = but_channels(x.dim())
     h, dz = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
     if slope is not None and y is not None:
-        dz = torch.where(y > 0, dz, slope * dz)
+        dz = torch.where(y <= 0, slope * dz if slope != 0 else torch.zeros_like(dz), dz)
     if stats is None:
         centred, rstd = _centred_and_rstd(h, dims, eps, False)
     else:
