@@ -1,6 +1,7 @@
-// The current device while an engine runs.
+// The current device while an engine runs, and the grids of its launches.
 #pragma once
 #include "cuda/platform.cuh"
+#include "cuda/tuning.hpp"
 
 namespace onepass::cuda {
 
@@ -27,5 +28,10 @@ struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 #endif
+
+// Of kernels whose blocks take several turns where there is more to do.
+inline dim3 grid_of(std::int64_t blocks) {
+  return dim3(unsigned(blocks < tuning::max_blocks ? blocks : tuning::max_blocks));
+}
 
 }  // namespace onepass::cuda

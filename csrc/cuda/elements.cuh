@@ -1,6 +1,7 @@
 // Element types of the CUDA kernels and their 16-byte loads and stores.
 #pragma once
 #include "core/types.hpp"
+#include "core/value.hpp"
 #include "cuda/platform.cuh"
 
 namespace onepass::cuda {
@@ -26,31 +27,60 @@ __device__ inline void encode(double& to, double x) { to = x; }
 __device__ inline void encode(__half& to, float x) { to = __float2half_rn(x); }
 __device__ inline void encode(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
+// An element whose type is known at run time.
+__device__ inline double number_at(DType dtype, const void* p, std::int64_t i) {
+  switch (dtype) {
+    case DType::float32: return decode(static_cast<const float*>(p)[i]);
+    case DType::float64: return decode(static_cast<const double*>(p)[i]);
+    case DType::bfloat16: return decode(static_cast<const __nv_bfloat16*>(p)[i]);
+    default: return decode(static_cast<const __half*>(p)[i]);
+  }
+}
+__device__ inline void set_number_at(DType dtype, void* p, std::int64_t i, double x) {
+  switch (dtype) {
+    case DType::float32: return encode(static_cast<float*>(p)[i], float(x));
+    case DType::float64: return encode(static_cast<double*>(p)[i], x);
+    case DType::bfloat16: return encode(static_cast<__nv_bfloat16*>(p)[i], float(x));
+    default: return encode(static_cast<__half*>(p)[i], float(x));
+  }
+}
+
 // Elements that one thread handles at once: as many as 16 bytes of the parameter hold.
 template <class T>
 constexpr int width = 16 / sizeof(T);
 
 // `n` elements in registers, moved by 16-byte accesses: one for a parameter, two for the float32 state of a 16-bit one.
+// A single element is moved as it is, from and to any address.
 template <class T, int n>
 struct alignas(16) Elements {
   T at[n];
 
   static __device__ Elements load(const T* p) {
-    static_assert(sizeof(Elements) % sizeof(uint4) == 0, "whole 16-byte words");
+    static_assert(n == 1 || sizeof(T) * n % sizeof(uint4) == 0, "whole 16-byte words");
     Elements e;
-    ONEPASS_UNROLL
-    for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
-      reinterpret_cast<uint4*>(&e)[word] = as_wide<uint4>(p)[word];
+    if constexpr (n == 1) {
+      e.at[0] = *p;
+    } else {
+      ONEPASS_UNROLL
+      for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
+        reinterpret_cast<uint4*>(&e)[word] = as_wide<uint4>(p)[word];
+    }
     return e;
   }
+  // By an intrinsic: an assignment is split up where the compiler thinks fit.
   __device__ void store(T* p) const {
-    ONEPASS_UNROLL
-    for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
-      as_wide<uint4>(p)[word] = reinterpret_cast<const uint4*>(this)[word];
+    if constexpr (n == 1) {
+      *p = at[0];
+    } else {
+      ONEPASS_UNROLL
+      for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
+        __stwb(as_wide<uint4>(p) + word, reinterpret_cast<const uint4*>(this)[word]);
+    }
   }
 };
 
-__device__ inline bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+// Of a null pointer too.
+ONEPASS_HD bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 // Number of the tensor that a block's chunk belongs to: the last one whose first chunk is not after it. The same for
 // all threads of the block, and the table stands in the constant bank.

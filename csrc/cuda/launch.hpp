@@ -1,5 +1,6 @@
 // What the binding asks of the CUDA engines. No CUDA header: the binding compiles without one.
 #pragma once
+#include "core/layers.hpp"
 #include "core/types.hpp"
 
 namespace onepass::cuda {
@@ -46,6 +47,16 @@ std::int64_t reduce_chunks(std::int64_t size);
 
 // *out: the partials joined, in an order that n alone decides.
 void join_partials(Total total, const double* partials, std::int64_t n, double* out, const Where& where);
+
+// The layers; see core/layers.hpp. Workspaces are on the device. A mask is made anew where that is needed, which is
+// cheaper than to keep it; one that the call has is written, or read, by dropout() alone.
+void dropout(const DropoutCall& call, const Where& where);
+void row_norm(const RowNorm& call, const Where& where);
+void row_norm_backward(const RowNormBackward& call, const Where& where);
+std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype);
+void batch_norm(const BatchNorm& call, const Where& where);
+void batch_norm_backward(const BatchNormBackward& call, const Where& where);
+std::int64_t batch_norm_workspace(const BatchShape& shape);
 
 // Number of devices; 0 without a driver.
 int device_count();

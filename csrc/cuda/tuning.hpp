@@ -27,4 +27,44 @@ constexpr int reduce_blocks_per_sm =
 constexpr int reduce_chunk = 8192;
 constexpr int join_threads = 512;  // of the single block that joins the chunks' totals
 
+// Blocks of a grid whose blocks take several turns: a few waves on the largest GPU, so that a last wave that is not
+// full costs little. No grid depends on the device, for the order of sums must not.
+constexpr int max_blocks = 2048;
+
+// With all threads of an SM resident, one load of 16 bytes each is in flight: 32 KB, more than enough.
+constexpr int dropout_threads = 256;
+
+// Rows of norms: 16-byte words that a thread loads at once and keeps in registers between statistics and result: as
+// many as fit the 64 registers that each thread of a block of 1024 has. Elements, where rows are not aligned. Blocks
+// are of row_threads where a row needs no more.
+template <int element_bytes>
+constexpr int row_rounds = element_bytes == 4 ? 4 : 2;
+constexpr int narrow_rounds = 4;
+constexpr int row_threads = 256;
+constexpr int long_row_threads = 1024;
+constexpr int long_sum_threads = 512;   // with a residual, whose elements take more registers
+constexpr int short_blocks_per_sm = 4;  // of rows that a warp has room for
+
+// Backward keeps the gradients of the weights of its columns beside x and dy: up to 128 registers a thread. So many
+// blocks, of several rows each, that their gradients are small beside the rows, and two an SM on most GPUs.
+constexpr int long_gradient_threads = 512;
+constexpr int gradient_blocks = 256;
+
+// Blocks that add up columns, and rows of which a thread has loads in flight: with 8 columns of 16-bit elements a
+// thread, 4 rows of them would take more than 128 registers.
+constexpr int column_threads = 256;
+template <int element_bytes>
+constexpr int column_rounds = element_bytes == 2 ? 2 : 4;
+
+// BatchNorm: elements of a block, at least, so that its statistics are small beside them, which with channels last are
+// those of up to 128 channels; and blocks, about, that a large array is divided into.
+constexpr int batch_part = 8192;
+constexpr int batch_part_last = 16384;
+constexpr int batch_columns_last = 128;
+constexpr int batch_blocks = 2048;
+
+// Blocks of 256 threads that registers must leave room for: 128 a thread. Without a number ptxas aims at as few as 32,
+// and spills.
+constexpr int roomy_blocks_per_sm = 2;
+
 }  // namespace onepass::cuda::tuning

@@ -5,8 +5,7 @@ set(CUDA_INCLUDE_HINTS $ENV{CUDA_HOME}/include /usr/local/cuda/include)
 file(GLOB wheels "${Python_SITELIB}/nvidia/cu*/include")
 find_path(ONEPASS_CUDA_INCLUDE cuda_bf16.h HINTS ${CUDA_INCLUDE_HINTS} ${wheels} REQUIRED)
 
-set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/reduce.cu
-                 ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
+set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
 set_source_files_properties(${host_sources} PROPERTIES LANGUAGE CXX)
 set(host_definitions ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
 
@@ -23,22 +22,27 @@ function(add_host_kernels kernels module)
   target_compile_definitions(${module} PRIVATE ${host_definitions})
 endfunction()
 
-# The extension once more, the binding and the kernels with sanitizers.
+# The extension once more, with sanitizers: the kernels, and for AddressSanitizer what of the binding handles memory.
+# Other objects of the binding are taken as they are; they are slow to compile.
 function(add_sanitized_module sanitizers)
   string(REGEX REPLACE ",.*" "" name ${sanitizers})
-  get_target_property(sources _C SOURCES)
-  list(FILTER sources INCLUDE REGEX "\\.cpp$")
-  pybind11_add_module(_C_${name} MODULE NO_EXTRAS ${sources})
-  set_target_properties(_C_${name} PROPERTIES LIBRARY_OUTPUT_NAME _C
+  set(checked "")
+  set(objects $<TARGET_OBJECTS:_C>)
+  if(name STREQUAL "address")
+    get_target_property(checked _C SOURCES)
+    list(FILTER checked INCLUDE REGEX "bind_[a-z]+\\.cpp$")
+    set(objects $<FILTER:${objects},EXCLUDE,bind_[a-z]+\\.cpp>)
+  endif()
+  pybind11_add_module(_C_${name} MODULE NO_EXTRAS ${checked} ${objects})
+  set_target_properties(_C_${name} PROPERTIES LINKER_LANGUAGE CXX LIBRARY_OUTPUT_NAME _C
                         LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${name})
   foreach(property INCLUDE_DIRECTORIES COMPILE_DEFINITIONS COMPILE_OPTIONS LINK_LIBRARIES)
     get_target_property(value _C ${property})
     set_property(TARGET _C_${name} APPEND PROPERTY ${property} ${value})
   endforeach()
   add_host_kernels(cuda_kernels_${name} _C_${name})
-  foreach(target _C_${name} cuda_kernels_${name})
-    target_compile_options(${target} PRIVATE -fsanitize=${sanitizers} -fno-sanitize-recover=all -g1 -O1)
-  endforeach()
+  target_compile_options(cuda_kernels_${name} PRIVATE -fsanitize=${sanitizers} -fno-sanitize-recover=all)
+  target_compile_options(_C_${name} PRIVATE -fsanitize=${name} -g1 -O1)
   target_link_options(_C_${name} PRIVATE -fsanitize=${sanitizers})
 endfunction()
 

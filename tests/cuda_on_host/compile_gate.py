@@ -153,8 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, help="build folders, object files or libraries with CUDA code")
     parser.add_argument("--registers", type=int, default=64, help="budget a thread, 64 unless stated otherwise")
     parser.add_argument("--budget", action="append", default=[], metavar="REGEX=N", help="another one for some kernels")
-    parser.add_argument("--narrow", default="prepare|join", metavar="REGEX", help="need no 16-byte access")
-    parser.add_argument("--reads", default="reduce", metavar="REGEX", help="need 16-byte loads, but no such stores")
+    parser.add_argument(
+        "--narrow", default="prepare|join|finish|narrow", metavar="REGEX", help="need no 16-byte access"
+    )
+    parser.add_argument(
+        "--reads", default="reduce|moments|sums|columns", metavar="REGEX", help="need 16-byte loads, but no such stores"
+    )
     parser.add_argument("--brief", action="store_true", help="print only the kernels that break a rule")
     options = parser.parse_args(arguments)
     budgets = [(pattern, int(n)) for pattern, _, n in (entry.rpartition("=") for entry in options.budget)]
@@ -173,8 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     for label, group in groupby(kernels, lambda kernel: kernel.label):
         same = list(group)  # one an architecture
         budget = next((n for pattern, n in budgets if re.search(pattern, label)), options.registers)
-        narrow = bool(re.search(options.narrow, same[0].name))
-        reads = bool(re.search(options.reads, same[0].name))
+        narrow = bool(re.search(options.narrow, label, re.IGNORECASE))
+        reads = bool(re.search(options.reads, label))
         faults = []
         for kernel in same:
             found = kernel.faults(budget, wide_loads=not narrow, wide_stores=not (narrow or reads))

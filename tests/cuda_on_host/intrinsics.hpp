@@ -175,6 +175,10 @@ template <class T>
 void __stcg(T* address, onepass::cuda_on_host::NotDeduced<T> value) {
   __stcs(address, value);
 }
+template <class T>
+void __stwb(T* address, onepass::cuda_on_host::NotDeduced<T> value) {
+  __stcs(address, value);
+}
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 template <class To, class From>

@@ -1,9 +1,9 @@
 """Builds the extension with the CUDA kernels for the host, plain and with sanitizers, and runs the tests on it.
 
-    python tests/cuda_on_host/run.py [--build build/cuda-on-host]
+    python tests/cuda_on_host/run.py [--build build/cuda-on-host] [REGEX]    # of the names of some runs
 
-The whole suite once, in random thread order; test_kernels.py, which launches every kernel, in the other orders and under
-the sanitizers. Prints a line a run; the output of those that failed. See cuda_on_host.hpp for what a run can show.
+The whole suite once, in random thread order; what launches every kernel, test_*kernels.py, in the other orders and
+under the sanitizers. Prints a line a run; the output of those that failed. See cuda_on_host.hpp for what a run can show.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ from pathlib import Path
 from host_compiler import cuda_include
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KERNELS = ["tests/cuda_on_host/test_kernels.py"]
-SUITE = [*KERNELS, "tests/cuda_on_host/test_same_bits.py", "tests/test_clip.py", "tests/test_optim_*.py"]
+KERNELS = ["tests/cuda_on_host/test_*kernels.py"]
+SUITE = [
+    *KERNELS,
+    "tests/cuda_on_host/test_same_bits.py",
+    "tests/test_clip.py",
+    "tests/test_optim_*.py",
+    "tests/test_nn_*.py",
+]
 CXX = os.environ.get("CXX", "g++")
 
 
@@ -113,7 +119,8 @@ def execute(run: Run, folder: Path) -> tuple[Run, subprocess.CompletedProcess[st
         "OMP_NUM_THREADS": "1",  # as many runs as cores already
     }
     tests = [str(path.relative_to(ROOT)) for pattern in run.tests for path in sorted(ROOT.glob(pattern))]
-    command = [*prefix(run), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0"]
+    # Only what Python writes is captured: a sanitizer that ends the process has the last word.
+    command = [*prefix(run), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys"]
     done = subprocess.run([*command, *tests], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return run, done, time.monotonic() - start
 
@@ -126,7 +133,9 @@ def first(pattern: str, text: str, default: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "cuda-on-host", help="folder of the build")
-    folder = parser.parse_args().build
+    parser.add_argument("runs", nargs="?", default="", metavar="REGEX", help="only the runs whose names match")
+    options = parser.parse_args()
+    folder, runs = options.build, [run for run in RUNS if re.search(options.runs, run.name)]
     if cuda_include() is None:
         print("CUDA's headers are missing: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl")
         return 1
@@ -137,7 +146,7 @@ def main() -> int:
     print(line.format("run", "order", "passed", "failed", "kernels", "launches", "threads", "time"), flush=True)
     cases, failed = 0, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for run, done, seconds in pool.map(lambda run: execute(run, folder), RUNS):
+        for run, done, seconds in pool.map(lambda run: execute(run, folder), runs):
             passed = first(r"(\d+) passed", done.stdout, "0")
             failures = first(r"(\d+) failed", done.stdout, "0" if done.returncode == 0 else "-")
             kernels = first(r"(\d+ of \d+) kernels", done.stdout, "-")
@@ -148,8 +157,8 @@ def main() -> int:
             if done.returncode != 0:
                 failed.append((run, done))
     for run, done in failed:
-        print(f"\n=== {run.name}, {run.order}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-8000:]}")
-    print(f"{cases} cases passed on the CUDA kernels, {len(failed)} of {len(RUNS)} runs failed", end=", ")
+        print(f"\n=== {run.name}, {run.order}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-12000:]}")
+    print(f"{cases} cases passed on the CUDA kernels, {len(failed)} of {len(runs)} runs failed", end=", ")
     print(f"{time.monotonic() - start:.0f} s")
     return 1 if failed else 0
 

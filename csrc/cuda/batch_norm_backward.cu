@@ -1,0 +1,175 @@
+// The backward of BatchNorm: each block's sums of dz and dz * (x - mean), dz being the gradient before the activation;
+// a warp a channel joins them in order; then dx.
+#include "cuda/batch.cuh"
+#include "cuda/columns.cuh"
+#include "cuda/launch.hpp"
+#include "rows/norm.hpp"
+
+namespace onepass::cuda {
+namespace {
+
+constexpr int lanes = 32;
+
+// dz, in the place of dy.
+template <class T, int w, int rounds>
+__device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offsets)[rounds],
+                        Elements<Arithmetic<T>, w> (&dz)[rounds]) {
+  using F = Arithmetic<T>;
+  Elements<T, w> dy[rounds], y[rounds];
+  load_at(offsets, call.dy, dy);
+  load_at(offsets, call.activate ? call.y : nullptr, y);
+  ONEPASS_UNROLL
+  for (int k = 0; k < rounds * w; ++k) {
+    const int r = k / w, e = k % w;
+    dz[r].at[e] = decode(dy[r].at[e]);
+    if (call.activate) dz[r].at[e] = rows::activation_gradient(dz[r].at[e], F(decode(y[r].at[e])), F(call.slope));
+  }
+}
+
+// partials[part][2][channels].
+template <class T, class Access, class Layout>
+__global__ void __launch_bounds__(tuning::column_threads)
+    batch_sums_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
+  using F = Arithmetic<T>;
+  constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
+  const std::int64_t channels = call.shape.channels;
+  Layout walk;
+  walk.template start<w>(call.shape, part, columns);
+  F mean[own] = {}, sums[2 * own] = {};
+  if (walk.has_channel(call.shape)) {
+    ONEPASS_UNROLL
+    for (int c = 0; c < own; ++c) mean[c] = static_cast<const F*>(call.stats)[walk.channel + c];
+  }
+  while (walk.has()) {
+    std::int64_t offsets[rounds];
+    Elements<T, w> x[rounds];
+    Elements<F, w> dz[rounds];
+    next_offsets(walk, offsets);
+    load_at(offsets, call.x, x);
+    load_dz<T>(call, offsets, dz);
+    ONEPASS_UNROLL
+    for (int k = 0; k < rounds * w; ++k) {
+      const int r = k / w, e = k % w, c = Layout::last ? e : 0;
+      sums[c] += dz[r].at[e];
+      sums[own + c] += dz[r].at[e] * (decode(x[r].at[e]) - mean[c]);
+    }
+  }
+  column_totals(sums, columns);
+  if (int(threadIdx.x) >= columns || !walk.has_channel(call.shape)) return;
+  F* const out = static_cast<F*>(call.workspace) + blockIdx.y * 2 * channels + walk.channel;
+  ONEPASS_UNROLL
+  for (int c = 0; c < own; ++c) {
+    out[c] = sums[c];
+    out[channels + c] = sums[own + c];
+  }
+}
+
+template <class F>
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+    batch_sums_finish_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t parts) {
+  const std::int64_t channels = call.shape.channels;
+  const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;
+  if (c >= channels) return;  // the whole warp
+  const double rstd = double(static_cast<const F*>(call.stats)[channels + c]);
+  double dz = 0, dz_distance = 0;
+  for (std::int64_t part = threadIdx.x % lanes; part < parts; part += lanes) {
+    const F* const of_part = static_cast<const F*>(call.workspace) + part * 2 * channels + c;
+    dz += double(of_part[0]);
+    dz_distance += double(of_part[channels]);
+  }
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    dz += __shfl_down_sync(0xffffffffu, dz, distance);
+    dz_distance += __shfl_down_sync(0xffffffffu, dz_distance, distance);
+  }
+  if (threadIdx.x % lanes != 0) return;
+  const double dz_xhat = dz_distance * rstd;
+  static_cast<F*>(call.sums)[c] = F(dz);
+  static_cast<F*>(call.sums)[channels + c] = F(dz_xhat);
+  if (call.dweight != nullptr) set_number_at(call.weight_dtype, call.dweight, c, dz_xhat);
+  if (call.dbias != nullptr) set_number_at(call.weight_dtype, call.dbias, c, dz);
+}
+
+template <class T, class Access, class Layout>
+__global__ void __launch_bounds__(tuning::column_threads)
+    batch_norm_backward_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
+  using F = Arithmetic<T>;
+  constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
+  const std::int64_t channels = call.shape.channels;
+  Layout walk;
+  walk.template start<w>(call.shape, part, columns);
+  if (!walk.has_channel(call.shape)) return;
+  // dx = dz * scale + (x - mean) * of_x + shift: rows::input_gradient, with what is the channel's multiplied out.
+  F mean[own], scale[own], of_x[own], shift[own];
+  ONEPASS_UNROLL
+  for (int c = 0; c < own; ++c) {
+    const std::int64_t channel = walk.channel + c;
+    const F rstd = static_cast<const F*>(call.stats)[channels + channel];
+    mean[c] = static_cast<const F*>(call.stats)[channel];
+    scale[c] = rstd;
+    if (call.weight != nullptr) scale[c] *= F(number_at(call.weight_dtype, call.weight, channel));
+    of_x[c] = shift[c] = 0;
+    if (!call.training) continue;
+    shift[c] = -scale[c] * (static_cast<const F*>(call.sums)[channel] / F(call.count));
+    of_x[c] = -scale[c] * rstd * (static_cast<const F*>(call.sums)[channels + channel] / F(call.count));
+  }
+  while (walk.has()) {
+    std::int64_t offsets[rounds];
+    Elements<T, w> x[rounds];
+    Elements<F, w> dz[rounds];
+    next_offsets(walk, offsets);
+    load_at(offsets, call.training && call.dx != nullptr ? call.x : nullptr, x);
+    load_dz<T>(call, offsets, dz);
+    if (call.dresidual != nullptr) {
+      Elements<T, w> dresidual[rounds];
+      ONEPASS_UNROLL
+      for (int k = 0; k < rounds * w; ++k) encode(dresidual[k / w].at[k % w], dz[k / w].at[k % w]);
+      store_at(offsets, call.dresidual, dresidual);
+    }
+    ONEPASS_UNROLL
+    for (int k = 0; k < rounds * w; ++k) {
+      const int r = k / w, e = k % w, c = Layout::last ? e : 0;
+      F dx = dz[r].at[e] * scale[c];
+      if (call.training) dx = (decode(x[r].at[e]) - mean[c]) * of_x[c] + (dx + shift[c]);
+      encode(x[r].at[e], dx);
+    }
+    store_at(offsets, call.dx, x);
+  }
+}
+
+template <class T>
+void launch_batch_norm_backward(BatchNormBackward call, void* stream) {
+  using F = Arithmetic<T>;
+  const BatchShape& s = call.shape;
+  const bool wide = is_wide<T>(s, {call.x, call.dy, call.activate ? call.y : nullptr, call.dx, call.dresidual});
+  with_layout<T>(wide, s.channels_last, [&](auto access, auto layout) {
+    using Access = decltype(access);
+    using Layout = decltype(layout);
+    const BatchGrid grid(s, Access::template width<T>);
+    const auto& parts = grid.parts;
+    if (call.sums == nullptr) call.sums = static_cast<F*>(call.workspace) + parts.count * 2 * s.channels;
+    if (call.half != Half::second && (call.training || call.dweight != nullptr || call.dbias != nullptr)) {
+      launch("batch_sums", batch_sums_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0, stream,
+             call, parts.size, grid.columns);
+      constexpr int warps = tuning::column_threads / lanes;
+      launch("batch_sums_finish", batch_sums_finish_kernel<F>, dim3(unsigned((s.channels + warps - 1) / warps)),
+             dim3(tuning::column_threads), 0, stream, call, parts.count);
+    }
+    if (call.half != Half::first && (call.dx != nullptr || call.dresidual != nullptr))
+      launch("batch_norm_backward", batch_norm_backward_kernel<T, Access, Layout>, grid.blocks,
+             dim3(tuning::column_threads), 0, stream, call, parts.size, grid.columns);
+  });
+}
+
+}  // namespace
+
+void batch_norm_backward(const BatchNormBackward& call, const Where& where) {
+  const DeviceGuard guard(where.device);
+  switch (call.dtype) {
+    case DType::float32: return launch_batch_norm_backward<float>(call, where.stream);
+    case DType::float64: return launch_batch_norm_backward<double>(call, where.stream);
+    case DType::bfloat16: return launch_batch_norm_backward<__nv_bfloat16>(call, where.stream);
+    case DType::float16: return launch_batch_norm_backward<__half>(call, where.stream);
+  }
+}
+
+}  // namespace onepass::cuda

@@ -1,0 +1,374 @@
+// The backward of LayerNorm and RMSNorm. Blocks keep sums of their rows for the gradients of weight and bias, and a
+// second kernel joins these in order.
+//   A row that a team of threads has room for: everything in one pass over memory.
+//   Longer ones, or not aligned: a row is read twice for dx, and its columns are summed up by a kernel of their own.
+#include <algorithm>
+
+#include "cuda/columns.cuh"
+#include "cuda/device.cuh"
+#include "cuda/dropout.cuh"
+#include "cuda/launch.hpp"
+#include "cuda/teams.cuh"
+#include "rows/norm.hpp"
+
+namespace onepass::cuda {
+namespace {
+
+// One thread's share of a row: values, and what its gradients need.
+template <class T, int w, int rounds>
+struct Gradients {
+  using F = Arithmetic<T>;
+  const RowNormBackward& call;
+  std::int64_t begin;  // of the row
+  F mean, rstd;
+  Elements<T, w> x[rounds], dy[rounds];
+
+  __device__ Gradients(const RowNormBackward& c, std::int64_t row) : call(c), begin(row * c.size), mean(0), rstd(0) {
+    if (row >= c.rows) return;
+    mean = static_cast<const F*>(c.stats)[row];
+    rstd = static_cast<const F*>(c.stats)[c.rows + row];
+  }
+
+  __device__ void load(const Share<w>& share, std::int64_t base) {
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      x[r] = share.load(static_cast<const T*>(call.x) + begin + base, r);
+      dy[r] = share.load(static_cast<const T*>(call.dy) + begin + base, r);
+    }
+  }
+  static __device__ Affine<T> weight_of(const RowNormBackward& call) {
+    return {call.weight, call.weight_dtype != call.dtype, call.scalar_affine, F(1)};
+  }
+  __device__ F xhat(int r, int e) const { return (decode(x[r].at[e]) - mean) * rstd; }
+
+  // sums: of g and g * xhat.
+  __device__ void add_up(const Share<w>& share, std::int64_t base, F (&sums)[2]) const {
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      const Elements<F, w> weight = weight_of(call).load(share, base, r);
+      ONEPASS_UNROLL
+      for (int e = 0; e < w; ++e) {
+        const F g = weight.at[e] * decode(dy[r].at[e]);
+        sums[0] += g;
+        sums[1] += g * xhat(r, e);
+      }
+    }
+  }
+
+  // The gradients of this share, in the place of x and dy.
+  __device__ void write(const Share<w>& share, std::int64_t base, const F (&sums)[2]) {
+    const F mean_g = call.rms ? F(0) : sums[0] / F(call.size), mean_gx = sums[1] / F(call.size);
+    const bool drops = call.dropout.seed != nullptr;
+    const std::uint64_t seed = drops ? std::uint64_t(*call.dropout.seed) : 0;
+    const F scale = F(drops ? call.dropout.scale : 1);
+    unsigned bits[rounds];
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      bits[r] = ~0u;
+      if (call.dbranch != nullptr && drops)
+        bits[r] = keep_bits<w>(seed, call.dropout.threshold, begin + base + share.place(r));
+    }
+    Elements<T, w> dsum[rounds];
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      dsum[r] = Elements<T, w>{};
+      if (call.dsum != nullptr) dsum[r] = share.load(static_cast<const T*>(call.dsum) + begin + base, r);
+    }
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      const Elements<F, w> weight = weight_of(call).load(share, base, r);
+      ONEPASS_UNROLL
+      for (int e = 0; e < w; ++e) {
+        const F g = weight.at[e] * decode(dy[r].at[e]);
+        const F dx = rows::input_gradient(g, xhat(r, e), mean_g, mean_gx, rstd) + decode(dsum[r].at[e]);
+        encode(x[r].at[e], dx);
+        encode(dy[r].at[e], drop(bits[r], e, dx, scale));
+      }
+    }
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      share.store(static_cast<T*>(call.dx) + begin + base, r, x[r]);
+      if (call.dbranch != nullptr) share.store(static_cast<T*>(call.dbranch) + begin + base, r, dy[r]);
+    }
+  }
+};
+
+// The gradients of weight and bias of a block's rows to partials[block][2][columns], or [block][2] for scalars: each
+// thread has those of its columns, and so have other teams of the block.
+template <class F, int w, int rounds>
+__device__ void write_partials(Elements<F, w> (&of_weight)[rounds], Elements<F, w> (&of_bias)[rounds],
+                               const Share<w>& share, bool scalar, int& turn, F* partials) {
+  if (scalar) {
+    F total[2] = {0, 0};
+    ONEPASS_UNROLL
+    for (int k = 0; k < rounds * w; ++k) {
+      total[0] += of_weight[k / w].at[k % w];
+      total[1] += of_bias[k / w].at[k % w];
+    }
+    team_totals(total, int(blockDim.x), turn);
+    if (threadIdx.x < 2) partials[std::int64_t(blockIdx.x) * 2 + threadIdx.x] = threadIdx.x == 0 ? total[0] : total[1];
+    return;
+  }
+  constexpr int lanes = 32;
+  for (int distance = share.team; distance < lanes; distance *= 2) {
+    ONEPASS_UNROLL
+    for (int k = 0; k < rounds * w; ++k) {
+      of_weight[k / w].at[k % w] += __shfl_xor_sync(0xffffffffu, of_weight[k / w].at[k % w], distance);
+      of_bias[k / w].at[k % w] += __shfl_xor_sync(0xffffffffu, of_bias[k / w].at[k % w], distance);
+    }
+  }
+  // Teams of whole warps, one after the other; the last one has the sums. A team that is the whole block needs no room.
+  constexpr int most_columns = (rounds == 1 ? lanes : tuning::row_threads / 2) * rounds * w;
+  ONEPASS_SHARED(F, sums, 2 * most_columns);
+  const int whole = share.team < lanes ? lanes : share.team, teams = int(blockDim.x) / whole;
+  F* const out = partials + std::int64_t(blockIdx.x) * 2 * share.n;
+  for (int team = 0; team < teams; ++team) {
+    if (int(threadIdx.x) / whole == team && int(threadIdx.x) % whole < share.team) {
+      ONEPASS_UNROLL
+      for (int k = 0; k < rounds * w; ++k) {
+        const int r = k / w, e = k % w, column = share.place(r) + e;
+        if (!share.has(r)) continue;
+        if (team > 0) {
+          of_weight[r].at[e] += sums[column];
+          of_bias[r].at[e] += sums[most_columns + column];
+        }
+        if (team + 1 < teams) {
+          sums[column] = of_weight[r].at[e];
+          sums[most_columns + column] = of_bias[r].at[e];
+        }
+      }
+      if (team + 1 == teams) {
+        ONEPASS_UNROLL
+        for (int r = 0; r < rounds; ++r) {
+          share.store(out, r, of_weight[r]);
+          share.store(out + share.n, r, of_bias[r]);
+        }
+      }
+    }
+    if (teams > 1) __syncthreads();
+  }
+}
+
+template <class T, int rounds>
+__global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_gradient_threads,
+                                  rounds == 1 ? tuning::roomy_blocks_per_sm : 1)
+    row_norm_backward_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
+  using F = Arithmetic<T>;
+  constexpr int w = width<T>;
+  const bool affine = call.dweight != nullptr || call.dbias != nullptr;
+  const int teams = int(blockDim.x) / team, lane = int(threadIdx.x) % team;
+  const Share<w> columns{lane, team, int(call.size)};
+  Elements<F, w> of_weight[rounds]{}, of_bias[rounds]{};
+  int turn = 0;
+
+  // All teams of a block have the same number of turns, a last one perhaps without a row: they meet at barriers.
+  for (std::int64_t first = std::int64_t(blockIdx.x) * teams; first < call.rows;
+       first += std::int64_t(gridDim.x) * teams) {
+    const std::int64_t row = first + threadIdx.x / team;
+    const Share<w> share{lane, team, row < call.rows ? int(call.size) : 0};
+    Gradients<T, w, rounds> row_of_team(call, row);
+    row_of_team.load(share, 0);
+    if (affine) {
+      ONEPASS_UNROLL
+      for (int k = 0; k < rounds * w; ++k) {
+        const F dy = decode(row_of_team.dy[k / w].at[k % w]);
+        of_weight[k / w].at[k % w] += dy * row_of_team.xhat(k / w, k % w);
+        of_bias[k / w].at[k % w] += dy;
+      }
+    }
+    if (call.dx == nullptr) continue;
+    F sums[2] = {0, 0};
+    row_of_team.add_up(share, 0, sums);
+    team_totals(sums, team, turn);
+    row_of_team.write(share, 0, sums);
+  }
+  if (affine) write_partials(of_weight, of_bias, columns, call.scalar_affine, turn, static_cast<F*>(call.workspace));
+}
+
+// dx of rows that are read twice.
+template <class T, int w, int rounds>
+__device__ void differentiate_rows(const RowNormBackward& call, int team) {
+  using F = Arithmetic<T>;
+  const std::int64_t tile = std::int64_t(team) * rounds * w, teams = blockDim.x / team;
+  int turn = 0;
+  for (std::int64_t first = blockIdx.x * teams; first < call.rows; first += gridDim.x * teams) {
+    const std::int64_t row = first + threadIdx.x / team;
+    Gradients<T, w, rounds> row_of_team(call, row);
+    const auto load_from = [&](std::int64_t base) {
+      const std::int64_t left = call.size - base;
+      const Share<w> share{int(threadIdx.x) % team, team, row < call.rows ? int(left < tile ? left : tile) : 0};
+      row_of_team.load(share, base);
+      return share;
+    };
+    F sums[2] = {0, 0};
+    for (std::int64_t base = 0; base < call.size; base += tile) row_of_team.add_up(load_from(base), base, sums);
+    team_totals(sums, team, turn);
+    for (std::int64_t base = 0; base < call.size; base += tile) row_of_team.write(load_from(base), base, sums);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(tuning::long_gradient_threads, 2)
+    row_norm_backward_long_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
+  differentiate_rows<T, width<T>, 1>(call, team);
+}
+template <class T>
+__global__ void __launch_bounds__(tuning::long_gradient_threads, 1)
+    row_norm_backward_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
+  differentiate_rows<T, 1, tuning::narrow_rounds>(call, team);
+}
+
+// Gradients of weight and bias of a strip of columns, of a part of the rows: partials[part][2][size], or
+// [part][strip][2] for scalars. `columns` threads are side by side, w columns each.
+template <class T, int w>
+__device__ void sum_columns(const RowNormBackward& call, int columns) {
+  using F = Arithmetic<T>;
+  constexpr int rounds = tuning::column_rounds<sizeof(T)>;
+  const int together = tuning::column_threads / columns;  // rows
+  const std::int64_t column = (std::int64_t(blockIdx.x) * columns + threadIdx.x % columns) * w;
+  const bool exists = column < call.size;
+  F sums[2 * w] = {};
+  for (std::int64_t row = std::int64_t(blockIdx.y) * together * rounds + threadIdx.x / columns; row < call.rows;
+       row += std::int64_t(gridDim.y) * together * rounds) {
+    Elements<T, w> x[rounds], dy[rounds];
+    F mean[rounds], rstd[rounds];
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      x[r] = dy[r] = Elements<T, w>{};
+      mean[r] = rstd[r] = 0;
+      const std::int64_t at = row + r * together;
+      if (!exists || at >= call.rows) continue;
+      x[r] = Elements<T, w>::load(static_cast<const T*>(call.x) + at * call.size + column);
+      dy[r] = Elements<T, w>::load(static_cast<const T*>(call.dy) + at * call.size + column);
+      mean[r] = static_cast<const F*>(call.stats)[at];
+      rstd[r] = static_cast<const F*>(call.stats)[call.rows + at];
+    }
+    ONEPASS_UNROLL
+    for (int k = 0; k < rounds * w; ++k) {
+      const int r = k / w, e = k % w;
+      sums[e] += decode(dy[r].at[e]) * ((decode(x[r].at[e]) - mean[r]) * rstd[r]);
+      sums[w + e] += decode(dy[r].at[e]);
+    }
+  }
+  F* const partials = static_cast<F*>(call.workspace);
+  if (call.scalar_affine) {
+    F total[2] = {0, 0};
+    ONEPASS_UNROLL
+    for (int e = 0; e < w; ++e) {
+      total[0] += sums[e];
+      total[1] += sums[w + e];
+    }
+    column_totals(total, 1);
+    if (threadIdx.x < 2)
+      partials[(std::int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * 2 + threadIdx.x] =
+          threadIdx.x == 0 ? total[0] : total[1];
+    return;
+  }
+  column_totals(sums, columns);
+  if (int(threadIdx.x) >= columns || !exists) return;
+  ONEPASS_UNROLL
+  for (int e = 0; e < w; ++e) {
+    partials[std::int64_t(blockIdx.y) * 2 * call.size + column + e] = sums[e];
+    partials[(std::int64_t(blockIdx.y) * 2 + 1) * call.size + column + e] = sums[w + e];
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(tuning::column_threads)
+    row_norm_columns_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
+  sum_columns<T, width<T>>(call, columns);
+}
+template <class T>
+__global__ void __launch_bounds__(tuning::column_threads)
+    row_norm_columns_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
+  sum_columns<T, 1>(call, columns);
+}
+
+// The partial sums in order, eight at a time.
+template <class F>
+__global__ void __launch_bounds__(tuning::column_threads)
+    row_norm_join_kernel(const F* partials, std::int64_t n, std::int64_t columns, DType dtype, void* dweight,
+                         void* dbias) {
+  constexpr int lanes = 32, warps = tuning::column_threads / lanes;
+  const std::int64_t column = std::int64_t(blockIdx.x) * lanes + threadIdx.x % lanes;
+  F total[1] = {0};
+  if (column < 2 * columns)
+    for (std::int64_t i = threadIdx.x / lanes; i < n; i += warps) total[0] += partials[i * 2 * columns + column];
+  column_totals(total, lanes);
+  void* const out = column < columns ? dweight : dbias;
+  if (threadIdx.x < lanes && column < 2 * columns && out != nullptr)
+    set_number_at(dtype, out, column % columns, double(total[0]));
+}
+
+// Parts of the rows, where columns are summed up by themselves: 1024 blocks of 128 columns or about, each of many rows.
+std::int64_t column_parts(std::int64_t rows, std::int64_t size) {
+  return std::max<std::int64_t>(1, std::min({(rows + 31) / 32, (std::int64_t{1} << 17) / size, std::int64_t{256}}));
+}
+
+template <class T>
+constexpr std::int64_t longest_row = tuning::long_gradient_threads * tuning::row_rounds<sizeof(T)> * width<T>;
+
+template <class T>
+void launch_row_norm_backward(const RowNormBackward& call, void* stream) {
+  using F = Arithmetic<T>;
+  constexpr int w = width<T>, lanes = 32, rounds = tuning::row_rounds<sizeof(T)>;
+  constexpr int most = tuning::long_gradient_threads;
+  const bool affine = call.dweight != nullptr || call.dbias != nullptr;
+  bool wide = call.size % w == 0;
+  for (const void* p :
+       {call.x, call.dy, call.dsum, static_cast<const void*>(call.dx), static_cast<const void*>(call.dbranch)})
+    wide = wide && is_aligned16(p);
+  if (!call.scalar_affine) wide = wide && is_aligned16(call.weight);
+  const std::int64_t columns = call.scalar_affine ? 1 : call.size;
+  std::int64_t n_partials = 0;
+
+  if (call.rows > 0 && wide && call.size <= longest_row<T>) {
+    const bool fits_warp = call.size <= lanes * w;
+    const int team = fits_warp ? team_of(call.size, w, lanes) : team_of(call.size, rounds * w, most);
+    const int threads = team < tuning::row_threads ? tuning::row_threads : team, teams = threads / team;
+    const std::int64_t blocks = std::min<std::int64_t>((call.rows + teams - 1) / teams, tuning::gradient_blocks);
+    const auto kernel = fits_warp ? &row_norm_backward_kernel<T, 1> : &row_norm_backward_kernel<T, rounds>;
+    launch("row_norm_backward", kernel, dim3(unsigned(blocks)), dim3(threads), 0, stream, call, team);
+    n_partials = blocks;
+  } else if (call.rows > 0) {
+    const int team = team_of(call.size, wide ? w : tuning::narrow_rounds, most);
+    const int threads = team < tuning::row_threads ? tuning::row_threads : team, teams = threads / team;
+    if (call.dx != nullptr)
+      launch("row_norm_backward", wide ? &row_norm_backward_long_kernel<T> : &row_norm_backward_narrow_kernel<T>,
+             grid_of((call.rows + teams - 1) / teams), dim3(threads), 0, stream, call, team);
+    if (affine) {
+      const int side_by_side = team_of(call.size, wide ? w : 1, lanes), strip = side_by_side * (wide ? w : 1);
+      const std::int64_t strips = (call.size + strip - 1) / strip, parts = column_parts(call.rows, call.size);
+      launch("row_norm_columns", wide ? &row_norm_columns_kernel<T> : &row_norm_columns_narrow_kernel<T>,
+             dim3(unsigned(strips), unsigned(parts)), dim3(tuning::column_threads), 0, stream, call, side_by_side);
+      n_partials = call.scalar_affine ? parts * strips : parts;
+    }
+  }
+  if (affine)
+    launch("row_norm_join", row_norm_join_kernel<F>, dim3(unsigned((2 * columns + lanes - 1) / lanes)),
+           dim3(tuning::column_threads), 0, stream, static_cast<const F*>(call.workspace), n_partials, columns,
+           call.weight_dtype, call.dweight, call.dbias);
+}
+
+}  // namespace
+
+std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
+  const std::int64_t longest = dtype == DType::float32   ? longest_row<float>
+                               : dtype == DType::float64 ? longest_row<double>
+                                                         : longest_row<__half>;
+  const std::int64_t blocks =
+      size <= longest ? std::min<std::int64_t>(rows, tuning::gradient_blocks) : column_parts(rows, size);
+  return blocks * 2 * size * size_of(arithmetic_of(dtype));
+}
+
+void row_norm_backward(const RowNormBackward& call, const Where& where) {
+  const DeviceGuard guard(where.device);
+  switch (call.dtype) {
+    case DType::float32: return launch_row_norm_backward<float>(call, where.stream);
+    case DType::float64: return launch_row_norm_backward<double>(call, where.stream);
+    case DType::bfloat16: return launch_row_norm_backward<__nv_bfloat16>(call, where.stream);
+    case DType::float16: return launch_row_norm_backward<__half>(call, where.stream);
+  }
+}
+
+}  // namespace onepass::cuda

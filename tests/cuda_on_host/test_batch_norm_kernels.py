@@ -1,0 +1,180 @@
+"""The CUDA kernels of BatchNorm, called as they are: both layouts, every dtype and option.
+
+Expected values come from the formulas, in float64. These run on a GPU, and on the host with the backend of that name.
+"""
+
+import itertools
+
+import pytest
+import torch
+from onepass._native import layers
+from test_layer_kernels import DEVICE, EPS, affine, close, random, same, wide
+
+pytestmark = pytest.mark.cuda_kernels
+Tensor = torch.Tensor
+SLOPES = (None, 0.0, 0.25)
+
+# Shapes and whether channels are last. Blocks have 8192 elements of a channel, with channels last 16384 of up to 128
+# channels; 256 threads step through them, so the space decides where in a sample a thread comes next.
+FIRST = [(5, 3, 4, 4), (2, 3, 7, 7), (2, 300, 8), (1, 1, 2), (3, 2, 64, 64), (3, 2, 65, 65), (1500, 2, 9), (900, 2, 24)]
+LAST = [(2, 16, 5, 5), (3, 5, 6, 6), (70, 9), (2, 1), (300, 130), (300, 264), (5000, 8), (129, 1000), (3, 2, 91, 91)]
+SHAPES = [(shape, False) for shape in FIRST] + [(shape, True) for shape in LAST]
+EVERY_SHAPE = pytest.mark.parametrize(("shape", "last"), SHAPES, ids=lambda value: str(value).replace(" ", ""))
+
+
+def laid_out(shape: tuple[int, ...], last: bool, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    if not last:
+        return random(*shape, dtype=dtype, offset=offset)
+    dims = (0, len(shape) - 1, *range(1, len(shape) - 1))
+    return random(shape[0], *shape[2:], shape[1], dtype=dtype, offset=offset).permute(dims)
+
+
+def of_channel(values: Tensor | float, x: Tensor) -> Tensor | float:
+    return values.view(1, -1, *[1] * (x.dim() - 2)) if isinstance(values, Tensor) else values
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance."""
+    dims = [0, *range(2, x.dim())]
+    return x.mean(dims), (x - of_channel(x.mean(dims), x)).square().mean(dims)
+
+
+def batch_norm(x, mean, var, weight, bias, residual, slope) -> Tensor:
+    z = (x - of_channel(mean, x)) / (of_channel(var, x) + EPS).sqrt()
+    z = z if weight is None else z * of_channel(weight, x)
+    z = z if bias is None else z + of_channel(bias, x)
+    z = z if residual is None else z + residual
+    return z if slope is None else torch.where(z > 0, z, slope * z)
+
+
+def away_from_the_kink(z: Tensor) -> Tensor:
+    """Where rounding cannot decide on the side of the activation."""
+    return (z.abs() > 0.02).double()
+
+
+@EVERY_SHAPE
+def test_training(shape, last, dtype):
+    x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
+    channels = shape[1]
+    n = x.numel() // channels
+    for kind, slope, adds in (
+        ("both", None, False),
+        ("float32", 0.25, True),
+        ("none", 0.0, False),
+        ("weight", None, True),
+    ):
+        weight, bias = affine(kind, channels, dtype)
+        leaves = wide(x, weight, bias, residual if adds else None)
+        mean, var = moments(leaves[0])
+        dense = batch_norm(leaves[0], mean, var, *leaves[1:], None)
+        dy.copy_(dy * away_from_the_kink(dense))
+        expected = batch_norm(leaves[0], mean, var, *leaves[1:], slope)
+
+        running = torch.randn(channels).to(DEVICE), torch.rand(channels).to(DEVICE)
+        updated = [
+            0.75 * old.double() + 0.25 * new for old, new in zip(running, (mean, var * n / max(n - 1, 1)), strict=True)
+        ]
+        y, stats = layers.batch_norm(x, weight, bias, residual if adds else None, *running, 0.25, EPS, slope)
+        assert y.stride() == x.stride()
+        close(y, expected, dtype, "y", 4)
+        close(stats[0], mean, stats.dtype, "mean")
+        close(stats[1] * (var + EPS).sqrt(), torch.ones(channels), stats.dtype, "rstd", 4)
+        close(running[0], updated[0], torch.float32, "running mean")
+        if n > 1:
+            close(running[1], updated[1], torch.float32, "running variance")
+
+        want = [leaf is not None for leaf in (leaves[0], leaves[3], leaves[1], leaves[2])]
+        present = [leaves[i] for i in (0, 3, 1, 2) if leaves[i] is not None]
+        gradients = iter(torch.autograd.grad(expected, present, dy.double()))
+        came = layers.batch_norm_backward(dy, x, y, weight, stats, slope, True, want)
+        for name, wanted, value in zip(("dx", "dresidual", "dweight", "dbias"), want, came, strict=True):
+            assert wanted or value is None
+            if wanted:
+                close(value, next(gradients), dtype, name, 4 * n**0.5 if name in ("dweight", "dbias") else 10)
+        same(layers.batch_norm_backward(dy, x, y, weight, stats, slope, True, want), came)
+
+
+@EVERY_SHAPE
+def test_evaluation(shape, last, dtype):
+    x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
+    channels = shape[1]
+    mean, var = torch.randn(channels).to(DEVICE).double(), torch.rand(channels).to(DEVICE).double() + 0.5
+    stats = torch.stack([mean, 1 / (var + EPS).sqrt()]).to(layers._arithmetic(x))
+    for slope, adds in itertools.product(SLOPES, (False, True)):
+        weight, bias = affine("both", channels, dtype)
+        leaves = wide(x, weight, bias, residual if adds else None)
+        dy.copy_(dy * away_from_the_kink(batch_norm(leaves[0], mean, var, *leaves[1:], None)))
+        expected = batch_norm(leaves[0], mean, var, *leaves[1:], slope)
+        y = layers.batch_norm_apply(x, stats, weight, bias, residual if adds else None, slope)
+        close(y, expected, dtype, "y", 4)
+        gradients = torch.autograd.grad(expected, [leaf for leaf in leaves if leaf is not None], dy.double())
+        came = layers.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, True, True])
+        close(came[0], gradients[0], dtype, "dx", 4)
+        close(came[2], gradients[1], dtype, "dweight", 4 * x.numel() ** 0.5)
+        close(came[3], gradients[2], dtype, "dbias", 4 * x.numel() ** 0.5)
+        if adds:
+            close(came[1], gradients[3], dtype, "dresidual", 4)
+        frozen = layers.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, False, False])
+        same(frozen, (came[0], came[1], None, None))
+
+
+@EVERY_SHAPE
+def test_halves(shape, last, dtype):
+    """What SyncBatchNorm adds up between them, here of one process: together they are the whole."""
+    x, dy = laid_out(shape, last, dtype), laid_out(shape, last, dtype)
+    channels = shape[1]
+    weight, bias = affine("both", channels, dtype)
+    mean, var = moments(x.double())
+    came = layers.batch_norm_moments(x)
+    close(came[0], mean, came.dtype, "mean")
+    close(came[1], var, came.dtype, "variance")
+    stats = torch.stack([came[0], 1 / (came[1] + EPS).sqrt()])
+    y = layers.batch_norm_apply(x, stats, weight, bias, None, 0.25)
+    close(y, batch_norm(x.double(), mean, var, weight.double(), bias.double(), None, 0.25), dtype, "y", 4)
+
+    whole = layers.batch_norm_backward(dy, x, y, weight, stats, 0.25, True, [True, True, True, True])
+    sums = layers.batch_norm_backward_sums(dy, x, y, stats, 0.25)
+    count = float(x.numel() // channels)
+    halves = layers.batch_norm_backward_apply(dy, x, y, weight, stats, sums, count, 0.25, [True, True])
+    same(halves, whole[:2])
+    close(sums[0].to(weight.dtype), whole[3], dtype, "sum of dz", 4 * count**0.5)
+    close(sums[1].to(weight.dtype), whole[2], dtype, "sum of dz * xhat", 4 * count**0.5)
+
+
+@pytest.mark.parametrize(("shape", "last"), [((5, 3, 4, 4), False), ((300, 264), True)], ids=str)
+def test_odd_addresses(shape, last, dtype):
+    """The same numbers, all of them read one by one; the order of the sums is another."""
+    aligned, dy = laid_out(shape, last, dtype), laid_out(shape, last, dtype)
+    odd = laid_out(shape, last, dtype, offset=1).copy_(aligned)
+    results = []
+    for x in (aligned, odd):
+        y, stats = layers.batch_norm(x, None, None, None, None, None, 0.0, EPS, None)
+        results.append((y, *layers.batch_norm_backward(dy, x, y, None, stats, None, True, [True, False, False, False])))
+    close(results[1][0], results[0][0], dtype, "y", 10)
+    close(results[1][1], results[0][1], dtype, "dx", 10)
+
+
+@pytest.mark.parametrize("running_dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_running_statistics_of_another_dtype(running_dtype):
+    x = random(50, 3, 4, dtype=torch.float32)
+    running = torch.zeros(3, dtype=running_dtype, device=DEVICE), torch.ones(3, dtype=running_dtype, device=DEVICE)
+    layers.batch_norm(x, None, None, None, *running, 0.5, EPS, None)
+    mean, var = moments(x.double())
+    close(running[0], 0.5 * mean, torch.float32, "running mean")
+    close(running[1], 0.5 + 0.5 * var * 200 / 199, torch.float32, "running variance")
+
+
+@EVERY_SHAPE
+def test_statistics_of_a_large_mean(shape, last):
+    """1e4 with a noise of 1e-2: three digits of the deviation, and a mean to the last place."""
+    x = (1e4 + laid_out(shape, last, torch.float64) * 1e-2).float()
+    mean, var = moments(x.double())
+    running = torch.zeros(shape[1], device=DEVICE), torch.zeros(shape[1], device=DEVICE)
+    y, stats = layers.batch_norm(x, None, None, None, *running, 1.0, 0.0, None)
+    n = x.numel() // shape[1]
+    if n < 10:
+        return
+    close(stats[1] * var.sqrt(), torch.ones(shape[1]), torch.float32, "deviation", 100)
+    close(stats[0], mean, torch.float32, "mean", 0.02)
+    close(running[1] / (var * n / (n - 1)), torch.ones(shape[1]), torch.float32, "running variance", 100)
+    close(y, (x.double() - of_channel(mean, x)) / of_channel(var, x).sqrt(), torch.float32, "y", 200)
