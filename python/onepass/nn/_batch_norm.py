@@ -158,6 +158,8 @@ def _constant_statistics(running: Running, eps: float, dtype: torch.dtype) -> Te
     mean, var = running
     assert mean is not None
     assert var is not None
+    if mean.dtype == var.dtype == dtype and mean.dim() == var.dim() == 1:  # three operations less
+        return torch.stack((mean, torch.rsqrt(var + eps)))
     return torch.stack((mean.to(dtype).reshape(-1), torch.rsqrt(var.to(dtype).reshape(-1) + eps)))
 
 
