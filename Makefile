@@ -56,7 +56,8 @@ test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU
 	$(PY) -m pytest tests/cuda_on_host
 
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
-	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) --budget 'double|Adam<true>|RMSprop<true, true>=128'
+	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
+	  --budget 'double|Adam<true>|RMSprop<true, true>|(float|half|bfloat16), true>=128'
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m ruff check .

@@ -34,7 +34,7 @@ struct Table {
 };
 
 template <class Rule, class T, bool by_rows>
-__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state))
+__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state, by_rows))
     apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T, by_rows>) table) {
   using F = Arithmetic<T>;
   using Step = typename Table<Rule, T, by_rows>::Step;
