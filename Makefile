@@ -11,6 +11,7 @@ BASE_PYTHON ?= python3
 # Installed before what depends on it, so that pip does not choose another.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+BENCH ?= optimizers wrappers layers
 BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
 
@@ -44,7 +45,7 @@ BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUIL
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(PACKAGE) ## Train two networks with torch.optim and with onepass: table and demo.png
+demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and demo.png
 	$(PY) examples/demo.py
 
 test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
@@ -55,7 +56,8 @@ test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU
 	$(PY) -m pytest tests/cuda_on_host
 
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
-	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR))
+	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
+	  --budget 'double|Adam<true>|RMSprop<true, true>|(float|half|bfloat16), true>|row_norm|batch_=128'
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m ruff check .
@@ -63,8 +65,8 @@ lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m mypy
 	$(if $(PYTHON),,$(VENV)/bin/)clang-format --dry-run -Werror $(NATIVE)
 
-bench: $(PACKAGE) ## Benchmarks against torch and the memory's limit; BENCH_ARGS="--filter adamw" for some
-	$(PY) benchmarks/optimizers.py --out $(RESULTS) $(BENCH_ARGS)
+bench: $(PACKAGE) ## Against torch and the memory's limit; BENCH=layers BENCH_ARGS="--filter LayerNorm" for some
+	set -e; for benchmark in $(BENCH); do $(PY) benchmarks/$$benchmark.py --out $(RESULTS) $(BENCH_ARGS); done
 
 wheel: $(ENVIRONMENT) ## A wheel in dist/
 	$(PIP) wheel $(BUILD_FLAGS) --wheel-dir dist .

@@ -52,8 +52,10 @@ RULES = {
     "RMSprop centered": Rule("RMSprop", 3, {"lr": 1e-3, "centered": True, "momentum": 0.9}),
     "Rprop": Rule("Rprop", 2, {"lr": 1e-3}),
     "Adagrad": Rule("Adagrad", 1, {"lr": 1e-3}),
+    "SparseAdam": Rule("SparseAdam", 2, {"lr": 1e-3}),
 }
 USUAL_RULES = ("SGD", "Adam", "AdamW")  # on whole networks and in the other forms
+SPARSE_RULES = ("Adagrad", "SparseAdam")  # on an embedding
 TORCH_PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
 
 # Where a step moves less than this, it runs in the caches and the limit of the memory says nothing.
@@ -72,6 +74,7 @@ class Row:
     rule: str
     dtype: torch.dtype = torch.float32
     clip: bool = False
+    rows: int = 0  # of a sparse gradient; 0: it is dense
 
     @property
     def name(self) -> str:
@@ -87,12 +90,17 @@ class Row:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def updated(self) -> int:
+        """Elements that a step updates."""
+        return self.rows * math.prod(self.shapes[0][1:]) if self.rows else self.elements
+
+    @property
     def passes(self) -> list[limit.Pattern]:
         return limit.passes(self.dtype.itemsize, self.states, self.clip)
 
     @property
     def bytes_moved(self) -> int:
-        return self.elements * sum(pattern.bytes_per_element for pattern in self.passes)
+        return self.updated * sum(pattern.bytes_per_element for pattern in self.passes)
 
     def bytes_needed(self, variants: int) -> int:
         """Memory of all variants together; torch's foreach and loop paths take up to two temporaries of all sizes."""
@@ -111,13 +119,15 @@ def rows(quick: bool) -> Iterator[Row]:
     tiny: dict[str, Shapes] = {"1000 x 256": [(256,)] * 1000}
     nets = {} if quick else {"ResNet-50": resnet50(), "GPT-2 small": gpt2_small()}
     for case, shapes in (big | tiny | nets).items():
-        yield from (Row(case, shapes, rule) for rule in (USUAL_RULES if case in nets else RULES))
+        dense = [rule for rule in RULES if rule != "SparseAdam"]
+        yield from (Row(case, shapes, rule) for rule in (USUAL_RULES if case in nets else dense))
         yield Row(case, shapes, "AdamW", clip=True)
         if case in big:
             yield Row(case, shapes, "SGD", torch.bfloat16)
             yield Row(case, shapes, "AdamW", torch.bfloat16)
         if case in tiny:  # twice as many: together they give the cost of a further tensor
             yield from (Row("2000 x 256", shapes * 2, rule) for rule in ("SGD", "AdamW"))
+    yield from (Row("8192 of 400k rows", [(400_000, 64)], rule, rows=8192) for rule in SPARSE_RULES)
 
 
 def arguments_of(rule: Rule) -> Mapping[str, object]:
@@ -150,9 +160,15 @@ def make_params(row: Row, device: torch.device) -> list[torch.Tensor]:
     params = []
     for shape in row.shapes:
         param = torch.randn(shape, device=device).mul_(0.02).to(row.dtype).requires_grad_()
-        param.grad = param.detach().clone()
+        param.grad = some_rows(param, row.rows) if row.rows else param.detach().clone()
         params.append(param)
     return params
+
+
+def some_rows(param: torch.Tensor, n: int) -> torch.Tensor:
+    """A sparse gradient as backward() makes it for an embedding: rows in any order, some of them twice."""
+    rows = torch.randint(param.shape[0], (1, n), device=param.device)
+    return torch.sparse_coo_tensor(rows, param.detach()[rows[0]], param.shape, check_invariants=False)
 
 
 def copies(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -160,7 +176,7 @@ def copies(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     result = []
     for param in params:
         copy = param.detach().clone().requires_grad_()
-        copy.grad = param.detach().clone()
+        copy.grad = None if param.grad is None else param.grad.clone()
         result.append(copy)
     return result
 
@@ -202,7 +218,7 @@ def make_variants(row: Row, paths: Sequence[str], device: torch.device) -> tuple
     memory: dict[str, Json] = {}
     params = make_params(row, device)
     for path in paths:
-        if path == "fused" and "fused" not in arguments_of(RULES[row.rule]):
+        if path == "fused" and ("fused" not in arguments_of(RULES[row.rule]) or row.rows):
             continue
         if variants and row.elements <= SHARED_ABOVE:
             params = copies(params)

@@ -1,7 +1,7 @@
 """From the JSON of a benchmark to what people read: text, a markdown table, a plot.
 
 python benchmarks/report.py benchmarks/results/optimizers-*.json                  # markdown to the terminal
-python benchmarks/report.py RESULT.json --readme README.md --plot docs/speed.png  # into the README, between its markers
+python benchmarks/report.py benchmarks/results/*.json --page docs/speed.md   # into the page, with its plots beside it
 """
 
 from __future__ import annotations
@@ -254,17 +254,14 @@ def insert(page: str, benchmark: str, text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON files that a benchmark saved")
-    parser.add_argument("--readme", type=Path, help="write the tables into this page, between their markers")
-    parser.add_argument("--plot", type=Path, help="write the plot of the first result here")
+    parser.add_argument("--page", type=Path, help="write the tables between their markers, the plots beside the page")
     args = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in args.results]
-    for result in results:
-        if args.readme:
-            args.readme.write_text(insert(args.readme.read_text(), result["benchmark"], markdown(result)))
+    for result in (json.loads(path.read_text()) for path in args.results):
+        if args.page:
+            args.page.write_text(insert(args.page.read_text(), result["benchmark"], markdown(result)))
+            plot(result, args.page.with_name(f"{args.page.stem}-{result['benchmark']}.png"))
         else:
             print(markdown(result), end="\n\n")
-    if args.plot:
-        plot(results[0], args.plot)
     return 0
 
 

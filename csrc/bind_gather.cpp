@@ -199,10 +199,22 @@ void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObjec
   std::vector<PyObject*> streams;
   for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
   const std::size_t first_state = grad != nullptr ? 2 : 1;
-  if (streams.size() != first_state + n_states) throw py::value_error("mend() gave a wrong number of tensors");
-  const bool fine = read_streams(streams[0], grad != nullptr ? streams[1] : nullptr, streams.data() + first_state,
-                                 n_states, entry, false) &&
-                    read_scalars(scalars, device_scalars, entry);
+  const bool by_rows = streams.size() == first_state + n_states + 1 && rule.takes_rows && grad != nullptr;
+  if (streams.size() != first_state + n_states + by_rows)
+    throw py::value_error("mend() gave a wrong number of tensors");
+  bool fine = read_streams(streams[0], grad != nullptr && !by_rows ? streams[1] : nullptr, streams.data() + first_state,
+                           n_states, entry, false) &&
+              read_scalars(scalars, device_scalars, entry);
+  if (fine && by_rows) {
+    TensorView values;
+    fine = read(streams[1], values) && values.dtype == entry.dtype && values.device_type == entry.device_type &&
+           values.device == entry.device;
+    const py::tuple rows(stand_ins[first_state + n_states]);
+    entry.item.grad = values.data;
+    entry.item.size = values.size;
+    entry.item.rows = reinterpret_cast<const std::int64_t*>(rows[0].cast<std::uintptr_t>());
+    entry.item.row_size = rows[1].cast<std::int64_t>();
+  }
   if (!fine) throw py::value_error("parameter " + std::to_string(index) + " is of a kind that no kernel can update");
 }
 

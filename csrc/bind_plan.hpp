@@ -56,8 +56,9 @@ class Plan {
 
   // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
   // device and layout goes through mend(index, param, grad, states, scalars), which returns one-dimensional dense
-  // stand-ins [param, grad, *states] or raises the error that names the trouble. Returns the indices of the parameters
-  // whose state is missing; if there are any the plan is not to be run.
+  // stand-ins [param, grad, *states] or raises the error that names the trouble. Of a sparse gradient the stand-in
+  // holds the values, and (address of the row numbers, row size) follows the states. Returns the indices of the
+  // parameters whose state is missing; if there are any the plan is not to be run.
   py::list gather(int variant, const py::object& params, const py::dict& state, const py::tuple& hyper,
                   bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
                   const py::function& mend);

@@ -49,7 +49,7 @@ struct RuleVariant {
   std::string rule;
   std::vector<std::string> hyper_names, state_names;
   std::vector<PyObject*> state_keys;  // state_names as interned Python strings, never freed
-  bool reads_grad;
+  bool reads_grad, takes_rows;
   PyObject* product_key;  // name of the running product, interned; null where the rule keeps none
   double (*product_factor)(const double* hyper, double t);
   std::vector<cpu::ApplyFunction> cpu;  // one for each of isa_names
@@ -78,23 +78,30 @@ double product_factor(const double* hyper, double t) {
   return RunningProduct<Rule>::factor(h, t);
 }
 
+template <class Rule>
+RuleVariant describe_variant(const char* name) {
+  RuleVariant v{};
+  v.rule = name;
+  v.hyper_names = split_names(Rule::hyper_names);
+  v.state_names = split_names(Rule::state_names);
+  for (const std::string& state : v.state_names) v.state_keys.push_back(PyUnicode_InternFromString(state.c_str()));
+  v.reads_grad = Rule::reads_grad;
+  v.takes_rows = takes_rows<Rule>;
+  if (*RunningProduct<Rule>::name != 0) v.product_key = PyUnicode_InternFromString(RunningProduct<Rule>::name);
+  v.product_factor = &product_factor<Rule>;
+  return v;
+}
+
 template <class... Rules>
 void describe(std::vector<RuleVariant>& out, const char* name, Variants<Rules...>,
               const std::vector<const cpu::ApplyFunction*>& cpu_tables, const cuda::ApplyFunction* cuda_table) {
   int variant = 0;
-  const auto add = [&](const char* hyper_names, const char* state_names, bool reads_grad, const char* product_name,
-                       double (*factor)(const double*, double)) {
-    RuleVariant v{name,   split_names(hyper_names), split_names(state_names), {}, reads_grad, nullptr, factor, {},
-                  nullptr};
-    if (*product_name != 0) v.product_key = PyUnicode_InternFromString(product_name);
-    for (const std::string& state : v.state_names) v.state_keys.push_back(PyUnicode_InternFromString(state.c_str()));
+  for (RuleVariant v : {describe_variant<Rules>(name)...}) {
     for (const auto* table : cpu_tables) v.cpu.push_back(table[variant]);
     if (cuda_table != nullptr) v.cuda = cuda_table[variant];
     out.push_back(v);
     ++variant;
-  };
-  (add(Rules::hyper_names, Rules::state_names, Rules::reads_grad, RunningProduct<Rules>::name, &product_factor<Rules>),
-   ...);
+  }
 }
 
 inline const std::vector<RuleVariant>& rule_variants() {

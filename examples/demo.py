@@ -84,7 +84,8 @@ class Block(nn.Module):
         q, k, v = self.attend(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop1(self.project(mixed.transpose(1, 2).flatten(2)))
-        return x + self.drop2(self.network(self.norm2(x)))
+        result: Tensor = x + self.drop2(self.network(self.norm2(x)))
+        return result
 
 
 class CharacterGPT(nn.Module):
@@ -103,7 +104,8 @@ class CharacterGPT(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         x = self.characters(text) + self.places.weight[: text.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(self.drop(x))))
-        return logits.flatten(0, 1)
+        flat: Tensor = logits.flatten(0, 1)
+        return flat
 
 
 def sgd_torch(model: nn.Module) -> Step:

@@ -570,7 +570,7 @@ def test_parameters_that_cannot_be_averaged(bad):
 
 def test_an_error_of_the_wrapped_optimizer_changes_nothing():
     params = parameters()
-    optimizer = Lookahead(SGD(params, lr=0.1), 2)
+    optimizer = Lookahead(Adam(params, lr=0.1), 2)
     params[0].grad = torch.zeros(7)
     params[2].grad = torch.zeros(33, 31).to_sparse()
     before = snapshot(optimizer)

@@ -207,7 +207,7 @@ def test_collector_is_as_it_was_after_an_error() -> None:
     p = Parameter(torch.ones(2))
     p.grad = torch.ones(2).to_sparse()
     with pytest.raises(RuntimeError):
-        SGD([p], lr=0.1).step()
+        Adam([p], lr=0.1).step()
     assert gc.isenabled()
 
 

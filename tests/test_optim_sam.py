@@ -156,7 +156,10 @@ def test_maximize_looks_the_other_way(device):
         for p in ps:
             p.grad.mul_(sign)
         optimizer.first_step()
-        optimizer.second_step()
+    for p, twin in zip(params, twins, strict=True):
+        assert_close(p, twin, 0.0, "perturbed parameter")
+    up.second_step()
+    down.second_step()
     for p, twin in zip(params, twins, strict=True):
         assert_close(p, twin, 0.0, "parameter")
 

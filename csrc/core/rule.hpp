@@ -49,6 +49,14 @@ struct RunningProduct<Rule, decltype(void(Rule::product_name))> {
   ONEPASS_HD static double factor(const typename Rule::Hyper& h, double t) { return Rule::product_factor(h, t); }
 };
 
+// A rule whose update leaves elements with a zero gradient alone, or is meant to pass over them, may be given the rows
+// of a sparse gradient only: it then has
+//   static constexpr bool takes_rows = true;
+template <class Rule, class = void>
+constexpr bool takes_rows = false;
+template <class Rule>
+constexpr bool takes_rows<Rule, decltype(void(Rule::takes_rows))> = Rule::takes_rows;
+
 // In the precision that the state is kept in, like torch's `mu_product *= mu`.
 ONEPASS_HD double next_product(double product, double factor, bool is_double) {
   return is_double ? product * factor : double(float(product) * float(factor));

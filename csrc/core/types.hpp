@@ -18,8 +18,12 @@ struct Item {
   void* param;
   const void* grad;  // null when the rule reads none
   void* state[max_states];
-  std::int64_t size;
+  std::int64_t size;  // elements to update
   std::int32_t use;
+  // Of a sparse gradient, else null: the gradient holds the values of some rows of row_size elements, one after the
+  // other, and param and states are tables in which the r-th of them is row rows[r]. No row comes twice.
+  const std::int64_t* rows;  // where the tensor lives
+  std::int64_t row_size;
 };
 
 // What may differ between the tensors of one launch and changes the scalars of a step.

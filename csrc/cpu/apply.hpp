@@ -39,6 +39,21 @@ static void update_range(const Item& item, std::int64_t begin, std::int64_t end,
   if (i < end) update_pack<false, Rule, T>(item, i, static_cast<int>(end - i), k);
 }
 
+// Of a sparse gradient: the parts of the rows that [begin, end) of the values cover, each like a tensor whose param and
+// states stand where they do in the table.
+template <class Rule, class T, class Step>
+static void update_rows(const Item& item, std::int64_t begin, std::int64_t end, const Step& k) {
+  for (std::int64_t i = begin; i < end;) {
+    const std::int64_t row = i / item.row_size, row_end = (row + 1) * item.row_size;
+    const std::int64_t shift = (item.rows[row] - row) * item.row_size;
+    Item part = item;
+    part.param = static_cast<T*>(item.param) + shift;
+    for (int s = 0; s < Rule::n_state; ++s) part.state[s] = static_cast<Arithmetic<T>*>(item.state[s]) + shift;
+    update_range<Rule, T>(part, i, row_end < end ? row_end : end, k);
+    i = row_end;
+  }
+}
+
 template <class Rule, class T>
 struct ApplyTeam {
   using Step = typename Rule::template Step<Arithmetic<T>>;
@@ -57,7 +72,11 @@ struct ApplyTeam {
     for (const Item* item = team.call.items; first < end; first += item->size, ++item) {
       const std::int64_t from = begin > first ? begin - first : 0;
       const std::int64_t to = end - first < item->size ? end - first : item->size;
-      if (from < to) update_range<Rule, T>(*item, from, to, team.steps[item->use]);
+      if (from >= to) continue;
+      if (takes_rows<Rule> && item->rows != nullptr)
+        update_rows<Rule, T>(*item, from, to, team.steps[item->use]);
+      else
+        update_range<Rule, T>(*item, from, to, team.steps[item->use]);
     }
   }
 

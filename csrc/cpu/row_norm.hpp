@@ -49,6 +49,7 @@ struct RowNormTeam {
   static __attribute__((always_inline)) void normalise(const T* x, T* y, const Affine<F>& affine,
                                                        const rows::Stats<F>& stats, std::int64_t i, int count,
                                                        std::int64_t n) {
+    __builtin_prefetch(y + i, 1);
     __builtin_prefetch(x + i + n);  // the next row: the processor's own prefetching stops at the end of a page
     const Reg<F> v = load<whole>(x + i, count);
     Reg<F> out;

@@ -12,17 +12,19 @@
 
 namespace onepass::cuda {
 
-// The parameter block of the apply kernel. Empty tensors are not in it.
-template <class Rule, class T>
+// The parameter block of the apply kernel. Empty tensors are not in it. by_rows: all of them have sparse gradients.
+template <class Rule, class T, bool by_rows>
 struct Table {
   using Step = typename Rule::template Step<Arithmetic<T>>;
   static constexpr int n_streams = 1 + (Rule::reads_grad ? 1 : 0) + Rule::n_state;
   static constexpr int fixed_bytes = tuning::max_steps * sizeof(Step) + 64;
-  static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4;
+  static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4 + (by_rows ? 16 : 0);
   static constexpr int capacity = (tuning::parameter_bytes - fixed_bytes) / bytes_per_tensor;
 
   void* stream[n_streams][capacity];  // param, grad if read, states
   std::int64_t size[capacity];
+  const std::int64_t* rows[by_rows ? capacity : 1];
+  std::int64_t row_size[by_rows ? capacity : 1];
   std::uint32_t first_chunk[capacity];
   std::int32_t step[capacity];    // index of its Step
   Step steps[tuning::max_steps];  // prepared by the host
@@ -31,11 +33,11 @@ struct Table {
   std::int32_t n_tensors;
 };
 
-template <class Rule, class T>
-__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm)
-    apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T>) table) {
+template <class Rule, class T, bool by_rows>
+__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state, by_rows))
+    apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T, by_rows>) table) {
   using F = Arithmetic<T>;
-  using Step = typename Table<Rule, T>::Step;
+  using Step = typename Table<Rule, T, by_rows>::Step;
   constexpr int w = width<T>, n_state = Rule::n_state;
   if (table.found_inf != nullptr && *table.found_inf != 0) return;
 
@@ -45,25 +47,37 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   const std::int64_t left = table.size[tensor] - offset;
   const int n = left < tuning::apply_chunk ? int(left) : tuning::apply_chunk;
 
-  T* const param = static_cast<T*>(table.stream[0][tensor]) + offset;
+  const std::int64_t in_table = by_rows ? 0 : offset;
+  T* const param = static_cast<T*>(table.stream[0][tensor]) + in_table;
   const T* grad = nullptr;
   if constexpr (Rule::reads_grad) grad = static_cast<const T*>(table.stream[1][tensor]) + offset;
   F* state[n_state > 0 ? n_state : 1] = {};
   bool aligned = is_aligned16(param) && is_aligned16(grad);
   ONEPASS_UNROLL
   for (int s = 0; s < n_state; ++s) {
-    state[s] = static_cast<F*>(table.stream[Table<Rule, T>::n_streams - n_state + s][tensor]) + offset;
+    state[s] = static_cast<F*>(table.stream[Table<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + in_table;
     aligned = aligned && is_aligned16(state[s]);
   }
+  // Where the i-th gradient of this chunk belongs: its index in param and states.
+  const auto place = [&](int i) {
+    if constexpr (by_rows) {
+      const std::int64_t at = offset + i, row = at / table.row_size[tensor];
+      return at + (table.rows[tensor][row] - row) * table.row_size[tensor];
+    } else {
+      return i;
+    }
+  };
+  if constexpr (by_rows) aligned = aligned && table.row_size[tensor] % w == 0;
 
   const int whole = aligned ? n / w * w : 0;
   for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w) {
-    auto p = Elements<T, w>::load(param + i);
+    const auto at = place(i);
+    auto p = Elements<T, w>::load(param + at);
     Elements<T, w> g;
     if constexpr (Rule::reads_grad) g = Elements<T, w>::load(grad + i);
     Elements<F, w> s[n_state > 0 ? n_state : 1];
     ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j] = Elements<F, w>::load(state[j] + i);
+    for (int j = 0; j < n_state; ++j) s[j] = Elements<F, w>::load(state[j] + at);
     ONEPASS_UNROLL
     for (int e = 0; e < w; ++e) {
       F of_element[n_state > 0 ? n_state : 1];
@@ -74,24 +88,25 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
       ONEPASS_UNROLL
       for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
     }
-    p.store(param + i);
+    p.store(param + at);
     if constexpr (writes_state<Rule>) {
       ONEPASS_UNROLL
-      for (int j = 0; j < n_state; ++j) s[j].store(state[j] + i);
+      for (int j = 0; j < n_state; ++j) s[j].store(state[j] + at);
     }
   }
 
   // The tail of an aligned chunk, or all of an unaligned one.
   for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads) {
+    const auto at = place(i);
     F s[n_state > 0 ? n_state : 1];
     ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j] = state[j][i];
+    for (int j = 0; j < n_state; ++j) s[j] = state[j][at];
     F gradient = 0;
     if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
-    encode(param[i], Rule::template update<F>(k, decode(param[i]), gradient, s));
+    encode(param[at], Rule::template update<F>(k, decode(param[at]), gradient, s));
     if constexpr (writes_state<Rule>) {
       ONEPASS_UNROLL
-      for (int j = 0; j < n_state; ++j) state[j][i] = s[j];
+      for (int j = 0; j < n_state; ++j) state[j][at] = s[j];
     }
   }
 }
@@ -180,21 +195,23 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
   return steps;
 }
 
-// Collects tensors until a table is full, then launches it.
-template <class Rule, class T>
+// Collects tensors until a table is full, then launches it: those with sparse gradients, or the others.
+template <class Rule, class T, bool by_rows>
 class Launcher {
  public:
   using F = Arithmetic<T>;
-  using Step = typename Table<Rule, T>::Step;
+  using Table = cuda::Table<Rule, T, by_rows>;
+  using Step = typename Table::Step;
 
-  explicit Launcher(const Apply& call) : call_(call) {
-    static_assert(sizeof(Table<Rule, T>) <= tuning::parameter_bytes, "the table must fit the parameter block");
-    table_.prepared = call.workspace != nullptr ? launch_prepare<Rule, F>(call) : nullptr;
+  Launcher(const Apply& call, const Step* prepared) : call_(call) {
+    static_assert(sizeof(Table) <= tuning::parameter_bytes, "the table must fit the parameter block");
+    table_.prepared = prepared;
     table_.found_inf = call.device_scaling.found_inf;
   }
 
   void run() {
-    for (std::int64_t i = 0; i < call_.n_items; ++i) add(call_.items[i]);
+    for (std::int64_t i = 0; i < call_.n_items; ++i)
+      if ((call_.items[i].rows != nullptr) == by_rows) add(call_.items[i]);
     flush();
   }
 
@@ -202,7 +219,7 @@ class Launcher {
   void add(const Item& item) {
     if (item.size == 0) return;
     const std::uint64_t chunks = (std::uint64_t(item.size) + tuning::apply_chunk - 1) / tuning::apply_chunk;
-    if (table_.n_tensors == Table<Rule, T>::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
+    if (table_.n_tensors == Table::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
     int step = step_of(item.use);
     if (step < 0) {
       flush();
@@ -216,6 +233,10 @@ class Launcher {
     table_.size[i] = item.size;
     table_.first_chunk[i] = std::uint32_t(n_chunks_);
     table_.step[i] = step;
+    if constexpr (by_rows) {
+      table_.rows[i] = item.rows;
+      table_.row_size[i] = item.row_size;
+    }
     n_chunks_ += chunks;
   }
 
@@ -237,27 +258,34 @@ class Launcher {
 
   void flush() {
     if (table_.n_tensors > 0)
-      launch("apply", apply_kernel<Rule, T>, dim3(unsigned(n_chunks_)), dim3(tuning::apply_threads), 0,
+      launch("apply", apply_kernel<Rule, T, by_rows>, dim3(unsigned(n_chunks_)), dim3(tuning::apply_threads), 0,
              call_.where.stream, table_);
     table_.n_tensors = n_steps_ = 0;
     n_chunks_ = 0;
   }
 
   const Apply& call_;
-  Table<Rule, T> table_{};
+  Table table_{};
   std::uint64_t n_chunks_ = 0;
   int n_steps_ = 0;
   int use_of_[tuning::max_steps] = {};
 };
 
+template <class Rule, class T>
+void apply_to(const Apply& call) {
+  const auto* const prepared = call.workspace != nullptr ? launch_prepare<Rule, Arithmetic<T>>(call) : nullptr;
+  Launcher<Rule, T, false>(call, prepared).run();
+  if constexpr (takes_rows<Rule>) Launcher<Rule, T, true>(call, prepared).run();
+}
+
 template <class Rule>
 void apply(const Apply& call) {
   const DeviceGuard guard(call.where.device);
   switch (call.dtype) {
-    case DType::float32: return Launcher<Rule, float>(call).run();
-    case DType::float64: return Launcher<Rule, double>(call).run();
-    case DType::bfloat16: return Launcher<Rule, __nv_bfloat16>(call).run();
-    case DType::float16: return Launcher<Rule, __half>(call).run();
+    case DType::float32: return apply_to<Rule, float>(call);
+    case DType::float64: return apply_to<Rule, double>(call);
+    case DType::bfloat16: return apply_to<Rule, __nv_bfloat16>(call);
+    case DType::float16: return apply_to<Rule, __half>(call);
   }
 }
 

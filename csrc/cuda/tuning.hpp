@@ -3,11 +3,14 @@
 
 namespace onepass::cuda::tuning {
 
-// Threads of a block, and blocks of an SM that registers must leave room for: 64 registers a thread. Without the second
-// number ptxas aims at 48 on sm_90 and spills; 1024 threads with 4 loads of 16 bytes in flight each saturate the
-// memory.
+// Threads of a block, and blocks of an SM that registers must leave room for: 64 registers a thread, and 128 with three
+// states, for rows of a table, whose places take registers too, or for float64, whose divisions and roots need more.
+// Without the second number ptxas aims at 48 on sm_90 and spills. 1024 threads with 4 loads of 16 bytes in flight each
+// saturate the memory; so do 512 with more of them.
 constexpr int apply_threads = 256;
-constexpr int apply_blocks_per_sm = 4;
+constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool by_rows) {
+  return param_bytes == 8 || n_state > 2 || by_rows ? 2 : 4;
+}
 
 // Elements of a block's chunk: 8 rounds of 16-byte loads of float32. Long enough that finding the tensor is free, short
 // enough that a list of a few million elements still fills a large GPU. A multiple of every pack width.

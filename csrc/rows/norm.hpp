@@ -28,16 +28,16 @@ ONEPASS_HD V input_gradient(V g, V xhat, F mean_g, F mean_gx, F rstd) {
   return ((g - mean_g) - xhat * mean_gx) * rstd;
 }
 
-// Leaky ReLU: slope 0 is ReLU. NaN stays NaN.
+// Leaky ReLU: slope 0 is ReLU, and no product then, which of an infinity would be NaN. NaN stays NaN.
 template <class F, class V>
 ONEPASS_HD V activation(V z, F slope) {
-  return select(z <= 0, z * slope, z);
+  return select(z <= 0, slope == 0 ? V{} : z * slope, z);
 }
 
 // dy before the activation, from its result: slopes are not negative, so the sign is that of its argument.
 template <class F, class V>
 ONEPASS_HD V activation_gradient(V dy, V y, F slope) {
-  return select(y <= 0, dy * slope, dy);
+  return select(y <= 0, slope == 0 ? V{} : dy * slope, dy);
 }
 
 }  // namespace onepass::rows

@@ -8,6 +8,7 @@ struct Adagrad {
   static constexpr int n_state = 1;
   static constexpr const char* state_names = "sum";
   static constexpr bool reads_grad = true;
+  static constexpr bool takes_rows = true;
 
   ONEPASS_HYPER(lr, lr_decay, weight_decay, eps, eps_inside_sqrt);
 

@@ -1,4 +1,5 @@
-// Adam (Kingma & Ba 2015, alg. 1), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi et al. 2018). The only Adam here.
+// Adam (Kingma & Ba 2015, alg. 1), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi et al. 2018), SparseAdam (torch's,
+// with eps_before_correction: the end of section 2 there). The only Adam here.
 #pragma once
 #include "core/rule.hpp"
 
@@ -10,8 +11,10 @@ struct Adam {
   static constexpr int n_state = amsgrad ? 3 : 2;
   static constexpr const char* state_names = amsgrad ? "exp_avg, exp_avg_sq, max_exp_avg_sq" : "exp_avg, exp_avg_sq";
   static constexpr bool reads_grad = true;
+  static constexpr bool takes_rows = !amsgrad;  // SparseAdam: moments rest where there is no gradient
 
-  ONEPASS_HYPER(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, bias_correction, eps_inside_sqrt);
+  ONEPASS_HYPER(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, bias_correction, eps_inside_sqrt,
+                eps_before_correction);
 
   // What one step needs of them, in the arithmetic type F.
   template <class F>
@@ -36,7 +39,7 @@ struct Adam {
     k.step_size = F(h.lr / correction1);
     k.inv_root_correction2 = F(1 / sqrt(correction2));
     k.eps_in = F(eps_in ? h.eps * correction2 : 0);
-    k.eps_out = F(eps_in ? 0 : h.eps);
+    k.eps_out = F(eps_in ? 0 : h.eps_before_correction != 0 ? h.eps / sqrt(correction2) : h.eps);
     return k;
   }
 

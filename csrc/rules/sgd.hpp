@@ -10,6 +10,7 @@ struct Sgd {
   static constexpr int n_state = has_momentum ? 1 : 0;
   static constexpr const char* state_names = has_momentum ? "momentum_buffer" : "";
   static constexpr bool reads_grad = true;
+  static constexpr bool takes_rows = !has_momentum;  // the velocity moves rows without a gradient too
 
   ONEPASS_HYPER(lr, momentum, dampening, weight_decay, nesterov, lr_in_velocity);
 

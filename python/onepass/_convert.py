@@ -63,7 +63,7 @@ def _reason_to_leave(module: nn.Module) -> Iterator[str]:
     kind = type(module)
     if kind in _SWAPS:
         yield "its forward was replaced on the instance"
-    elif not isinstance(module, _NEIGHBOURS) or kind.__module__.startswith(fused.__name__):
+    elif not isinstance(module, _NEIGHBOURS) or isinstance(module, tuple(_SWAPS.values())):
         return
     elif isinstance(module, nn.modules.lazy.LazyModuleMixin):
         yield "a lazy module: convert after its first forward"

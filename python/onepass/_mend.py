@@ -7,6 +7,7 @@ what to do.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -33,8 +34,9 @@ class Mender:
         name: what error messages call the i-th parameter.
         states: names of the states, in the order they come.
         has_cuda: whether this build has CUDA kernels.
-        sparse_text: torch's sentence for this optimizer about sparse gradients, or None.
+        sparse_text: torch's sentence for refusing sparse gradients; None: they are taken.
         replace: stores a state anew (index, name, tensor): with the parameter's strides, where they had come apart.
+        by_rows: of sparse gradients take the rows only; else they are made dense.
     """
 
     def __init__(
@@ -44,16 +46,22 @@ class Mender:
         has_cuda: bool,
         sparse_text: str | None = None,
         replace: Callable[[int, str, Tensor], None] | None = None,
+        by_rows: bool = False,
     ) -> None:
         self.name, self.states = name, states
-        self.has_cuda, self.sparse_text, self.replace = has_cuda, sparse_text, replace
+        self.has_cuda, self.replace = has_cuda, replace
+        self.sparse_text, self.by_rows = sparse_text, by_rows
         self.copies: dict[Any, tuple[Tensor, Tensor, bool]] = {}  # by memory: (original, copy, write it back)
         self.locals: list[Tensor] = []
+        self.alive: list[Tensor] = []  # whose addresses the native side has
 
     def __call__(
         self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
-    ) -> list[Tensor]:
-        """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size. scalars: the 0-d states."""
+    ) -> list[Any]:
+        """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size. scalars: the 0-d states.
+
+        Of a sparse gradient the stand-in holds the values, and (address of the row numbers, row size) follows the states.
+        """
         who = self.name(index)
         for name, value in scalars.items():
             self._check_scalar(who, name, value)
@@ -66,7 +74,16 @@ class Mender:
         with torch.no_grad():
             states = self._align(index, param, states)
             plain = [tensor.detach().as_subclass(Tensor) for tensor in (param, *states)]
-            if grad is not None:
+            if grad is not None and grad.is_sparse:
+                if self.by_rows:
+                    return self._rows(who, plain[0], grad.coalesce(), plain[1:])
+                if STRICT:
+                    raise RuntimeError(
+                        f"{who}: its sparse gradient would have to be made dense for momentum, and ONEPASS_STRICT=1 forbids "
+                        f"slow paths."
+                    )
+                grad = grad.to_dense()
+            elif grad is not None:
                 grad = grad.detach().as_subclass(Tensor)
             return self._stand_ins(who, plain[0], grad, plain[1:])
 
@@ -145,14 +162,13 @@ class Mender:
             )
 
     def _check_grad(self, who: str, param: Tensor, grad: Tensor) -> None:
-        if grad.layout is not torch.strided:
-            text = (
-                f"{self.sparse_text} ({who})"
-                if self.sparse_text
-                else f"{who}: its gradient is {grad.layout}, not dense."
-            )
-            raise RuntimeError(text)
-        self._check_memory(who, "gradient", grad)
+        if grad.layout is torch.sparse_coo:
+            if self.sparse_text is not None:
+                raise RuntimeError(f"{self.sparse_text} ({who}). SparseAdam, Adagrad and SGD take sparse gradients.")
+            for dim, index in enumerate(grad._indices()):
+                self._check_indices(who, dim, grad.shape[dim], index)
+        else:
+            self._check_memory(who, "gradient", grad)
         for what, came, expected in (
             ("shape", tuple(grad.shape), tuple(param.shape)),
             ("dtype", grad.dtype, param.dtype),
@@ -223,6 +239,37 @@ class Mender:
                 state = self._copy(who, "a state's strides", state, like, write_back=True)
             out.append(state)
         return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in out]
+
+    def _rows(self, who: str, param: Tensor, grad: Tensor, states: list[Tensor]) -> list[Any]:
+        """The same for a coalesced sparse gradient: its values, and which rows of the table they belong to."""
+        indices, values = grad._indices(), grad._values()
+        table = param.shape[: grad.sparse_dim()]
+        rows = torch.zeros(values.shape[0], dtype=torch.int64, device=grad.device)
+        for size, index in zip(table, indices, strict=True):
+            rows = rows * size + index
+        tensors = [values.resolve_conj().contiguous()]
+        for tensor in (param, *states):
+            if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+                contiguous = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                tensor = self._copy(who, "its strides under a sparse gradient", tensor, contiguous, write_back=True)
+            tensors.append(tensor)
+        values, param, *states = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+        self.alive.append(rows)
+        row_size = math.prod(values.shape[1:])
+        return [*(t.view(-1) for t in (param, values, *states)), (rows.data_ptr(), row_size)]
+
+    def _check_indices(self, who: str, dim: int, size: int, index: Tensor) -> None:
+        """Before coalesce(), which trusts them as much as our kernels do. On CUDA nothing waits: an assertion there."""
+        if index.numel() == 0:
+            return
+        low, high = torch.aminmax(index)
+        if index.is_cuda:
+            _compat.assert_async((low >= 0) & (high < size))
+        elif low < 0 or high >= size:
+            raise RuntimeError(
+                f"size is inconsistent with indices: for dim {dim}, size is {size} but found index "
+                f"{int(low if low < 0 else high)} (the gradient of {who})"
+            )
 
     def _copy(self, who: str, why: str, source: Tensor, target: Tensor, write_back: bool) -> Tensor:
         """A copy of other strides. The same memory gets the same copy, so that a parameter listed twice stays one."""

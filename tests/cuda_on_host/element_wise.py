@@ -18,6 +18,7 @@ import torch
 from onepass.optim import SGD, Lookahead, clip_grad_value_
 from reference.common import name
 from rules import RULES, Rule
+from sparse import SPARSE, Sparse, some_rows
 from support import DTYPES, bits, parameter
 
 # Around a pack, a warp, a round of a block and a chunk of csrc/cuda/tuning.hpp.
@@ -65,6 +66,20 @@ def stepped(rule: Rule, case: dict, values: Iterator[list[torch.Tensor]], device
     return digest(tensor for p in params for tensor in (p, *optimizer.state.get(p, {}).values()))
 
 
+def rows_stepped(rule: Sparse, dtype: torch.dtype, device: torch.device) -> str:
+    """Tables of rows of one element, of some and of more than a chunk."""
+    torch.manual_seed(2)
+    shapes = [(50, 1), (40, 7), (30, 64), (3, 8200)]
+    params = [parameter(torch.randn(shape).to(device, dtype)) for shape in shapes]
+    optimizer = rule.ours(params, **rule.usual)
+    for _ in range(STEPS):
+        for p, shape in zip(params, shapes, strict=True):
+            p.grad = some_rows(shape, shape[0] // 2 + 1, dtype, device).coalesce()
+        optimizer.step()
+    states = (state for p in params for state in optimizer.state.get(p, {}).values())
+    return digest([*params, *states])
+
+
 def digests(device: torch.device) -> dict[str, str]:
     found = {}
     for dtype in DTYPES:
@@ -86,6 +101,8 @@ def digests(device: torch.device) -> dict[str, str]:
                 optimizer.step()
             slow = [optimizer.state[p]["slow_param"] for p in params]
             found[f"Lookahead, {dtype}, offset {offset}"] = digest([*params, *slow])
+        for key, sparse_rule in SPARSE.items():
+            found[f"{key}, {dtype}, rows"] = rows_stepped(sparse_rule, dtype, device)
         clipped = [parameter(values.to(device)) for values in next(drawn(SIZES, dtype, 1)) + next(special(dtype))]
         for p in clipped:
             p.grad = p.detach().clone()

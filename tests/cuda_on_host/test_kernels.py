@@ -14,6 +14,7 @@ from onepass._mend import Mender
 from onepass.optim import SGD, Lookahead, clip_grad_norm_, clip_grad_value_
 from reference import clip
 from rules import RULES, BesideReference, Rule
+from sparse import SPARSE, Beside, some_rows, sparse
 from support import assert_close, assert_same, bits, parameter, rounding, snapshot, to_numpy
 from wrappers import OURS, BesideLookahead, BesideSAM
 
@@ -44,6 +45,7 @@ EVERY_KERNEL = pytest.mark.parametrize(
 )
 EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
 COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)
+EVERY_SPARSE = pytest.mark.parametrize("rule", SPARSE.values(), ids=SPARSE)
 
 # Chunks have 8192 elements (csrc/cuda/tuning.hpp); empty tensors among the others.
 SIZES = [0, 1, 8191, 0, 8192, 8193, 7, 3 * 8192 + 5, 0]
@@ -193,6 +195,41 @@ def test_one_unaligned_stream(rule, unaligned, dtype):
     for _ in range(2):
         both.step([fenced(n, dtype, unaligned == "gradient")[1]])
     assert_fences([whole], [n], 0)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@EVERY_SPARSE
+def test_rows_over_chunks(rule, offset, dtype):
+    """Rows of sparse gradients that begin in one chunk and end in another, wide and narrow, aligned and not."""
+    shapes = [(3, 8192), (40, 500), (700, 16), (5, 1), (9, 3000), (4000, 3), (2, 0), (6, 4)]
+    sizes = [math.prod(shape) for shape in shapes]
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in sizes), strict=True)
+    params = [parameter(view.view(shape)) for view, shape in zip(views, shapes, strict=True)]
+    both = Beside(rule, {**rule.usual, "max_norm": 0.5}, params)
+    for _ in range(2):
+        both.step([some_rows(shape, shape[0], dtype, DEVICE) for shape in shapes])
+    assert_fences(wholes, sizes, offset)
+
+
+@EVERY_SPARSE
+def test_more_tables_than_a_launch_can_name(rule):
+    """Among dense gradients, where the rule takes both; tables without a touched row among them."""
+    shapes = [(3, 1 + i % 5) for i in range(900)]
+    params = [parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+    twins = [parameter(p.detach().clone()) for p in params]
+    ours, theirs = rule.ours(params, **rule.usual), rule.theirs(twins, **rule.usual)
+    for t in range(2):
+        launched = launches()
+        for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+            rows = [[], [2], [0, 2, 0]][(i + t) % 3]
+            dense = i % 7 == 0 and rule is not SPARSE["SparseAdam"]
+            p.grad = torch.randn_like(p) if dense else sparse(p.shape, rows, device=DEVICE)
+            twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert launches() - launched >= 2 or not ON_HOST
+    for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+        assert_close(p, twin, 4e-6, f"parameter {i}")
 
 
 @pytest.mark.parametrize("offset", [0, 1])

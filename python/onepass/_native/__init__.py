@@ -18,9 +18,10 @@ from .._mend import Mender
 fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
-_VARIANTS = {(rule, states, reads_grad): index for index, (rule, _, states, _, reads_grad) in enumerate(_C.rules())}
+_VARIANTS = {(rule, states, grads): index for index, (rule, _, states, _, grads, _) in enumerate(_C.rules())}
 _HYPER_NAMES = {rule: hyper for rule, hyper, *_ in _C.rules()}
-_PRODUCTS = {rule: product for rule, _, _, product, _ in _C.rules()}
+_PRODUCTS = {rule: product for rule, _, _, product, *_ in _C.rules()}
+_TAKES_ROWS = {(rule, states): takes_rows for rule, _, states, _, _, takes_rows in _C.rules()}
 
 # CUDA kernels in this build; in the test build that runs them on the host they take CPU tensors, and no GPU is used.
 cuda_kernels: bool = bool(_C.cuda_archs)
@@ -48,6 +49,11 @@ def state_names(rule: str) -> tuple[str, ...]:
 def product_name(rule: str) -> str | None:
     """The rule's running product, a 0-d state beside the step count; None where it keeps none."""
     return _PRODUCTS[rule]
+
+
+def takes_rows(rule: str, states: tuple[str, ...]) -> bool:
+    """Whether this variant of the rule updates the rows of a sparse gradient alone."""
+    return _TAKES_ROWS[rule, states]
 
 
 @functools.cache

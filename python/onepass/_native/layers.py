@@ -63,11 +63,17 @@ def norm(
     weight, bias: of `size` elements or of one, both of x's dtype or of F. stats: [2, rows], mean (0 for RMSNorm) and
     1 / standard deviation.
     """
-    y = torch.empty_like(x)
-    stats = torch.empty((2, x.numel() // size), dtype=_arithmetic(x), device=x.device)
-    threads, stream = _place(x)
+    y, stats = torch.empty_like(x), _row_stats(x, size)
+    threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
     _C.row_norm(x, None, None, weight, bias, y, stats, size, eps, rms, None, threads, stream, None)
     return y, stats
+
+
+def _row_stats(x: Tensor, size: int) -> Tensor:
+    shape = 2, x.numel() // size
+    if x.dtype is torch.float32:  # the quicker way to the same: for a tiny norm allocations are most of its time
+        return x.new_empty(shape)
+    return x.new_empty(shape, dtype=_arithmetic(x))
 
 
 def norm_backward(
@@ -75,23 +81,22 @@ def norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where `want` says so; dy as x."""
     dx = torch.empty_like(x) if want[0] else None
-    dweight, dbias = _affine_gradients(x, weight, size, want[1], want[2])
-    threads, stream = _place(x)
-    _C.row_norm_backward(
-        dy, None, x, weight, stats, dx, None, dweight, dbias, size, rms, None, threads, stream, _room(x)
-    )
+    if weight is not None:
+        dweight = torch.empty_like(weight) if want[1] else None
+        dbias = torch.empty_like(weight) if want[2] else None
+    else:
+        dweight, dbias = _affine_gradients(x, weight, size, want[1], want[2])
+    threads, stream, room = (1, _stream(x.device.index), _room(x)) if x.is_cuda else (torch.get_num_threads(), 0, None)
+    _C.row_norm_backward(dy, None, x, weight, stats, dx, None, dweight, dbias, size, rms, None, threads, stream, room)
     return dx, dweight, dbias
 
 
 def _affine_gradients(
     x: Tensor, weight: Tensor | None, size: int, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    def like_weight() -> Tensor:
-        return (
-            torch.empty_like(weight) if weight is not None else torch.empty(size, dtype=_arithmetic(x), device=x.device)
-        )
-
-    return like_weight() if want_weight else None, like_weight() if want_bias else None
+    if weight is None:
+        return None, x.new_empty(size, dtype=_arithmetic(x)) if want_bias else None
+    return torch.empty_like(weight) if want_weight else None, torch.empty_like(weight) if want_bias else None
 
 
 def dropout_add_norm(
@@ -113,7 +118,7 @@ def dropout_add_norm(
     keep_mask, without dropout, and where backward is faster making it anew.
     """
     y, total = torch.empty_like(x), torch.empty_like(x)
-    stats = torch.empty((2, x.numel() // size), dtype=_arithmetic(x), device=x.device)
+    stats = _row_stats(x, size)
     on_cuda = is_on_cuda(x)
     mask = None if seed is None or on_cuda else _mask_for(x)
     threads, stream = _place(x)

@@ -97,7 +97,7 @@ def norm_operands(
     eps: float | None,
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """Elements in a row, and weight and bias as kernels take them: alike, of a dtype that goes with the input's."""
-    if type(eps) is not float and not isinstance(eps, (int, float)) and (eps is not None or function == "layer_norm"):
+    if not isinstance(eps, (int, float)) and (eps is not None or function == "layer_norm"):
         raise TypeError(f"{function}(): argument 'eps' must be float, not {type(eps).__name__}")
     if type(normalized_shape) is not tuple:
         if isinstance(normalized_shape, int):
@@ -106,8 +106,7 @@ def norm_operands(
                 f"{type(normalized_shape).__name__}"
             )
         normalized_shape = tuple(normalized_shape)
-    if not isinstance(input, Tensor):
-        check_tensor(function, "input", 1, input)
+    check_tensor(function, "input", 1, input)
     dtype = input.dtype
     plain = (
         dtype in FLOATS
@@ -226,10 +225,13 @@ def batch_norm_operands(
     bias: Tensor | None,
     residual: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
 ) -> None:
     """Raises for operands that do not go together, in the order in which torch asks."""
+    usual = residual is None and type(momentum) is float and eps > 0 and (training or running_mean is not None)
+    if usual and _is_usual(input, running_mean, running_var, weight, bias):
+        return
     check_tensor("batch_norm", "input", 1, input)
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -269,6 +271,28 @@ def batch_norm_operands(
                 f"expected scalar type {scalar_name(input.dtype)} but found {scalar_name(residual.dtype)}: residual and "
                 f"input need one dtype."
             )
+
+
+def _is_usual(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> bool:
+    """All of the input's dtype and device, in pairs: nothing to complain about. Saves the questions below 3 us."""
+    if not isinstance(input, Tensor) or input.dtype not in FLOATS or input.dim() < 2:
+        return False
+    dtype, device, shape = input.dtype, input.device, (input.shape[1],)
+    for pair in ((running_mean, running_var), (weight, bias)):
+        first, second = pair
+        if first is None and second is None:
+            continue
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+            return False
+        if first.dtype != dtype or second.dtype != dtype or first.device != device or second.device != device:
+            return False
+        if first.shape != shape or second.shape != shape:
+            return False
+    return running_mean is None or not (
+        running_mean.requires_grad or (running_var is not None and running_var.requires_grad)
+    )
 
 
 def check_batch_size(input: Tensor) -> None:

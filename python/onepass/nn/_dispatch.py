@@ -2,8 +2,8 @@
 
 A call takes the shortest way to the kernel, unless somebody has to see it. NOTE: [the order of the questions]
 
-1. A torch.func transform is active: the formula in torch operations, which every transform and every nesting of them
-   takes. Asked before 2, since a transform inside a compiled function needs it just as much.
+1. A torch.func transform is active, also in what torch.compile is tracing: the formula in torch operations, which every
+   transform and every nesting of them takes.
 2. torch.compile or torch.export is tracing: the operator.
 3. Forward-mode AD, or torch.jit.trace: the formula.
 4. A tensor with a meaning of its own (subclass, fake, meta), an active dispatch mode, a device without kernels: the
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _native
-from .._compat import active_dispatch_modes, in_transform, is_batched_gradient, jit_tracing
+from .._compat import active_dispatch_modes, in_transform, innermost_transform, is_batched_gradient, jit_tracing
 
 KERNEL: Final = 0
 OPERATOR: Final = 1
@@ -33,11 +33,9 @@ _HAS_CUDA = _native.has_cuda
 
 def route(first: Tensor, *others: Tensor | None) -> int:
     """KERNEL, OPERATOR or FORMULA for a call with these tensors, all on one device."""
-    if in_transform():
-        return FORMULA
     if is_compiling():
-        return OPERATOR
-    if forward_ad._current_level >= 0 or jit_tracing() is not None:
+        return FORMULA if in_transform() else OPERATOR
+    if innermost_transform() is not None or forward_ad._current_level >= 0 or jit_tracing() is not None:
         return FORMULA
     if type(first) not in _PLAIN or active_dispatch_modes():
         return OPERATOR
@@ -47,12 +45,17 @@ def route(first: Tensor, *others: Tensor | None) -> int:
     return KERNEL if first.is_cpu or (_HAS_CUDA and first.is_cuda) else OPERATOR
 
 
-def route_back(first: Tensor, *others: Tensor | None) -> int:
-    """The same for a backward, `first` is the gradient. The formula also if it is going to be differentiated itself
-    (create_graph=True) or is a batch of gradients (is_grads_batched=True)."""
-    if torch.is_grad_enabled() or is_batched_gradient(first):
+def route_back(gradient: Tensor) -> int:
+    """The same for a backward: the formula also if it is going to be differentiated itself (create_graph=True) or has a
+    batch of gradients (is_grads_batched=True)."""
+    if torch.is_grad_enabled() or is_batched_gradient(gradient):
         return FORMULA
-    return route(first, *others)
+    return route(gradient)
+
+
+def seen(way: int) -> int:
+    """The same for the backward of an operator, which took its operands as they were: never the kernel itself."""
+    return OPERATOR if way == KERNEL else way
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

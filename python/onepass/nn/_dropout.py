@@ -13,7 +13,7 @@ from .. import _compat, _native
 from .._native import layers as native
 from . import _formula
 from ._checks import check_dropout_input, check_in_place, check_p, check_seed, check_tensor
-from ._dispatch import FORMULA, KERNEL, plain, route, route_back, wants_grad
+from ._dispatch import FORMULA, KERNEL, plain, route, route_back, seen, wants_grad
 from ._library import define
 
 
@@ -120,16 +120,6 @@ def _on_kernel(input: Tensor, seed: Tensor, p: float, inverted: bool, inplace: b
     return y
 
 
-def dropout_gradient(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:
-    way = route_back(dy, seed, mask)
-    if way == FORMULA:
-        return _formula.dropout(dy, mask_operator(seed, dy.shape, p, False), p, inverted)
-    if way == KERNEL:
-        return native.dropout_backward(plain(dy), p, seed, inverted, mask)
-    dx: Tensor = _operator_backward(dy.contiguous(), seed, mask, p, inverted)
-    return dx
-
-
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +135,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+        return _gradient(ctx, dy, route_back(dy)), None, None, None, None
 
 
 _apply = _compat.applier(_Dropout)
@@ -156,8 +146,15 @@ def _save(ctx: Any, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Non
     ctx.rest = p, inverted
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return dropout_gradient(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+def _gradient(ctx: Any, dy: Tensor, way: int) -> Tensor:
+    seed, mask = ctx.saved_tensors
+    p, inverted = ctx.rest
+    if way == FORMULA:
+        return _formula.dropout(dy, mask_operator(seed, dy.shape, p, False), p, inverted)
+    if way == KERNEL:
+        return native.dropout_backward(plain(dy), p, seed, inverted, mask)
+    dx: Tensor = _operator_backward(dy.contiguous(), seed, mask, p, inverted)
+    return dx
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -203,7 +200,7 @@ _operator = define(
     _kernel,
     _fake,
     _setup_context,
-    lambda ctx, dy, dmask: _gradients(ctx, dy),
+    lambda ctx, dy, dmask: (_gradient(ctx, dy, seen(route_back(dy))), None, None, None, None),
 )
 _operator_backward = define(
     "dropout_backward",
@@ -214,3 +211,11 @@ _operator_backward = define(
 mask_operator = define(
     "dropout_mask", "(Tensor seed, SymInt[] shape, float p, bool packed) -> Tensor", _kernel_mask, _fake_mask
 )
+
+
+def _vmap_mask(info: Any, in_dims: tuple[int | None, ...], seeds: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    """vmap(randomness="different"): every example has its seed."""
+    return torch.stack([mask_operator(seed, *rest) for seed in seeds.unbind(in_dims[0] or 0)]), 0
+
+
+_compat.register_vmap("onepass::dropout_mask", _vmap_mask)

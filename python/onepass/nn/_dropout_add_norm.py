@@ -12,7 +12,7 @@ from .. import _compat
 from .._native import layers as native
 from . import _formula
 from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
-from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, seen, wants_grad, wide
 from ._dropout import fake_mask, keeps_mask, mask_operator, seed_tensor
 from ._library import define, given, wanted
 from ._norm import default_eps, fake_affine_gradient
@@ -141,12 +141,12 @@ class _DropoutAddNorm(torch.autograd.Function):
         y, total, stats, mask = native.dropout_add_norm(
             x, residual, weight, bias, size, eps, rms, p, seed, inverted, keep_mask
         )
-        _save(ctx, weight, bias, seed, size, eps, rms, p, inverted, total, stats, mask)
+        _save(ctx, weight, seed, size, eps, rms, p, inverted, total, stats, mask)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, dy, dsum), *(None,) * 6)
+        return *_gradients(ctx, dy, dsum, _route_back(dy, dsum)), *(None,) * 6
 
 
 _apply = _compat.applier(_DropoutAddNorm)
@@ -155,7 +155,6 @@ _apply = _compat.applier(_DropoutAddNorm)
 def _save(
     ctx: Any,
     weight: Tensor | None,
-    bias: Tensor | None,
     seed: Tensor | None,
     size: int,
     eps: float,
@@ -168,19 +167,24 @@ def _save(
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, weight, stats, seed, mask)
-    ctx.rest = None if bias is None else bias.shape, size, eps, rms, p, inverted
+    ctx.rest = size, eps, rms, p, inverted
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+def _route_back(dy: Tensor | None, dsum: Tensor | None) -> int:
+    """The less direct way of the two gradients, either of which may be missing."""
+    return max(KERNEL if d is None else route_back(d) for d in (dy, dsum))
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, way: int) -> tuple[Tensor | None, ...]:
     """Of x, residual, weight and bias."""
     total, weight, stats, seed, mask = ctx.saved_tensors
-    bias_shape, size, eps, rms, p, inverted = ctx.rest
+    size, eps, rms, p, inverted = ctx.rest
     want = ctx.needs_input_grad[:4]
     if dy is None:
         dy = torch.zeros_like(total)
-    way = route_back(dy, dsum, total, weight, stats)
-    if way == FORMULA or (dsum is not None and _compat.is_batched_gradient(dsum)):
-        ds, dweight, dbias = _formula.norm_backward(dy, total, weight, bias_shape, size, eps, rms)
+    if way == FORMULA:
+        ds, dweight, dbias = _formula.norm_backward(dy, total, weight, size, eps, rms, (True, *want[2:]))
+        assert ds is not None
         if dsum is not None:
             ds = ds + dsum
         dx = ds if seed is None else _formula.dropout(ds, mask_operator(seed, total.shape, p, False), p, inverted)
@@ -229,8 +233,8 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, bias, seed, size, eps, rms, p, inverted, _ = inputs
-    _save(ctx, weight, bias, seed, size, eps, rms, p, inverted, *output[1:])
+    _, _, weight, _, seed, size, eps, rms, p, inverted, _ = inputs
+    _save(ctx, weight, seed, size, eps, rms, p, inverted, *output[1:])
 
 
 def _kernel_backward(
@@ -278,7 +282,7 @@ _operator = define(
     _kernel,
     _fake,
     _setup_context,
-    lambda ctx, dy, dsum, dstats, dmask: (*_gradients(ctx, dy, dsum), *(None,) * 7),
+    lambda ctx, dy, dsum, dstats, dmask: (*_gradients(ctx, dy, dsum, seen(_route_back(dy, dsum))), *(None,) * 7),
 )
 _operator_backward = define(
     "dropout_add_norm_backward",

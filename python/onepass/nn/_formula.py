@@ -5,6 +5,8 @@ Formulas and symbols are those of docs/layers.md. The arithmetic is float32 (flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,20 +46,20 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: 
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias_shape: torch.Size | None, size: int, eps: float, rms: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias; they are of the arithmetic's dtype, autograd rounds them."""
+    dy: Tensor, x: Tensor, weight: Tensor | None, size: int, eps: float, rms: bool, want: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias; the last two are of the arithmetic's dtype, autograd rounds them."""
     g = _rows(dy, size)
     centred, rstd = _centred_and_rstd(_rows(x, size), (1,), eps, rms)
     xhat = centred * rstd
-    dweight = dbias = None
-    if weight is not None:
-        dweight = (g * xhat).sum_to_size(weight.reshape(-1).shape).reshape(weight.shape)
-    if bias_shape is not None:
-        dbias = g.sum_to_size((bias_shape.numel(),)).reshape(bias_shape)
+    affine = (size,) if weight is None else weight.shape  # of weight and bias
+    flat = torch.Size(affine).numel()
+    dweight = (g * xhat).sum_to_size(flat).reshape(affine) if want[1] else None
+    dbias = g.sum_to_size(flat).reshape(affine) if want[2] else None
     if weight is not None:
         g = g * weight.reshape(-1)
-    return _through_statistics(g, xhat, rstd, (1,), rms).to(x.dtype).reshape(x.shape), dweight, dbias
+    dx = _through_statistics(g, xhat, rstd, (1,), rms).to(x.dtype).reshape(x.shape) if want[0] else None
+    return dx, dweight, dbias
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -113,10 +115,10 @@ def batch_norm(
 ) -> Tensor:
     """torch's own batch_norm, which may update running statistics inside a transform; none of ours may."""
     dtype = wide(x.dtype)
-    widened = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (*running, weight, bias)]
-    z = F.batch_norm(x.to(dtype), *widened, training, momentum, eps)
+    mean, var, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (*running, weight, bias))
+    z = F.batch_norm(x.to(dtype), mean, var, weight, bias, training, momentum, eps)
     if training:
-        for statistic, updated in zip(running, widened[:2], strict=True):
+        for statistic, updated in zip(running, (mean, var), strict=True):
             if statistic is not None and updated is not None and updated is not statistic:
                 statistic.copy_(updated)
     return activation(z, residual, slope).to(x.dtype)
@@ -135,7 +137,7 @@ def batch_norm_backward(
     dims = but_channels(x.dim())
     h, dz = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
     if slope is not None and y is not None:
-        dz = torch.where(y > 0, dz, slope * dz)
+        dz = torch.where(y <= 0, slope * dz if slope != 0 else torch.zeros_like(dz), dz)
     if stats is None:
         centred, rstd = _centred_and_rstd(h, dims, eps, False)
     else:

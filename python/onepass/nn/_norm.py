@@ -12,7 +12,7 @@ from .. import _compat
 from .._native import layers as native
 from . import _formula
 from ._checks import norm_operands
-from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, wide
 from ._library import define, given, wanted
 
 
@@ -39,8 +39,7 @@ def layer_norm(
     Raises:
         RuntimeError, NotImplementedError, TypeError: torch's, for operands that do not fit.
     """
-    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
-    return _norm(input, weight, bias, size, eps, False)
+    return _norm("layer_norm", input, normalized_shape, weight, bias, eps, False)
 
 
 def rms_norm(
@@ -57,47 +56,69 @@ def rms_norm(
 
     Returns, raises: as layer_norm.
     """
-    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
-    return _norm(input, weight, None, size, default_eps(input) if eps is None else eps, True)
+    return _norm("rms_norm", input, normalized_shape, weight, None, eps, True)
 
 
 def default_eps(input: Tensor) -> float:
     return torch.finfo(wide(input.dtype)).eps
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
+def _norm(
+    function: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+) -> Tensor:
+    if type(normalized_shape) is tuple and len(normalized_shape) == 1 and route(x, weight, bias) == KERNEL:
+        done = _try_kernel(x, normalized_shape, weight, bias, eps, rms)
+        if done is not None:
+            return done
+    size, weight, bias = norm_operands(function, x, normalized_shape, weight, bias, eps)
+    if eps is None:
+        eps = default_eps(x)
     way = route(x, weight, bias)
     if way == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, size, eps, rms)
     if way == KERNEL:
-        x, weight, bias = plain(x), plain_or_none(weight), plain_or_none(bias)
-        if wants_grad(x, weight, bias):
-            y: Tensor = _apply(x, weight, bias, size, eps, rms)
-        else:
-            y, _ = native.norm(x, weight, bias, size, eps, rms)
-    else:
-        y, _ = _operator(x.contiguous(), weight, bias, size, eps, rms)
+        return _on_kernel(plain(x), plain_or_none(weight), plain_or_none(bias), size, eps, rms)
+    y: Tensor = _operator(x.contiguous(), weight, bias, size, eps, rms)[0]
     return y
 
 
-def norm_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias_shape: torch.Size | None,
-    stats: Tensor,
-    size: int,
-    eps: float,
-    rms: bool,
-    want: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias."""
-    way = route_back(dy, x, weight, stats)
-    if way == FORMULA:
-        return _formula.norm_backward(dy, x, weight, bias_shape, size, eps, rms)
-    if way == KERNEL:
-        return native.norm_backward(plain(dy), plain(x), weight, stats, size, rms, want)
-    return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
+def _try_kernel(
+    x: Tensor, shape: tuple[int], weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool
+) -> Tensor | None:
+    """The usual call, which should cost no more than it must: asked here is only what the kernel's binding does not ask.
+
+    None: something is unusual or wrong, and the long way sees to it or says what.
+    """
+    (size,) = shape
+    try:
+        if (
+            x.shape[-1] == size
+            and x.is_contiguous()
+            and not x.is_neg()
+            and x.numel()
+            and (weight.shape == shape and not weight.is_neg() if weight is not None else bias is None)
+            and (bias is None or (bias.shape == shape and not bias.is_neg()))
+            and type(eps) is float
+        ):
+            return _on_kernel(x, weight, bias, size, eps, rms)
+    except (ValueError, RuntimeError, IndexError):
+        pass
+    return None
+
+
+def _on_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        y: Tensor = _apply(x, weight, bias, (size, eps, rms))
+        return y
+    return native.norm(x, weight, bias, size, eps, rms)[0]
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -106,32 +127,34 @@ def norm_gradients(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[int, float, bool]
     ) -> Tensor:
-        y, stats = native.norm(x, weight, bias, size, eps, rms)
-        _save(ctx, x, weight, bias, stats, size, eps, rms)
+        y, stats = native.norm(x, weight, bias, *rest)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.rest = rest
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+        if route_back(dy) != KERNEL:
+            return *_gradients(ctx, dy), None
+        x, weight, stats = ctx.saved_tensors
+        size, _, rms = ctx.rest
+        dx, dweight, dbias = native.norm_backward(plain(dy), x, weight, stats, size, rms, ctx.needs_input_grad)
+        return dx, dweight, dbias, None
 
 
 _apply = _compat.applier(_Norm)
 
 
-def _save(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, size: int, eps: float, rms: bool
-) -> None:
-    ctx.save_for_backward(x, weight, stats)
-    ctx.rest = None if bias is None else bias.shape, size, eps, rms
-
-
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """For everyone but the kernel."""
     x, weight, stats = ctx.saved_tensors
-    bias_shape, size, eps, rms = ctx.rest
+    size, eps, rms = ctx.rest
     want = ctx.needs_input_grad[:3]
-    return (*norm_gradients(dy, x, weight, bias_shape, stats, size, eps, rms, want), None, None, None)
+    if route_back(dy) == FORMULA:
+        return _formula.norm_backward(dy, x, weight, size, eps, rms, want)
+    return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -147,8 +170,9 @@ def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, *rest = inputs
-    _save(ctx, x, weight, bias, output[1], *rest)
+    x, weight, _, *rest = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.rest = tuple(rest)
 
 
 def _kernel_backward(
@@ -179,7 +203,7 @@ _operator = define(
     _kernel,
     _fake,
     _setup_context,
-    lambda ctx, dy, dstats: _gradients(ctx, dy),
+    lambda ctx, dy, dstats: (*_gradients(ctx, dy), None, None, None),
 )
 _operator_backward = define(
     "norm_backward",

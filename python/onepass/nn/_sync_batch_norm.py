@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import _compat
 from .._native import layers as native
-from ._batch_norm import Running, dense, is_channels_last, is_counted, update_running
+from ._batch_norm import is_counted, update_running
+from ._batch_norm_autograd import Running, dense, is_channels_last
 from ._checks import batch_norm_operands
 from ._dispatch import KERNEL, plain_or_none, route, wide
 
@@ -116,7 +117,8 @@ def _merged_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
         own[-1] = x.numel() // channels
     gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(gathered, own, group=group)
-    means, variances, counts = torch.stack(gathered).split((channels, channels, 1), dim=1)
+    table = torch.stack(gathered)
+    means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
     count = counts.sum()
     weights = counts / count.clamp(min=1)
     mean = (means * weights).sum(0)

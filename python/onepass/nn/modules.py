@@ -141,8 +141,9 @@ class DropoutAddRMSNorm(RMSNorm):
 
 def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
     """What every BatchNorm here does: normalise by the batch's statistics or the running ones, then count the batch."""
-    module._check_input_dim(input)
-    training, momentum = module.training, module.momentum
+    module._check_input_dim(input)  # type: ignore[no-untyped-call]
+    training = module.training
+    momentum: float | Tensor | None = module.momentum
     running_mean, running_var, batches = module.running_mean, module.running_var, module.num_batches_tracked
     if training and not module.track_running_stats:
         running_mean = running_var = batches = None
@@ -204,7 +205,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """torch.nn.SyncBatchNorm.convert_sync_batchnorm, to this class."""
-        converted: nn.Module = super().convert_sync_batchnorm(module, process_group)
+        converted: nn.Module = super().convert_sync_batchnorm(module, process_group)  # type: ignore[no-untyped-call]
         for child in converted.modules():
             if type(child) is nn.SyncBatchNorm:
                 child.__class__ = cls
@@ -236,7 +237,8 @@ class _Activation(_BatchNorm):
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+        shown = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{shown}, activation={self.activation}{slope}"
 
 
 class BatchNormAct1d(_Activation, BatchNorm1d):

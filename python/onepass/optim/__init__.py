@@ -9,6 +9,7 @@ from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sam import SAM
 from .sgd import SGD
+from .sparse_adam import SparseAdam
 
 __all__ = [
     "SAM",
@@ -20,6 +21,7 @@ __all__ = [
     "NAdam",
     "RMSprop",
     "Rprop",
+    "SparseAdam",
     "clip_grad_norm_",
     "clip_grad_value_",
 ]

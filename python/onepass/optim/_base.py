@@ -46,7 +46,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]  # a word of the list in CMakeLists.txt
     scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states, and their values before the first step
-    sparse_text: ClassVar[str | None] = None  # torch's sentence about sparse gradients
+    sparse_text: ClassVar[str | None] = None  # torch's sentence when it refuses sparse gradients
 
     def __init__(
         self,
@@ -100,6 +100,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
         """What each element of a state is before the first step."""
         return 0.0
+
+    def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
+        """torch's sentence when it refuses sparse gradients under these options; None: they are taken."""
+        return self.sparse_text
 
     def _may_lack(self, name: str) -> bool:
         """Whether a checkpoint may leave a state out."""
@@ -345,8 +349,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 partial(_name, group, number),
                 states,
                 _native.cuda_kernels,
-                self.sparse_text,
+                self._sparse_refusal(group),
                 partial(self._replace_state, group),
+                _native.takes_rows(self.rule, states),
             )
             menders.append(mender)
             native = _native.Group(

@@ -94,10 +94,7 @@ class Wrapper(torch.optim.Optimizer):
         """Add a group to the wrapped optimizer; options of the wrapper that it lacks come from the constructor."""
         if isinstance(param_group, dict):
             self._check_options({**self.defaults, **param_group})
-        self.base_optimizer.add_param_group(param_group)
-        for name, value in self.defaults.items():
-            if name.startswith(self.prefix):
-                self.param_groups[-1].setdefault(name, value)
+        self.base_optimizer.add_param_group(param_group)  # its defaults have our options too
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -193,7 +190,7 @@ def gather(
         state[params[index]][name] = tensor
 
     sparse_text = cast("str | None", options.pop("sparse_text", None))
-    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace)
+    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace=replace)
     missing = _native.Group(rule, (name,), params, state, hyper, mender, **options).gather(plan)
     return mender, [params[index] for index in missing]
 

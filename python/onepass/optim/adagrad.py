@@ -18,6 +18,8 @@ class Adagrad(FusedOptimizer):
         G <- G + g^2
         w <- w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(G) + eps)
 
+    A sparse gradient updates the rows it has.
+
     Source: Duchi, Hazan & Singer 2011.
 
     Args:
@@ -92,6 +94,9 @@ class Adagrad(FusedOptimizer):
         initial = group["initial_accumulator_value"]
         check(initial >= 0, "Invalid initial_accumulator_value value", initial)
         check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
+
+    def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
+        return None if group["weight_decay"] == 0 else "weight_decay option is not compatible with sparse gradients"
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)

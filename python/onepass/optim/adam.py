@@ -100,7 +100,8 @@ class Adam(FusedOptimizer):
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         own = ("lr", "eps", "weight_decay", "decoupled_weight_decay", "bias_correction", "eps_inside_sqrt")
-        return {"beta1": group["betas"][0], "beta2": group["betas"][1], **{name: group[name] for name in own}}
+        betas = {"beta1": group["betas"][0], "beta2": group["betas"][1]}
+        return {**betas, **{name: group[name] for name in own}, "eps_before_correction": False}
 
 
 class AdamW(Adam):

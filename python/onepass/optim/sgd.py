@@ -28,6 +28,9 @@ class SGD(FusedOptimizer):
             With nesterov the parameters hold the look-ahead point w - momentum * v. Excludes dampening.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer. fused_unscale excludes dampening.
 
+    A sparse gradient without momentum updates the rows it has. With momentum it is made dense first: the velocity moves the
+    other rows too, as in torch.
+
     State: momentum_buffer, in the parameter's dtype (float32 for bfloat16 and float16); nothing without momentum.
 
     Raises:
@@ -87,6 +90,13 @@ class SGD(FusedOptimizer):
                 "buffer that dampening treats as a second one"
             )
 
+    def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
+        if group["weight_decay"] == 0:
+            return None
+        return (
+            "add(sparse, dense) is not supported. Use add(dense, sparse) instead. weight_decay needs a dense gradient"
+        )
+
     def _needs_fresh(self, group: dict[str, Any]) -> bool:
         return bool(group["dampening"] != 0)
 
@@ -102,6 +112,10 @@ class SGD(FusedOptimizer):
         }
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
+        for of_param in (state.get(p, {}) for p in group["params"]):
+            buffer = of_param.get("momentum_buffer")
+            if isinstance(buffer, Tensor) and buffer.is_sparse:  # torch's, under sparse gradients
+                of_param["momentum_buffer"] = buffer.to_dense()
         super()._check_loaded(group, number, state)
         loading = self.__dict__.get("_loading")
         if loading is None:
