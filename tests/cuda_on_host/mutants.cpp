@@ -13,7 +13,8 @@ namespace onepass::cuda {
 namespace {
 
 using Rule = rules::Adam<false>;
-constexpr double hyper[] = {0.1, 0.9, 0.999, 1e-4, 0, 0, 1, 0};
+constexpr double hyper[] = {0.1, 0.9, 0.999, 1e-4, 0, 0, 1, 0, 0};
+constexpr int n_hyper = sizeof hyper / sizeof *hyper;
 constexpr std::int64_t chunk = tuning::apply_chunk;
 
 // Exactly n elements on the heap behind `offset` others, so that AddressSanitizer sees the first access beyond.
@@ -44,7 +45,7 @@ struct Tensor {
       s[0].push_back(m.data[i]), s[1].push_back(v.data[i]);
     }
   }
-  Item item() const { return {param.data, grad.data, {m.data, v.data}, size, use}; }
+  Item item() const { return {param.data, grad.data, {m.data, v.data}, size, use, nullptr, 0}; }
 
   bool is_right(const Rule::Step<float>& k, bool skipped) {
     bool right = true;
@@ -62,7 +63,7 @@ Rule::Step<float> step_of(double t, double factor) {
   Rule::Hyper h;
   static_assert(sizeof h == sizeof hyper);
   std::memcpy(&h, hyper, sizeof h);
-  return Rule::prepare<float>(h, {t, factor, false});
+  return Rule::prepare<float>(h, {t, factor, false, 1});
 }
 
 enum class Scalars { from_host, from_device, skipping };
@@ -77,12 +78,12 @@ bool update(std::vector<Tensor<T>>& tensors, int n_uses, Scalars scalars) {
   std::vector<Use> uses;
   for (int u = 0; u < n_uses; ++u) {
     counts.data[u] = float(u);
-    uses.push_back({double(u + 1), on_device ? counts.data + u : nullptr, false});
+    uses.push_back({double(u + 1), 1, on_device ? counts.data + u : nullptr, nullptr, false});
   }
   *grad_scale.data = 4;
   *found_inf.data = skipping;
-  Scalar numbers[8];
-  for (int i = 0; i < 8; ++i) numbers[i] = {hyper[i], nullptr, DType::float64};
+  Scalar numbers[n_hyper];
+  for (int i = 0; i < n_hyper; ++i) numbers[i] = {hyper[i], nullptr, DType::float64};
   Array<unsigned char> workspace(n_uses * sizeof(Rule::Step<float>), 0);
   Apply call{};
   call.items = items.data(), call.n_items = std::int64_t(items.size());
@@ -95,7 +96,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_uses, Scalars scalars) {
     call.device_scaling.grad_scale = grad_scale.data;
     call.device_scaling.found_inf = found_inf.data;
   }
-  Launcher<Rule, T>(call).run();
+  apply_to<Rule, T>(call);
 
   bool right = true;
   for (int u = 0; on_device && u < n_uses; ++u) right &= counts.data[u] == float(u + !skipping);
@@ -114,7 +115,7 @@ bool updates() {
     right &= update(chunks, 2, scalars);
     // More than a launch names or carries Steps for; on the device more than one launch of the prepare kernel.
     const int n_uses = scalars == Scalars::from_host ? tuning::max_steps + 5 : Sources<Rule>::capacity + 5;
-    for (int i = 0; i < n_uses + Table<Rule, T>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_uses);
+    for (int i = 0; i < n_uses + Table<Rule, T, false>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_uses);
     right &= update(many, n_uses, scalars);
   }
   return right;

@@ -137,7 +137,7 @@ MUTANTS = [
     Mutant(
         "table overfull",
         "apply.cuh",
-        "table_.n_tensors == Table<Rule, T>::capacity || ",
+        "table_.n_tensors == Table::capacity || ",
         "",
         "asan+ubsan",
         "index out of bounds",
