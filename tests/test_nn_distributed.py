@@ -1,14 +1,10 @@
 """SyncBatchNorm on two processes: BatchNorm of the whole batch, however it is divided."""
 
-import os
-import tempfile
-from collections.abc import Callable
-
 import onepass
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run
 from support import assert_close, bits
 
 pytestmark = [
@@ -19,21 +15,6 @@ pytestmark = [
 CHANNELS = 5
 # Samples of the two ranks. One rank may have nothing, or a single value.
 PARTS = [(4, 4), (1, 6), (7, 2), (0, 5), (3, 0), (1, 1)]
-
-
-def in_group(rank: int, world: int, store: str, work: Callable[[], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        work()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def run(work: Callable[[], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(in_group, (2, os.path.join(folder, "store"), work), nprocs=2)
 
 
 def mine(whole: torch.Tensor, parts: tuple[int, int]) -> torch.Tensor:
@@ -187,4 +168,4 @@ def work() -> None:
 
 
 def test_two_processes():
-    run(work)
+    run(2, work)

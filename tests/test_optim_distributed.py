@@ -1,14 +1,13 @@
 """More than one process, and tensors that are sharded: DTensor, FSDP2, distributed checkpoints, Hogwild."""
 
-import os
 import tempfile
-from collections.abc import Callable
 
 import onepass
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import run
 from support import assert_close
 
 pytestmark = [
@@ -64,26 +63,6 @@ def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
                 f"{key} of {name}: {type(came)}"
             )
             assert_close(whole(came), value, 1e-12, f"{key} of {name} under {what}")
-
-
-def in_group(rank: int, world: int, store: str, work: Callable[[], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        work()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def run(world: int, work: Callable[[], None]) -> None:
-    """The work in a group of `world` processes, in this one where there is only one."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        if world == 1:
-            in_group(0, 1, store, work)
-        else:
-            mp.spawn(in_group, (world, store, work), nprocs=world)
 
 
 # ---- what the processes do -------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from onepass.optim import SAM, SGD, Adam, Lookahead
+from processes import run
 from support import assert_close
-from test_optim_distributed import make_model, pytestmark, run, whole  # noqa: F401
+from test_optim_distributed import make_model, pytestmark, whole  # noqa: F401
 from test_optim_sam import recipe
 
 if dist.is_available():

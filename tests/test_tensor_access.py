@@ -39,7 +39,7 @@ def test_same_steps_either_way(dtype: torch.dtype, request: pytest.FixtureReques
 
 def test_errors_either_way(attributes: None) -> None:
     p = torch.nn.Parameter(torch.zeros(3))
-    optimizer = onepass.optim.SGD([p], lr=0.1)
+    optimizer = onepass.optim.AdamW([p], lr=0.1)
     p.grad = torch.zeros(3).to_sparse()
     with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
         optimizer.step()
