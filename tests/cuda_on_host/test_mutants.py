@@ -133,7 +133,7 @@ MUTANTS = [
         "plain",
         "misaligned access",
     ),
-    Mutant("wide states not stored", "apply.cuh", "s[j].store(state[j] + i);", ";", "plain", "wrong result"),
+    Mutant("wide states not stored", "apply.cuh", "s[j].store(state[j] + at);", ";", "plain", "wrong result"),
     Mutant(
         "table overfull",
         "apply.cuh",
@@ -167,7 +167,14 @@ MUTANTS = [
         "plain",
         "wrong result",
     ),
-    Mutant("skipped step is counted", "apply.cuh", "if (!skip) *from", "*from", "plain", "wrong result"),
+    Mutant(
+        "skipped step is counted",
+        "apply.cuh",
+        "if (!skip) *from.uses[u].device_step",
+        "*from.uses[u].device_step",
+        "plain",
+        "wrong result",
+    ),
     Mutant(
         "skipped step is made",
         "apply.cuh",

@@ -86,7 +86,8 @@ def norm_backward(
         dbias = torch.empty_like(weight) if want[2] else None
     else:
         dweight, dbias = _affine_gradients(x, weight, size, want[1], want[2])
-    threads, stream, room = (1, _stream(x.device.index), _room(x)) if x.is_cuda else (torch.get_num_threads(), 0, None)
+    threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
+    room = _room(x) if x.is_cuda or _C.cuda_on_host else None  # not is_on_cuda(x): a frame less
     _C.row_norm_backward(dy, None, x, weight, stats, dx, None, dweight, dbias, size, rms, None, threads, stream, room)
     return dx, dweight, dbias
 
