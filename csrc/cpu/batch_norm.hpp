@@ -49,16 +49,13 @@ struct ChannelsFirst {
     return left < samples ? left : samples;
   }
 
-  // visit(element, number of lanes, whole or not) for every pack of a unit.
+  // visit(element, number of lanes, whole or not, which of several sums) for every pack of a unit.
   template <class F, class Visit>
   __attribute__((always_inline)) void for_packs_of(std::int64_t channel, std::int64_t unit, const Visit& visit) const {
-    constexpr int width = lanes<F>;
     const std::int64_t n = samples_of(unit);
     for (std::int64_t sample = 0; sample < n; ++sample) {
-      const std::int64_t begin = first(channel, unit) + sample * stride(), end = begin + shape.space;
-      std::int64_t i = begin;
-      for (; i + width <= end; i += width) visit(Whole<true>{}, i, width);
-      if (i < end) visit(Whole<false>{}, i, static_cast<int>(end - i));
+      const std::int64_t begin = first(channel, unit) + sample * stride();
+      for_packs<F>(begin, begin + shape.space, visit);
     }
   }
 
@@ -86,6 +83,12 @@ struct ChannelsFirst {
   }
 };
 
+// A small number as a type, as Whole is a bool.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 // The blocks of a [rows, channels] array.
 struct ChannelsLast {
   std::int64_t rows, channels, blocks;
@@ -93,31 +96,35 @@ struct ChannelsLast {
   explicit ChannelsLast(const BatchShape& s)
       : rows(s.batch * s.space), channels(s.channels), blocks(batch_norm_units(s)) {}
 
-  // Rows whose sums are kept in registers at a time.
-  std::int64_t together() const {
-    const std::int64_t n = 16384 / channels;
-    return n < 16 ? 16 : n > 256 ? 256 : n;
-  }
+  // Columns whose sums are worked on at a time, in the first cache; rows until sums in F are added to the block's.
+  static constexpr std::int64_t tile = 512, rows_of_a_part = 256;
 
-  // visit(rows [begin, end)) for the parts of a block, in order.
+  // visit(first row, last row, first column, last column) for the parts of a block, in order.
   template <class Visit>
   void for_parts_of(std::int64_t block, const Visit& visit) const {
     std::int64_t begin, end;
     part_of(rows, 1, static_cast<int>(block), static_cast<int>(blocks), begin, end);
-    for (std::int64_t row = begin; row < end; row += together())
-      visit(row, row + together() < end ? row + together() : end);
+    for (std::int64_t row = begin; row < end; row += rows_of_a_part)
+      for (std::int64_t c = 0; c < channels; c += tile)
+        visit(row, row + rows_of_a_part < end ? row + rows_of_a_part : end, c,
+              c + tile < channels ? c + tile : channels);
   }
 
-  // visit(channel, element, number of lanes, whole or not) for every pack of rows [begin, end).
+  // visit(channel, element in the first of some rows, number of lanes, whole or not, number of rows) for every pack of
+  // columns [c_begin, c_end) of rows [begin, end): what a channel needs is loaded once for several rows.
   template <class F, class Visit>
-  __attribute__((always_inline)) void for_packs_of(std::int64_t begin, std::int64_t end, const Visit& visit) const {
+  __attribute__((always_inline)) void for_packs_of(std::int64_t begin, std::int64_t end, std::int64_t c_begin,
+                                                   std::int64_t c_end, const Visit& visit) const {
     constexpr int width = lanes<F>;
-    for (std::int64_t row = begin; row < end; ++row) {
+    const auto some_rows = [&](std::int64_t row, auto n_rows) __attribute__((always_inline)) {
       const std::int64_t first = row * channels;
-      std::int64_t c = 0;
-      for (; c + width <= channels; c += width) visit(Whole<true>{}, c, first + c, width);
-      if (c < channels) visit(Whole<false>{}, c, first + c, static_cast<int>(channels - c));
-    }
+      std::int64_t c = c_begin;
+      for (; c + width <= c_end; c += width) visit(Whole<true>{}, c, first + c, width, n_rows);
+      if (c < c_end) visit(Whole<false>{}, c, first + c, static_cast<int>(c_end - c), n_rows);
+    };
+    std::int64_t row = begin;
+    for (; row + 4 <= end; row += 4) some_rows(row, Count<4>{});
+    for (; row < end; ++row) some_rows(row, Count<1>{});
   }
 
   // `statistics(block)`, `finish(channel)`, `results(first row, last row)`.
@@ -214,34 +221,48 @@ struct BatchNormTeam {
           if (call.half == Half::first) return;
           const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
                        shift = Reg<F>{} + constants.shift[c];
-          layout.for_packs_of<F>(c, unit, [&](auto whole, std::int64_t i, int count) __attribute__((always_inline)) {
-            write<decltype(whole)::value>(mean, scale, shift, i, count);
+          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count, int) __attribute__((always_inline)) {
+            write<decltype(w)::value>(mean, scale, shift, i, count);
           });
         });
   }
 
-  // Moments of the channels in rows [begin, end), merged into those of their block.
-  template <bool whole, int registers>
-  __attribute__((always_inline)) void add_columns(std::int64_t begin, std::int64_t end, std::int64_t c, int count,
-                                                  rows::Moments* of_block) const {
-    constexpr int width = lanes<F>;
-    const std::int64_t channels = call.shape.channels;
-    const T* const x = static_cast<const T*>(call.x) + c;
-    const auto at = [&](std::int64_t row, int r) { return load<whole>(x + row * channels + r * width, count); };
-    const F share = F(1 / double(end - begin));
-    Reg<F> near[registers] = {}, sum[registers] = {}, squares[registers] = {};
-    for (std::int64_t row = begin; row < end; ++row)
-      for (int r = 0; r < registers; ++r) near[r] += at(row, r) * share;
-    for (std::int64_t row = begin; row < end; ++row)
-      for (int r = 0; r < registers; ++r) {
-        const Reg<F> distance = at(row, r) - near[r];
-        sum[r] += distance;
-        squares[r] += distance * distance;
-      }
-    for (int r = 0; r < registers; ++r)
-      for (int lane = 0; lane < count; ++lane)
-        of_block[c + r * width + lane].merge(
-            rows::Moments::about(near[r][lane], double(end - begin), sum[r][lane], squares[r][lane]));
+  // Moments of columns [c_begin, c_end) in rows [begin, end), merged into those of their block: by sums of distances
+  // from the mean of the first few rows, as chunk_moments() does.
+  void add_columns(const ChannelsLast& layout, std::int64_t begin, std::int64_t end, std::int64_t c_begin,
+                   std::int64_t c_end, rows::Moments* of_block) const {
+    const T* const x = static_cast<const T*>(call.x);
+    const std::int64_t few = end - begin < 8 ? end - begin : 8, channels = layout.channels;
+    const F share = F(1 / double(few));
+    F near[ChannelsLast::tile] = {}, sum[ChannelsLast::tile] = {}, squares[ChannelsLast::tile] = {};
+    layout.for_packs_of<F>(begin, begin + few, c_begin, c_end,
+                           [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
+                               __attribute__((always_inline)) {
+                                 constexpr bool whole = decltype(w)::value;
+                                 Reg<F> mean = load<whole>(near + (c - c_begin), count);
+                                 for (int r = 0; r < decltype(n)::value; ++r)
+                                   mean += load<whole>(x + i + r * channels, count) * share;
+                                 store<whole>(near + (c - c_begin), mean, count);
+                               });
+    layout.for_packs_of<F>(begin, end, c_begin, c_end,
+                           [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
+                               __attribute__((always_inline)) {
+                                 constexpr bool whole = decltype(w)::value;
+                                 const std::int64_t at = c - c_begin;
+                                 const Reg<F> center = load<whole>(near + at, count);
+                                 Reg<F> s = load<whole>(sum + at, count), q = load<whole>(squares + at, count);
+#pragma GCC unroll 4
+                                 for (int r = 0; r < decltype(n)::value; ++r) {
+                                   const Reg<F> distance = load<whole>(x + i + r * channels, count) - center;
+                                   s += distance;
+                                   q += distance * distance;
+                                 }
+                                 store<whole>(sum + at, s, count);
+                                 store<whole>(squares + at, q, count);
+                               });
+    for (std::int64_t c = c_begin; c < c_end; ++c)
+      of_block[c].merge(
+          rows::Moments::about(near[c - c_begin], double(end - begin), sum[c - c_begin], squares[c - c_begin]));
   }
 
   void run_last(const ChannelsLast& layout, int threads) const {
@@ -252,13 +273,10 @@ struct BatchNormTeam {
           if (call.half == Half::second) return;
           rows::Moments* const of_block = moments + block * channels;
           for (std::int64_t c = 0; c < channels; ++c) of_block[c] = rows::Moments{};
-          layout.for_parts_of(block, [&](std::int64_t begin, std::int64_t end) {
-            constexpr int width = lanes<F>;
-            std::int64_t c = 0;
-            for (; c + 4 * width <= channels; c += 4 * width) add_columns<true, 4>(begin, end, c, width, of_block);
-            for (; c + width <= channels; c += width) add_columns<true, 1>(begin, end, c, width, of_block);
-            if (c < channels) add_columns<false, 1>(begin, end, c, static_cast<int>(channels - c), of_block);
-          });
+          layout.for_parts_of(block,
+                              [&](std::int64_t begin, std::int64_t end, std::int64_t c_begin, std::int64_t c_end) {
+                                add_columns(layout, begin, end, c_begin, c_end, of_block);
+                              });
         },
         [&](std::int64_t c) {
           rows::Moments all;
@@ -268,12 +286,17 @@ struct BatchNormTeam {
         },
         [&](std::int64_t begin, std::int64_t end) {
           if (call.half == Half::first) return;
-          layout.for_packs_of<F>(
-              begin, end, [&](auto w, std::int64_t c, std::int64_t i, int count) __attribute__((always_inline)) {
-                constexpr bool whole = decltype(w)::value;
-                write<whole>(load<whole>(constants.mean + c, count), load<whole>(constants.scale + c, count),
-                             load<whole>(constants.shift + c, count), i, count);
-              });
+          layout.for_packs_of<F>(begin, end, 0, channels,
+                                 [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
+                                     __attribute__((always_inline)) {
+                                       constexpr bool whole = decltype(w)::value;
+                                       const Reg<F> mean = load<whole>(constants.mean + c, count),
+                                                    scale = load<whole>(constants.scale + c, count),
+                                                    shift = load<whole>(constants.shift + c, count);
+#pragma GCC unroll 4
+                                       for (int r = 0; r < decltype(n)::value; ++r)
+                                         write<whole>(mean, scale, shift, i + r * channels, count);
+                                     });
         });
   }
 

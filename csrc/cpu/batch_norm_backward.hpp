@@ -80,21 +80,19 @@ struct BatchNormBackwardTeam {
         [&](std::int64_t c, std::int64_t unit) {
           if (!needs_sums) return;
           const Reg<F> center = Reg<F>{} + mean()[c];
-          Reg<F> dz_sum[2] = {}, distance_sum[2] = {};
-          int turn = 0;
-          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count) __attribute__((always_inline)) {
-            constexpr bool whole = decltype(w)::value;
-            __builtin_prefetch(static_cast<const T*>(call.dy) + i + layout.stride());
-            __builtin_prefetch(static_cast<const T*>(call.x) + i + layout.stride());
-            const Reg<F> dz = dz_at<whole>(i, count);
-            Reg<F> distance = x_at<whole>(i, count) - center;
-            if constexpr (!whole) distance = first_of<F>(distance, count);
-            dz_sum[turn] += dz;
-            distance_sum[turn] += dz * distance;
-            turn ^= 1;
-          });
-          sums[c * layout.units + unit] = {double(sum_of<F>(dz_sum[0] + dz_sum[1])),
-                                           double(sum_of<F>(distance_sum[0] + distance_sum[1]))};
+          Sums<F> dz_sum, distance_sum;
+          layout.for_packs_of<F>(c, unit,
+                                 [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+                                   constexpr bool whole = decltype(w)::value;
+                                   fetch(static_cast<const T*>(call.dy) + i + layout.stride(), part);
+                                   fetch(static_cast<const T*>(call.x) + i + layout.stride(), part);
+                                   const Reg<F> dz = dz_at<whole>(i, count);
+                                   Reg<F> distance = x_at<whole>(i, count) - center;
+                                   if constexpr (!whole) distance = first_of(distance, count);
+                                   dz_sum.part[part] += dz;
+                                   distance_sum.part[part] += dz * distance;
+                                 });
+          sums[c * layout.units + unit] = {double(dz_sum.total()), double(distance_sum.total())};
         },
         [&](std::int64_t c) {
           UnitSums all{0, 0};
@@ -106,7 +104,7 @@ struct BatchNormBackwardTeam {
           if (!needs_results) return;
           const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
                        shift = Reg<F>{} + constants.shift[c], of_x = Reg<F>{} + slope[c];
-          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count) __attribute__((always_inline)) {
+          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count, int) __attribute__((always_inline)) {
             write<decltype(w)::value>(mean, scale, shift, of_x, i, count);
           });
         });
@@ -117,22 +115,27 @@ struct BatchNormBackwardTeam {
     all.dz_distance += more.dz_distance;
   }
 
-  template <bool whole, int registers>
-  __attribute__((always_inline)) void add_columns(std::int64_t begin, std::int64_t end, std::int64_t c, int count,
-                                                  UnitSums* of_block) const {
-    constexpr int width = lanes<F>;
-    Reg<F> center[registers], dz_sum[registers] = {}, distance_sum[registers] = {};
-    for (int r = 0; r < registers; ++r) center[r] = load<whole>(mean() + c + r * width, count);
-    for (std::int64_t row = begin; row < end; ++row)
-      for (int r = 0; r < registers; ++r) {
-        const std::int64_t i = row * call.shape.channels + c + r * width;
-        const Reg<F> dz = dz_at<whole>(i, count);
-        dz_sum[r] += dz;
-        distance_sum[r] += dz * (x_at<whole>(i, count) - center[r]);
-      }
-    for (int r = 0; r < registers; ++r)
-      for (int lane = 0; lane < count; ++lane)
-        add(of_block[c + r * width + lane], {double(dz_sum[r][lane]), double(distance_sum[r][lane])});
+  void add_columns(const ChannelsLast& layout, std::int64_t begin, std::int64_t end, std::int64_t c_begin,
+                   std::int64_t c_end, UnitSums* of_block) const {
+    F dz_sum[ChannelsLast::tile] = {}, distance_sum[ChannelsLast::tile] = {};
+    layout.for_packs_of<F>(begin, end, c_begin, c_end,
+                           [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
+                               __attribute__((always_inline)) {
+                                 constexpr bool whole = decltype(w)::value;
+                                 const std::int64_t at = c - c_begin;
+                                 const Reg<F> center = load<whole>(mean() + c, count);
+                                 Reg<F> s = load<whole>(dz_sum + at, count), d = load<whole>(distance_sum + at, count);
+#pragma GCC unroll 4
+                                 for (int r = 0; r < decltype(n)::value; ++r) {
+                                   const Reg<F> dz = dz_at<whole>(i + r * layout.channels, count);
+                                   s += dz;
+                                   d += dz * (x_at<whole>(i + r * layout.channels, count) - center);
+                                 }
+                                 store<whole>(dz_sum + at, s, count);
+                                 store<whole>(distance_sum + at, d, count);
+                               });
+    for (std::int64_t c = c_begin; c < c_end; ++c)
+      add(of_block[c], {double(dz_sum[c - c_begin]), double(distance_sum[c - c_begin])});
   }
 
   void run_last(const ChannelsLast& layout, int threads) const {
@@ -143,13 +146,10 @@ struct BatchNormBackwardTeam {
           if (!needs_sums) return;
           UnitSums* const of_block = sums + block * channels;
           for (std::int64_t c = 0; c < channels; ++c) of_block[c] = {0, 0};
-          layout.for_parts_of(block, [&](std::int64_t begin, std::int64_t end) {
-            constexpr int width = lanes<F>;
-            std::int64_t c = 0;
-            for (; c + 4 * width <= channels; c += 4 * width) add_columns<true, 4>(begin, end, c, width, of_block);
-            for (; c + width <= channels; c += width) add_columns<true, 1>(begin, end, c, width, of_block);
-            if (c < channels) add_columns<false, 1>(begin, end, c, static_cast<int>(channels - c), of_block);
-          });
+          layout.for_parts_of(block,
+                              [&](std::int64_t begin, std::int64_t end, std::int64_t c_begin, std::int64_t c_end) {
+                                add_columns(layout, begin, end, c_begin, c_end, of_block);
+                              });
         },
         [&](std::int64_t c) {
           UnitSums all{0, 0};
@@ -160,10 +160,15 @@ struct BatchNormBackwardTeam {
         [&](std::int64_t begin, std::int64_t end) {
           if (!needs_results) return;
           layout.for_packs_of<F>(
-              begin, end, [&](auto w, std::int64_t c, std::int64_t i, int count) __attribute__((always_inline)) {
+              begin, end, 0, channels,
+              [&](auto w, std::int64_t c, std::int64_t i, int count, auto n) __attribute__((always_inline)) {
                 constexpr bool whole = decltype(w)::value;
-                write<whole>(load<whole>(constants.mean + c, count), load<whole>(constants.scale + c, count),
-                             load<whole>(constants.shift + c, count), load<whole>(slope + c, count), i, count);
+                const Reg<F> mean = load<whole>(constants.mean + c, count),
+                             scale = load<whole>(constants.scale + c, count),
+                             shift = load<whole>(constants.shift + c, count), of_x = load<whole>(slope + c, count);
+#pragma GCC unroll 4
+                for (int r = 0; r < decltype(n)::value; ++r)
+                  write<whole>(mean, scale, shift, of_x, i + r * channels, count);
               });
         });
   }

@@ -23,60 +23,25 @@ static inline std::uint32_t bits_greater(Bits32 a, Bits32 b) {
 #endif
 }
 
-// The lanes whose bit is set; 0 in the others, whatever they held.
-static inline Reg<float> keep_lanes(std::uint32_t bits, Reg<float> x) {
+// The lanes whose bit is set, lane 0 by bit `shift`; 0 in the others, whatever they held.
+static inline __attribute__((always_inline)) Reg<float> keep_lanes(std::uint32_t bits, int shift, Reg<float> x) {
 #if defined(__AVX512F__)
-  return (Reg<float>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)x);
+  return (Reg<float>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits >> shift), (__m512)x);
 #else
   Bits32 lane_bit;
-  for (int lane = 0; lane < lanes<float>; ++lane) lane_bit[lane] = 1u << lane;
+  for (int lane = 0; lane < lanes<float>; ++lane) lane_bit[lane] = 1u << lane << shift;
   return ((Bits32{} + bits) & lane_bit) != 0 ? x : Reg<float>{};
 #endif
 }
-static inline Reg<double> keep_lanes(std::uint32_t bits, Reg<double> x) {
+static inline __attribute__((always_inline)) Reg<double> keep_lanes(std::uint32_t bits, int shift, Reg<double> x) {
 #if defined(__AVX512F__)
-  return (Reg<double>)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)x);
+  return (Reg<double>)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits >> shift), (__m512d)x);
 #else
   Bits64 lane_bit;
-  for (int lane = 0; lane < lanes<double>; ++lane) lane_bit[lane] = 1u << lane;
+  for (int lane = 0; lane < lanes<double>; ++lane) lane_bit[lane] = std::uint64_t(1) << lane << shift;
   return ((Bits64{} + bits) & lane_bit) != 0 ? x : Reg<double>{};
 #endif
 }
-
-// What a seed and a threshold keep, `group` elements at a time.
-class RandomBits {
- public:
-  static constexpr int group = PhiloxSequence::group;
-
-  explicit RandomBits(const Dropout& dropout)
-      : sequence_(dropout.seed != nullptr ? static_cast<std::uint64_t>(*dropout.seed) : 0),
-        // word >= threshold, as word > threshold - 1 where that is a 32-bit number.
-        limit_(Bits32{} + static_cast<std::uint32_t>(dropout.threshold - 1)),
-        always_(dropout.threshold == 0 ? ~0u : 0u) {}
-
-  // Bits of elements [first, first + group), first a multiple of 4.
-  __attribute__((always_inline)) std::uint32_t at(std::int64_t first) const {
-    Bits32 words[2];
-    sequence_.words(static_cast<std::uint64_t>(first), words);
-    return bits_greater(words[0], limit_) | bits_greater(words[1], limit_) << group / 2 | always_;
-  }
-
-  // Bits of elements [from, to), from a multiple of 8, whose bit is the first of `out`. After the last one there are
-  // zeros to the end of its byte.
-  void write(std::int64_t from, std::int64_t to, std::uint8_t* out) const {
-    for (std::int64_t first = from / group * group; first < to; first += group) {
-      std::uint32_t bits = at(first);
-      const std::int64_t low = first < from ? from : first, high = first + group < to ? first + group : to;
-      bits = bits << (32 - (high - first)) >> (32 - (high - first)) >> (low - first);
-      std::memcpy(out + (low - from) / 8, &bits, (high - low + 7) / 8);
-    }
-  }
-
- private:
-  PhiloxSequence sequence_;
-  Bits32 limit_;
-  std::uint32_t always_;
-};
 
 // At least 25 bits from element i on, of a mask of so many bytes.
 static inline std::uint32_t bits_at(const std::uint8_t* mask, std::int64_t bytes, std::int64_t i) {
@@ -91,48 +56,114 @@ static inline std::uint32_t bits_at(const std::uint8_t* mask, std::int64_t bytes
 
 constexpr std::int64_t mask_bytes(std::int64_t size) { return (size + 7) / 8; }
 
+// What a seed and a threshold keep, `group` elements at a time.
+class RandomBits {
+ public:
+  static constexpr int group = 64;
+
+  explicit RandomBits(const Dropout& dropout)
+      : sequence_(dropout.seed != nullptr ? static_cast<std::uint64_t>(*dropout.seed) : 0),
+        // word >= threshold, as word > threshold - 1 where that is a 32-bit number.
+        limit_(Bits32{} + static_cast<std::uint32_t>(dropout.threshold - 1)),
+        always_(dropout.threshold == 0 ? ~std::uint64_t(0) : 0) {}
+
+  // Bits of elements [first, first + group), first a multiple of 4.
+  __attribute__((always_inline)) std::uint64_t at(std::int64_t first) const {
+    constexpr int at_once = 2 * PhiloxSequence::group, width = lanes<float>;
+    std::uint64_t bits = always_;
+#pragma GCC unroll 4
+    for (int i = 0; i < group; i += at_once) {
+      Bits32 words[4];
+      sequence_.words<2>(static_cast<std::uint64_t>(first + i), words);
+      for (int w = 0; w < 4; ++w) bits |= std::uint64_t(bits_greater(words[w], limit_)) << (i + w * width);
+    }
+    return bits;
+  }
+
+ private:
+  PhiloxSequence sequence_;
+  Bits32 limit_;
+  std::uint64_t always_;
+};
+
+// Where the bits of a pass over elements come from.
+enum class Keep { all, drawn, read };
+
+// y = dropout(x), or residual + dropout(x), of elements of flat arrays.
 template <class T>
-struct DropoutTeam {
+struct DropoutPass {
   using F = Arithmetic<T>;
 
-  const DropoutCall& call;
+  const T *x, *residual;  // residual: may be null
+  T* y;                   // null: only the mask is wanted
+  std::uint8_t* mask;     // may be null
+  RandomBits random;
+  F scale;
 
-  // Elements [first, first + count): one pack, or some of its lanes.
-  template <bool whole>
-  __attribute__((always_inline)) void drop_pack(std::int64_t first, std::uint32_t bits, F scale, int count) const {
-    const Reg<F> x = load<whole>(static_cast<const T*>(call.x) + first, count);
-    store<whole>(static_cast<T*>(call.y) + first, keep_lanes(bits, x * scale), count);
+  DropoutPass(const void* x, const void* residual, void* y, std::uint8_t* mask, const Dropout& dropout)
+      : x(static_cast<const T*>(x)),
+        residual(static_cast<const T*>(residual)),
+        y(static_cast<T*>(y)),
+        mask(mask),
+        random(dropout),
+        scale(F(dropout.scale)) {}
+
+  template <bool whole, Keep keep, bool adds>
+  __attribute__((always_inline)) void pack(std::int64_t i, std::uint32_t bits, int shift, int count) const {
+    Reg<F> out = load<whole>(x + i, count);
+    if constexpr (keep != Keep::all) out = keep_lanes(bits, shift, out * scale);
+    if constexpr (adds) out = load<whole>(residual + i, count) + out;
+    store<whole>(y + i, out, count);
   }
 
-  // The random words of the next group are computed while the elements of this one come from memory.
-  template <bool reads_mask>
-  void drop(std::int64_t begin, std::int64_t end) const {
+  // Elements [begin, end), begin a multiple of 8; the mask's last byte is padded with zeros.
+  template <Keep keep, bool adds>
+  void run(std::int64_t begin, std::int64_t end) const {
     constexpr int group = RandomBits::group, width = lanes<F>;
-    const RandomBits random(call.dropout);
-    const F scale = F(call.dropout.scale);
-    const std::int64_t bytes = mask_bytes(call.size);
     std::int64_t first = begin;
     for (; first + group <= end; first += group) {
-      const std::uint32_t bits = reads_mask ? bits_at(call.mask, bytes, first) : random.at(first);
-      if (!reads_mask && call.mask != nullptr) std::memcpy(call.mask + first / 8, &bits, group / 8);
-      if (call.y != nullptr)
-        for (int i = 0; i < group; i += width) drop_pack<true>(first + i, bits >> i, scale, width);
+      std::uint64_t bits = ~std::uint64_t(0);
+      if constexpr (keep == Keep::read) std::memcpy(&bits, mask + first / 8, sizeof bits);
+      if constexpr (keep == Keep::drawn) {
+        bits = random.at(first);
+        if (mask != nullptr) std::memcpy(mask + first / 8, &bits, sizeof bits);
+      }
+      if (y == nullptr) continue;
+      for (int half = 0; half < group; half += 32)
+#pragma GCC unroll 16
+        for (int i = 0; i < 32; i += width)
+          pack<true, keep, adds>(first + half + i, static_cast<std::uint32_t>(bits >> half), i, width);
     }
     if (first == end) return;
-    std::uint8_t rest[group / 8] = {};  // the last elements, fewer than a group
-    std::uint8_t* const bits = call.mask != nullptr ? call.mask + first / 8 : rest;
-    if (!reads_mask) random.write(first, end, bits);
-    for (; call.y != nullptr && first < end; first += width) {
-      const int count = end - first < width ? static_cast<int>(end - first) : width;
-      drop_pack<false>(first, bits_at(bits, mask_bytes(end % group), first % group), scale, count);
+    const int left = static_cast<int>(end - first);  // fewer than a group
+    std::uint64_t bits = ~std::uint64_t(0);
+    if constexpr (keep == Keep::read) std::memcpy(&bits, mask + first / 8, mask_bytes(left));
+    if constexpr (keep == Keep::drawn) {
+      bits = random.at(first) & (~std::uint64_t(0) >> (group - left));
+      if (mask != nullptr) std::memcpy(mask + first / 8, &bits, mask_bytes(left));
+    }
+    if (y == nullptr) return;
+    for (int i = 0; i < left; i += width) {
+      const auto of_pack = static_cast<std::uint32_t>(bits >> i);
+      if (i + width <= left)
+        pack<true, keep, adds>(first + i, of_pack, 0, width);
+      else
+        pack<false, keep, adds>(first + i, of_pack, 0, left - i);
     }
   }
+};
+
+template <class T>
+struct DropoutTeam {
+  const DropoutCall& call;
 
   static void body(void* context, int thread, int n_threads) {
-    const DropoutTeam& team = *static_cast<DropoutTeam*>(context);
+    const DropoutCall& call = static_cast<DropoutTeam*>(context)->call;
+    const DropoutPass<T> pass(call.x, nullptr, call.y, call.mask, call.dropout);
     std::int64_t begin, end;
-    part_of(team.call.size, 4096, thread, n_threads, begin, end);
-    team.call.reads_mask ? team.drop<true>(begin, end) : team.drop<false>(begin, end);
+    part_of(call.size, 4096, thread, n_threads, begin, end);
+    call.reads_mask ? pass.template run<Keep::read, false>(begin, end)
+                    : pass.template run<Keep::drawn, false>(begin, end);
   }
 
   static void run(const DropoutCall& call, int max_threads) {

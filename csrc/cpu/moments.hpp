@@ -17,45 +17,52 @@ struct Sums {
   F total() const { return sum_of<F>((part[0] + part[1]) + (part[2] + part[3])); }
 };
 
-// Calls visit(part, pack, number of lanes) over [0, n): whole packs, the sums in turn, then the tail. What is `ahead`
-// is fetched meanwhile: the processor's own prefetching stops at the end of a page.
-template <class T, class Visit>
-static inline __attribute__((always_inline)) void for_packs(const T* x, std::int64_t n, const Visit& visit,
-                                                            std::int64_t ahead = 0) {
-  constexpr int width = lanes<Arithmetic<T>>;
-  std::int64_t i = 0;
-  for (; i + 4 * width <= n; i += 4 * width)
-    for (int part = 0; part < 4; ++part) {
-      if (ahead != 0) __builtin_prefetch(x + i + part * width + ahead);
-      visit(part, load<true>(x + i + part * width, width), width);
-    }
-  for (int part = 0; i + width <= n; i += width, ++part) visit(part, load<true>(x + i, width), width);
-  if (i < n) visit(3, load<false>(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+// visit(element, number of lanes, whole or not, which of several sums) for every pack of elements [begin, end).
+template <class F, class Visit>
+static inline __attribute__((always_inline)) void for_packs(std::int64_t begin, std::int64_t end, const Visit& visit) {
+  constexpr int width = lanes<F>, sums = Sums<F>::count;
+  std::int64_t i = begin;
+  for (; i + sums * width <= end; i += sums * width)
+#pragma GCC unroll 4
+    for (int part = 0; part < sums; ++part) visit(Whole<true>{}, i + part * width, width, part);
+  for (; i + width <= end; i += width) visit(Whole<true>{}, i, width, 0);
+  if (i < end) visit(Whole<false>{}, i, static_cast<int>(end - i), sums - 1);
+}
+
+// Fetches a cache line when the first of its packs is visited: the processor's own prefetching stops at the end of a
+// page, and at the end of a short row.
+template <int for_writing = 0, class T>
+static inline __attribute__((always_inline)) void fetch(const T* p, int part) {
+  if (part * lanes<Arithmetic<T>> * sizeof(T) % 64 == 0) __builtin_prefetch(p, for_writing);
 }
 
 // Of `pieces` pieces of n numbers each, `stride` apart, all in all about a chunk. Distances are taken from the mean of
-// the first few numbers, m of them: it is at most sqrt(chunk / m) deviations from the mean of all, whatever they are,
-// so that squares of distances lose no more than a digit.
+// the first few numbers, one in 64: it is at most 8 deviations from the mean of all, whatever they are, so that squares
+// of distances lose no more than a digit or two.
 template <class T>
 static inline rows::Moments chunk_moments(const T* x, std::int64_t n, std::int64_t pieces, std::int64_t stride) {
   using F = Arithmetic<T>;
-  const std::int64_t few = n < 64 ? n : 64;
+  std::int64_t few = (n * pieces / 64 + lanes<F>)&-static_cast<std::int64_t>(lanes<F>);
+  if (few > n) few = n;
   const F share =
       F(1 / double(few));  // multiplied first: the sum of huge numbers may overflow where their mean does not
   Sums<F> mean;
-  for_packs(x, few, [&](int part, Reg<F> v, int) __attribute__((always_inline)) { mean.part[part] += v * share; });
+  for_packs<F>(0, few, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+    mean.part[part] += load<decltype(w)::value>(x + i, count) * share;
+  });
   const F near = mean.total();
   Sums<F> sum, squares;
-  for (std::int64_t p = 0; p < pieces; ++p)
-    for_packs(
-        x + p * stride, n,
-        [&](int part, Reg<F> v, int count) __attribute__((always_inline)) {
-          Reg<F> distance = v - near;
-          if (count < lanes<F>) distance = first_of<F>(distance, count);
-          sum.part[part] += distance;
-          squares.part[part] += distance * distance;
-        },
-        stride);
+  for (std::int64_t p = 0; p < pieces; ++p) {
+    const T* const piece = x + p * stride;
+    for_packs<F>(0, n, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+      constexpr bool whole = decltype(w)::value;
+      if (stride != 0) fetch(piece + i + stride, part);
+      Reg<F> distance = load<whole>(piece + i, count) - near;
+      if constexpr (!whole) distance = first_of(distance, count);
+      sum.part[part] += distance;
+      squares.part[part] += distance * distance;
+    });
+  }
   return rows::Moments::about(near, double(n) * double(pieces), sum.total(), squares.total());
 }
 

@@ -58,7 +58,8 @@ static inline Bits32 widen(const void* p) {
 }
 static inline Bits16 narrow(Bits32 x) { return (Bits16)_mm512_cvtepi32_epi16((__m512i)x); }
 #elif defined(__AVX2__)
-static inline Bits32 widen(const void* p) { return (Bits32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline Bits32 widen(__m128i raw) { return (Bits32)_mm256_cvtepu16_epi32(raw); }
+static inline Bits32 widen(const void* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
 static inline Bits16 narrow(Bits32 x) {
   const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
   return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
@@ -73,13 +74,16 @@ static inline Bits16 narrow(Bits32 x) { return __builtin_convertvector(x, Bits16
 #endif
 
 static inline Reg<float> decode(const bfloat16* p) { return (Reg<float>)(widen(p) << 16); }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+static inline Reg<float> decode_raw(const bfloat16*, __m128i raw) { return (Reg<float>)(widen(raw) << 16); }
+static inline Reg<float> decode_raw(const float16*, __m128i raw) { return (Reg<float>)_mm256_cvtph_ps(raw); }
+#endif
 
-// To nearest, ties to even; NaN to a quiet NaN.
+// To nearest, ties to even; NaN to the NaN of all ones.
 static inline void encode(bfloat16* p, Reg<float> x) {
   const Bits32 bits = (Bits32)x;
-  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits32 quiet = (bits >> 16) | 0x40u;
-  const Bits16 raw = narrow(x != x ? quiet : rounded);
+  const Bits32 rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const Bits16 raw = narrow((rounded | (Bits32)(x != x)) >> 16);
   std::memcpy(p, &raw, sizeof raw);
 }
 
@@ -192,17 +196,68 @@ static inline void store_some(T* p, Reg<float> x, int count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm256_loadu_si256((const __m256i*)buffer));
 }
 #else
+template <int size>
+struct Piece {
+  static constexpr int bytes = size;
+};
+// Fewer than 32 bytes, in pieces of known size: a call of memcpy for each tail of a short row would show.
+static inline void copy_some(void* to, const void* from, int bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const auto piece = [&](auto size) __attribute__((always_inline)) {
+    if ((bytes & decltype(size)::bytes) == 0) return;
+    std::memcpy(out, in, decltype(size)::bytes);
+    out += decltype(size)::bytes;
+    in += decltype(size)::bytes;
+  };
+  piece(Piece<16>{});
+  piece(Piece<8>{});
+  piece(Piece<4>{});
+  piece(Piece<2>{});
+}
+#if defined(__AVX2__)
+// Loads that do not pass through memory: a wide read of what was just written in pieces has to wait for all of them.
+static inline __m256i first_lanes32(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline Reg<float> load_some(const float* p, int count) {
+  return (Reg<float>)_mm256_maskload_ps(p, first_lanes32(count));
+}
+static inline Reg<double> load_some(const double* p, int count) {
+  return (Reg<double>)_mm256_maskload_pd(p, first_lanes32(2 * count));
+}
+// Up to three 16-bit numbers, and up to four.
+static inline std::uint64_t some_bits16(const void* p, int count) {
+  std::uint16_t last = 0;
+  std::uint32_t two = 0;
+  if (count & 2) std::memcpy(&two, p, 4);
+  if (count & 1) std::memcpy(&last, static_cast<const char*>(p) + 2 * (count & 2), 2);
+  return two | static_cast<std::uint64_t>(last) << 16 * (count & 2);
+}
+template <class T>
+static inline Reg<float> load_some(const T* p, int count) {
+  std::uint64_t low, high = 0;
+  if (count & 4) {
+    std::memcpy(&low, p, 8);
+    high = some_bits16(p + 4, count & 3);
+  } else {
+    low = some_bits16(p, count & 3);
+  }
+  return decode_raw(p, _mm_set_epi64x(static_cast<std::int64_t>(high), static_cast<std::int64_t>(low)));
+}
+#else
 template <class T>
 static inline Reg<Arithmetic<T>> load_some(const T* p, int count) {
   T buffer[lanes<Arithmetic<T>>] = {};
-  std::memcpy(buffer, p, count * sizeof(T));
+  copy_some(buffer, p, count * static_cast<int>(sizeof(T)));
   return decode(buffer);
 }
+#endif
 template <class T>
 static inline void store_some(T* p, Reg<Arithmetic<T>> x, int count) {
   T buffer[lanes<Arithmetic<T>>];
   encode(buffer, x);
-  std::memcpy(p, buffer, count * sizeof(T));
+  copy_some(p, buffer, count * static_cast<int>(sizeof(T)));
 }
 #endif
 

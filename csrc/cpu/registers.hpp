@@ -5,22 +5,16 @@
 namespace onepass::cpu::ONEPASS_ISA {
 
 // The first `count` lanes; 0 in the others.
-template <class F>
-static inline Reg<F> first_of(Reg<F> x, int count) {
-  F buffer[lanes<F>] = {};
-  for (int lane = 0; lane < count; ++lane) buffer[lane] = x[lane];
-  return decode(buffer);
+static inline Reg<float> first_of(Reg<float> x, int count) {
+  Pack<std::int32_t, register_bytes> lane;
+  for (int i = 0; i < lanes<float>; ++i) lane[i] = i;
+  return lane < count ? x : Reg<float>{};
 }
-#if defined(__AVX512F__)
-template <>
-inline Reg<float> first_of<float>(Reg<float> x, int count) {
-  return (Reg<float>)_mm512_maskz_mov_ps(first_lanes(count), (__m512)x);
+static inline Reg<double> first_of(Reg<double> x, int count) {
+  Pack<std::int64_t, register_bytes> lane;
+  for (int i = 0; i < lanes<double>; ++i) lane[i] = i;
+  return lane < static_cast<std::int64_t>(count) ? x : Reg<double>{};
 }
-template <>
-inline Reg<double> first_of<double>(Reg<double> x, int count) {
-  return (Reg<double>)_mm512_maskz_mov_pd(static_cast<__mmask8>(first_lanes(count)), (__m512d)x);
-}
-#endif
 
 // The lanes added, the upper half to the lower one again and again: always in the same order.
 template <class F, int bytes = register_bytes>

@@ -37,7 +37,10 @@ struct RowNormTeam {
   static rows::Stats<F> stats_of(const T* x, std::int64_t n, double eps) {
     if constexpr (rms) {
       Sums<F> squares;
-      for_packs(x, n, [&](int part, Reg<F> v, int) __attribute__((always_inline)) { squares.part[part] += v * v; });
+      for_packs<F>(0, n, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+        const Reg<F> v = load<decltype(w)::value>(x + i, count);
+        squares.part[part] += v * v;
+      });
       return rows::Stats<F>::of(0, double(squares.total()) / double(n), eps);
     } else {
       const rows::Moments moments = moments_of(x, n);
@@ -45,74 +48,68 @@ struct RowNormTeam {
     }
   }
 
-  template <bool whole>
-  static __attribute__((always_inline)) void normalise(const T* x, T* y, const Affine<F>& affine,
-                                                       const rows::Stats<F>& stats, std::int64_t i, int count,
-                                                       std::int64_t n) {
-    __builtin_prefetch(y + i, 1);
-    __builtin_prefetch(x + i + n);  // the next row: the processor's own prefetching stops at the end of a page
-    const Reg<F> v = load<whole>(x + i, count);
-    Reg<F> out;
-    if constexpr (rms)
-      out = v * stats.rstd;
-    else
-      out = stats.normalised(v);
-    if (affine.weight != nullptr) out = out * load<whole>(affine.weight + i, count);
-    if (affine.bias != nullptr) out = out + load<whole>(affine.bias + i, count);
-    store<whole>(y + i, out, count);
-  }
-
-  void norm_row(const T* x, std::int64_t row) const {
-    const std::int64_t n = call.size;
-    const rows::Stats<F> stats = stats_of(x, n, call.eps);
+  // The row's statistics, kept for backward.
+  rows::Stats<F> measure(const T* x, std::int64_t row) const {
+    const rows::Stats<F> stats = stats_of(x, call.size, call.eps);
     static_cast<F*>(call.stats)[row] = stats.mean;
     static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
+    return stats;
+  }
+
+  // `ahead`: elements from here to the row that is to be measured next.
+  void normalise(const T* x, std::int64_t row, const rows::Stats<F>& stats, std::int64_t ahead) const {
+    const std::int64_t n = call.size;
     T* const y = static_cast<T*>(call.y) + row * n;
-    std::int64_t i = 0;
-    for (; i + width <= n; i += width) normalise<true>(x, y, affine, stats, i, width, n);
-    if (i < n) normalise<false>(x, y, affine, stats, i, static_cast<int>(n - i), n);
+    for_packs<F>(0, n, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+      constexpr bool whole = decltype(w)::value;
+      fetch<1>(y + i, part);
+      fetch(x + i + ahead, part);
+      const Reg<F> v = load<whole>(x + i, count);
+      Reg<F> out;
+      if constexpr (rms)
+        out = v * stats.rstd;
+      else
+        out = stats.normalised(v);
+      if (affine.weight != nullptr) out = out * load<whole>(affine.weight + i, count);
+      if (affine.bias != nullptr) out = out + load<whole>(affine.bias + i, count);
+      store<whole>(y + i, out, count);
+    });
   }
 
-  template <bool whole>
-  static __attribute__((always_inline)) void add(const T* x, const T* residual, T* sum, std::uint32_t bits, F scale,
-                                                 int count) {
-    const Reg<F> branch = keep_lanes(bits, load<whole>(x, count) * scale);
-    store<whole>(sum, load<whole>(residual, count) + branch, count);
-  }
-
-  // sum = residual + dropout(x) of one row.
-  void add_row(std::int64_t row) const {
-    const std::int64_t n = call.size, first = row * n, bytes = mask_bytes(call.rows * n);
-    const bool drops = call.dropout.seed != nullptr;
-    const F scale = F(drops ? call.dropout.scale : 1);
-    const T *const x = static_cast<const T*>(call.x) + first, *const residual =
-                                                                  static_cast<const T*>(call.residual) + first;
-    T* const sum = static_cast<T*>(call.sum) + first;
-    const auto bits = [&](std::int64_t i) { return drops ? bits_at(call.mask, bytes, first + i) : ~0u; };
-    std::int64_t i = 0;
-    for (; i + width <= n; i += width) add<true>(x + i, residual + i, sum + i, bits(i), scale, width);
-    if (i < n) add<false>(x + i, residual + i, sum + i, bits(i), scale, static_cast<int>(n - i));
+  // sum = residual + dropout(x) of elements [begin, end), begin a multiple of 8.
+  static void add(const DropoutPass<T>& pass, bool drops, std::int64_t begin, std::int64_t end) {
+    drops ? pass.template run<Keep::drawn, true>(begin, end) : pass.template run<Keep::all, true>(begin, end);
   }
 
   static void body(void* context, int thread, int n_threads) {
     const RowNormTeam& team = *static_cast<RowNormTeam*>(context);
     const RowNorm& call = team.call;
-    constexpr std::int64_t together = 8;  // rows: whole bytes of the mask
+    const std::int64_t n = call.size;
     std::int64_t begin, end;
-    part_of(call.rows, together, thread, n_threads, begin, end);
+    part_of(call.rows, 8, thread, n_threads, begin, end);
     if (call.residual == nullptr) {
-      for (std::int64_t row = begin; row < end; ++row)
-        team.norm_row(static_cast<const T*>(call.x) + row * call.size, row);
+      const T* const x = static_cast<const T*>(call.x);
+      // A short row's statistics end in a chain of scalar operations: the row before it is written meanwhile.
+      const std::int64_t ahead = n * static_cast<std::int64_t>(sizeof(T)) <= 4096 ? 1 : 0;
+      rows::Stats<F> measured{};
+      if (begin < end && ahead > 0) measured = team.measure(x + begin * n, begin);
+      for (std::int64_t row = begin; row < end; ++row) {
+        rows::Stats<F> stats = measured;
+        if (row + ahead < end) measured = team.measure(x + (row + ahead) * n, row + ahead);
+        if (ahead == 0) stats = measured;
+        team.normalise(x + row * n, row, stats, (ahead + 1) * n);
+      }
       return;
     }
-    const RandomBits random(call.dropout);
+    const DropoutPass<T> pass(call.x, call.residual, call.sum, call.mask, call.dropout);
+    const std::int64_t together = n % 8 == 0 ? 1 : 8;  // rows: whole bytes of the mask
     for (std::int64_t row = begin; row < end; ++row) {
-      if (call.dropout.seed != nullptr && row % together == 0) {
+      if (row % together == 0) {
         const std::int64_t last = row + together < end ? row + together : end;
-        random.write(row * call.size, last * call.size, call.mask + row * call.size / 8);
+        add(pass, call.dropout.seed != nullptr, row * n, last * n);
       }
-      team.add_row(row);
-      team.norm_row(static_cast<const T*>(call.sum) + row * call.size, row);
+      const T* const sum = static_cast<const T*>(call.sum) + row * n;
+      team.normalise(sum, row, team.measure(sum, row), n);
     }
   }
 
@@ -209,7 +206,7 @@ struct RowNormBackwardTeam {
     store<whole>(row.dx + i, dx, count);
     if (row.dbranch != nullptr) {
       const std::uint32_t bits = bits_at(call.mask, mask_bytes(call.rows * call.size), row.first + i);
-      store<whole>(row.dbranch + i, keep_lanes(bits, dx * F(call.dropout.scale)), count);
+      store<whole>(row.dbranch + i, keep_lanes(bits, 0, dx * F(call.dropout.scale)), count);
     }
   }
 
