@@ -64,7 +64,7 @@ class Tensors {
 void* large_pages(void* output, std::int64_t bytes, bool on_cuda) {
 #if defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = 2 << 20;
-  if (output != nullptr && bytes >= (32 << 20) && !on_cuda) {
+  if (output != nullptr && bytes >= (4 << 20) && !on_cuda) {
     const auto begin = (reinterpret_cast<std::uintptr_t>(output) + page - 1) / page * page;
     const auto end = (reinterpret_cast<std::uintptr_t>(output) + static_cast<std::uintptr_t>(bytes)) / page * page;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

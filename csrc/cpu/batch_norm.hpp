@@ -71,7 +71,8 @@ struct ChannelsFirst {
         for (std::int64_t channel = begin; channel < end; ++channel) {
           part(channel * units, (channel + 1) * units, statistics);
           finish(channel);
-          part(channel * units, (channel + 1) * units, results);
+          for (std::int64_t unit = units - 1; unit >= 0; --unit)
+            results(channel, unit);  // the last one is still in cache
         }
       });
       return;
@@ -83,10 +84,13 @@ struct ChannelsFirst {
   }
 };
 
-// A small number as a type, as Whole is a bool.
-template <int n>
-struct Count {
-  static constexpr int value = n;
+// A pack of columns in some rows of a [rows, channels] array, as a visitor is given it.
+template <bool whole_, int rows_>
+struct Columns {
+  static constexpr bool whole = whole_;
+  static constexpr int rows = rows_;
+  std::int64_t channel, first;  // of the first lane; its element in the first of the rows
+  int count, part;              // lanes; as in for_packs()
 };
 
 // The blocks of a [rows, channels] array.
@@ -98,6 +102,7 @@ struct ChannelsLast {
 
   // Columns whose sums are worked on at a time, in the first cache; rows until sums in F are added to the block's.
   static constexpr std::int64_t tile = 512, rows_of_a_part = 256;
+  static constexpr int several = 4;
 
   // visit(first row, last row, first column, last column) for the parts of a block, in order.
   template <class Visit>
@@ -110,21 +115,19 @@ struct ChannelsLast {
               c + tile < channels ? c + tile : channels);
   }
 
-  // visit(channel, element in the first of some rows, number of lanes, whole or not, number of rows) for every pack of
-  // columns [c_begin, c_end) of rows [begin, end): what a channel needs is loaded once for several rows.
+  // visit(Columns) for every pack of columns [c_begin, c_end) of rows [begin, end): what a channel needs is loaded once
+  // for several rows.
   template <class F, class Visit>
   __attribute__((always_inline)) void for_packs_of(std::int64_t begin, std::int64_t end, std::int64_t c_begin,
                                                    std::int64_t c_end, const Visit& visit) const {
-    constexpr int width = lanes<F>;
-    const auto some_rows = [&](std::int64_t row, auto n_rows) __attribute__((always_inline)) {
-      const std::int64_t first = row * channels;
-      std::int64_t c = c_begin;
-      for (; c + width <= c_end; c += width) visit(Whole<true>{}, c, first + c, width, n_rows);
-      if (c < c_end) visit(Whole<false>{}, c, first + c, static_cast<int>(c_end - c), n_rows);
+    const auto some_rows = [&](std::int64_t row, auto one) __attribute__((always_inline)) {
+      for_packs<F>(c_begin, c_end, [&](auto w, std::int64_t c, int count, int part) __attribute__((always_inline)) {
+        visit(Columns<decltype(w)::value, decltype(one)::value ? 1 : several>{c, row * channels + c, count, part});
+      });
     };
     std::int64_t row = begin;
-    for (; row + 4 <= end; row += 4) some_rows(row, Count<4>{});
-    for (; row < end; ++row) some_rows(row, Count<1>{});
+    for (; row + several <= end; row += several) some_rows(row, Whole<false>{});
+    for (; row < end; ++row) some_rows(row, Whole<true>{});
   }
 
   // `statistics(block)`, `finish(channel)`, `results(first row, last row)`.
@@ -235,31 +238,26 @@ struct BatchNormTeam {
     const std::int64_t few = end - begin < 8 ? end - begin : 8, channels = layout.channels;
     const F share = F(1 / double(few));
     F near[ChannelsLast::tile] = {}, sum[ChannelsLast::tile] = {}, squares[ChannelsLast::tile] = {};
-    layout.for_packs_of<F>(begin, begin + few, c_begin, c_end,
-                           [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
-                               __attribute__((always_inline)) {
-                                 constexpr bool whole = decltype(w)::value;
-                                 Reg<F> mean = load<whole>(near + (c - c_begin), count);
-                                 for (int r = 0; r < decltype(n)::value; ++r)
-                                   mean += load<whole>(x + i + r * channels, count) * share;
-                                 store<whole>(near + (c - c_begin), mean, count);
-                               });
-    layout.for_packs_of<F>(begin, end, c_begin, c_end,
-                           [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
-                               __attribute__((always_inline)) {
-                                 constexpr bool whole = decltype(w)::value;
-                                 const std::int64_t at = c - c_begin;
-                                 const Reg<F> center = load<whole>(near + at, count);
-                                 Reg<F> s = load<whole>(sum + at, count), q = load<whole>(squares + at, count);
+    layout.for_packs_of<F>(begin, begin + few, c_begin, c_end, [&](auto at) __attribute__((always_inline)) {
+      F* const place = near + (at.channel - c_begin);
+      Reg<F> mean = load<at.whole>(place, at.count);
+      for (int r = 0; r < at.rows; ++r) mean += load<at.whole>(x + at.first + r * channels, at.count) * share;
+      store<at.whole>(place, mean, at.count);
+    });
+    layout.for_packs_of<F>(begin, end, c_begin, c_end, [&](auto at) __attribute__((always_inline)) {
+      const std::int64_t place = at.channel - c_begin;
+      const Reg<F> center = load<at.whole>(near + place, at.count);
+      Reg<F> d = load<at.whole>(sum + place, at.count), dd = load<at.whole>(squares + place, at.count);
 #pragma GCC unroll 4
-                                 for (int r = 0; r < decltype(n)::value; ++r) {
-                                   const Reg<F> distance = load<whole>(x + i + r * channels, count) - center;
-                                   s += distance;
-                                   q += distance * distance;
-                                 }
-                                 store<whole>(sum + at, s, count);
-                                 store<whole>(squares + at, q, count);
-                               });
+      for (int r = 0; r < at.rows; ++r) {
+        fetch(x + at.first + (r + at.rows) * channels, at.part);
+        const Reg<F> distance = load<at.whole>(x + at.first + r * channels, at.count) - center;
+        d += distance;
+        dd += distance * distance;
+      }
+      store<at.whole>(sum + place, d, at.count);
+      store<at.whole>(squares + place, dd, at.count);
+    });
     for (std::int64_t c = c_begin; c < c_end; ++c)
       of_block[c].merge(
           rows::Moments::about(near[c - c_begin], double(end - begin), sum[c - c_begin], squares[c - c_begin]));
@@ -286,17 +284,18 @@ struct BatchNormTeam {
         },
         [&](std::int64_t begin, std::int64_t end) {
           if (call.half == Half::first) return;
-          layout.for_packs_of<F>(begin, end, 0, channels,
-                                 [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
-                                     __attribute__((always_inline)) {
-                                       constexpr bool whole = decltype(w)::value;
-                                       const Reg<F> mean = load<whole>(constants.mean + c, count),
-                                                    scale = load<whole>(constants.scale + c, count),
-                                                    shift = load<whole>(constants.shift + c, count);
+          layout.for_packs_of<F>(begin, end, 0, channels, [&](auto at) __attribute__((always_inline)) {
+            const Reg<F> mean = load<at.whole>(constants.mean + at.channel, at.count),
+                         scale = load<at.whole>(constants.scale + at.channel, at.count),
+                         shift = load<at.whole>(constants.shift + at.channel, at.count);
 #pragma GCC unroll 4
-                                       for (int r = 0; r < decltype(n)::value; ++r)
-                                         write<whole>(mean, scale, shift, i + r * channels, count);
-                                     });
+            for (int r = 0; r < at.rows; ++r) {
+              const std::int64_t i = at.first + r * channels;
+              fetch(static_cast<const T*>(call.x) + i + at.rows * channels, at.part);
+              fetch<1>(static_cast<T*>(call.y) + i + at.rows * channels, at.part);
+              write<at.whole>(mean, scale, shift, i, at.count);
+            }
+          });
         });
   }
 

@@ -63,6 +63,11 @@ struct BatchNormBackwardTeam {
     return load<whole>(static_cast<const T*>(call.x) + i, count);
   }
 
+  __attribute__((always_inline)) void fetch_inputs(std::int64_t i, int part) const {
+    fetch(static_cast<const T*>(call.dy) + i, part);
+    fetch(static_cast<const T*>(call.x) + i, part);
+  }
+
   template <bool whole>
   __attribute__((always_inline)) void write(Reg<F> mean, Reg<F> scale, Reg<F> shift, Reg<F> of_x, std::int64_t i,
                                             int count) const {
@@ -84,8 +89,7 @@ struct BatchNormBackwardTeam {
           layout.for_packs_of<F>(c, unit,
                                  [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
                                    constexpr bool whole = decltype(w)::value;
-                                   fetch(static_cast<const T*>(call.dy) + i + layout.stride(), part);
-                                   fetch(static_cast<const T*>(call.x) + i + layout.stride(), part);
+                                   fetch_inputs(i + layout.stride(), part);
                                    const Reg<F> dz = dz_at<whole>(i, count);
                                    Reg<F> distance = x_at<whole>(i, count) - center;
                                    if constexpr (!whole) distance = first_of(distance, count);
@@ -118,22 +122,21 @@ struct BatchNormBackwardTeam {
   void add_columns(const ChannelsLast& layout, std::int64_t begin, std::int64_t end, std::int64_t c_begin,
                    std::int64_t c_end, UnitSums* of_block) const {
     F dz_sum[ChannelsLast::tile] = {}, distance_sum[ChannelsLast::tile] = {};
-    layout.for_packs_of<F>(begin, end, c_begin, c_end,
-                           [&](auto w, std::int64_t c, std::int64_t i, int count, auto n)
-                               __attribute__((always_inline)) {
-                                 constexpr bool whole = decltype(w)::value;
-                                 const std::int64_t at = c - c_begin;
-                                 const Reg<F> center = load<whole>(mean() + c, count);
-                                 Reg<F> s = load<whole>(dz_sum + at, count), d = load<whole>(distance_sum + at, count);
+    layout.for_packs_of<F>(begin, end, c_begin, c_end, [&](auto at) __attribute__((always_inline)) {
+      const std::int64_t place = at.channel - c_begin;
+      const Reg<F> center = load<at.whole>(mean() + at.channel, at.count);
+      Reg<F> of_dz = load<at.whole>(dz_sum + place, at.count), of_dx = load<at.whole>(distance_sum + place, at.count);
 #pragma GCC unroll 4
-                                 for (int r = 0; r < decltype(n)::value; ++r) {
-                                   const Reg<F> dz = dz_at<whole>(i + r * layout.channels, count);
-                                   s += dz;
-                                   d += dz * (x_at<whole>(i + r * layout.channels, count) - center);
-                                 }
-                                 store<whole>(dz_sum + at, s, count);
-                                 store<whole>(distance_sum + at, d, count);
-                               });
+      for (int r = 0; r < at.rows; ++r) {
+        const std::int64_t i = at.first + r * layout.channels;
+        fetch_inputs(i + at.rows * layout.channels, at.part);
+        const Reg<F> dz = dz_at<at.whole>(i, at.count);
+        of_dz += dz;
+        of_dx += dz * (x_at<at.whole>(i, at.count) - center);
+      }
+      store<at.whole>(dz_sum + place, of_dz, at.count);
+      store<at.whole>(distance_sum + place, of_dx, at.count);
+    });
     for (std::int64_t c = c_begin; c < c_end; ++c)
       add(of_block[c], {double(dz_sum[c - c_begin]), double(distance_sum[c - c_begin])});
   }
@@ -159,17 +162,19 @@ struct BatchNormBackwardTeam {
         },
         [&](std::int64_t begin, std::int64_t end) {
           if (!needs_results) return;
-          layout.for_packs_of<F>(
-              begin, end, 0, channels,
-              [&](auto w, std::int64_t c, std::int64_t i, int count, auto n) __attribute__((always_inline)) {
-                constexpr bool whole = decltype(w)::value;
-                const Reg<F> mean = load<whole>(constants.mean + c, count),
-                             scale = load<whole>(constants.scale + c, count),
-                             shift = load<whole>(constants.shift + c, count), of_x = load<whole>(slope + c, count);
+          layout.for_packs_of<F>(begin, end, 0, channels, [&](auto at) __attribute__((always_inline)) {
+            const Reg<F> mean = load<at.whole>(constants.mean + at.channel, at.count),
+                         scale = load<at.whole>(constants.scale + at.channel, at.count),
+                         shift = load<at.whole>(constants.shift + at.channel, at.count),
+                         of_x = load<at.whole>(slope + at.channel, at.count);
 #pragma GCC unroll 4
-                for (int r = 0; r < decltype(n)::value; ++r)
-                  write<whole>(mean, scale, shift, of_x, i + r * channels, count);
-              });
+            for (int r = 0; r < at.rows; ++r) {
+              const std::int64_t i = at.first + r * channels;
+              fetch_inputs(i + at.rows * channels, at.part);
+              if (call.dx != nullptr) fetch<1>(static_cast<T*>(call.dx) + i + at.rows * channels, at.part);
+              write<at.whole>(mean, scale, shift, of_x, i, at.count);
+            }
+          });
         });
   }
 

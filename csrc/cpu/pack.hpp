@@ -196,24 +196,16 @@ static inline void store_some(T* p, Reg<float> x, int count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm256_loadu_si256((const __m256i*)buffer));
 }
 #else
-template <int size>
-struct Piece {
-  static constexpr int bytes = size;
-};
-// Fewer than 32 bytes, in pieces of known size: a call of memcpy for each tail of a short row would show.
-static inline void copy_some(void* to, const void* from, int bytes) {
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
-  const auto piece = [&](auto size) __attribute__((always_inline)) {
-    if ((bytes & decltype(size)::bytes) == 0) return;
-    std::memcpy(out, in, decltype(size)::bytes);
-    out += decltype(size)::bytes;
-    in += decltype(size)::bytes;
-  };
-  piece(Piece<16>{});
-  piece(Piece<8>{});
-  piece(Piece<4>{});
-  piece(Piece<2>{});
+// Fewer than `all` bytes, a power of 2, in pieces of known size: a call of memcpy for each tail of a short row would
+// show.
+template <int all>
+static inline __attribute__((always_inline)) void copy_some(void* to, const void* from, int bytes) {
+  constexpr int piece = all / 2;
+  if constexpr (piece > 0) {
+    const int copied = bytes & piece;
+    if (copied != 0) std::memcpy(to, from, piece);
+    copy_some<piece>(static_cast<char*>(to) + copied, static_cast<const char*>(from) + copied, bytes - copied);
+  }
 }
 #if defined(__AVX2__)
 // Loads that do not pass through memory: a wide read of what was just written in pieces has to wait for all of them.
@@ -249,7 +241,7 @@ static inline Reg<float> load_some(const T* p, int count) {
 template <class T>
 static inline Reg<Arithmetic<T>> load_some(const T* p, int count) {
   T buffer[lanes<Arithmetic<T>>] = {};
-  copy_some(buffer, p, count * static_cast<int>(sizeof(T)));
+  copy_some<sizeof buffer>(buffer, p, count * static_cast<int>(sizeof(T)));
   return decode(buffer);
 }
 #endif
@@ -257,7 +249,7 @@ template <class T>
 static inline void store_some(T* p, Reg<Arithmetic<T>> x, int count) {
   T buffer[lanes<Arithmetic<T>>];
   encode(buffer, x);
-  copy_some(p, buffer, count * static_cast<int>(sizeof(T)));
+  copy_some<sizeof buffer>(p, buffer, count * static_cast<int>(sizeof(T)));
 }
 #endif
 
