@@ -17,21 +17,22 @@ struct Sums {
   F total() const { return sum_of<F>((part[0] + part[1]) + (part[2] + part[3])); }
 };
 
-// visit(element, number of lanes, whole or not, which of several sums) for every pack of elements [begin, end).
-template <class F, class Visit>
+// visit(whole or not, element, number of lanes, which of several sums) for every pack of elements [begin, end).
+template <class F, int sums = Sums<F>::count, class Visit>
 static inline __attribute__((always_inline)) void for_packs(std::int64_t begin, std::int64_t end, const Visit& visit) {
-  constexpr int width = lanes<F>, sums = Sums<F>::count;
+  constexpr int width = lanes<F>;
   std::int64_t i = begin;
   for (; i + sums * width <= end; i += sums * width)
 #pragma GCC unroll 4
     for (int part = 0; part < sums; ++part) visit(Whole<true>{}, i + part * width, width, part);
-  for (; i + width <= end; i += width) visit(Whole<true>{}, i, width, 0);
+  if constexpr (sums > 1)
+    for (; i + width <= end; i += width) visit(Whole<true>{}, i, width, 0);
   if (i < end) visit(Whole<false>{}, i, static_cast<int>(end - i), sums - 1);
 }
 
-// Fetches what a visitor of for_packs() will need later: the processor's own prefetching stops at the end of a page, and
-// at the end of a short row. Twice a cache line, because a first request may be dropped: once is 7 % slower on arrays
-// larger than the caches.
+// Fetches what a visitor of for_packs() will need later: the processor's own prefetching stops at the end of a page,
+// and at the end of a short row. Twice a cache line, because a first request may be dropped: once is 7 % slower on
+// arrays larger than the caches.
 template <int for_writing = 0, class T>
 static inline __attribute__((always_inline)) void fetch(const T* p, int part) {
   if (part * lanes<Arithmetic<T>> * sizeof(T) % 32 == 0) __builtin_prefetch(p, for_writing);

@@ -141,15 +141,15 @@ struct RowNormBackwardTeam {
   struct Row {
     const T *x, *dy, *dsum;
     T *dx, *dbranch;
-    F mean, rstd, mean_g, mean_gx;
+    F mean, rstd;
+    F of_x, shift;  // dx = g * rstd + (x - mean) * of_x + shift, once the row's sums are known
     std::int64_t first;
 
-    template <class V>
-    __attribute__((always_inline)) V xhat(V v) const {
+    __attribute__((always_inline)) Reg<F> distance(Reg<F> v) const {
       if constexpr (rms)
-        return v * rstd;
+        return v;
       else
-        return (v - mean) * rstd;
+        return v - mean;
     }
   };
 
@@ -169,63 +169,73 @@ struct RowNormBackwardTeam {
     return r;
   }
 
-  template <bool whole, bool affine, int n_rows>
-  __attribute__((always_inline)) void add_up(const Row (&rows)[n_rows], Reg<F> (&g_sum)[n_rows],
-                                             Reg<F> (&gx_sum)[n_rows], F* dweight, F* dbias, std::int64_t i,
-                                             int count) const {
-    const Reg<F> w = weight_at<F, whole>(weight, i, count);
-    Reg<F> of_weight{}, of_bias{};
-    if constexpr (affine) {
-      of_weight = load<whole>(dweight + i, count);
-      of_bias = load<whole>(dbias + i, count);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < n_rows; ++r) {
-      const Reg<F> dy = load<whole>(rows[r].dy + i, count), xhat = rows[r].xhat(load<whole>(rows[r].x + i, count));
-      const Reg<F> g = w * dy;
-      if constexpr (!rms) g_sum[r] += g;
-      gx_sum[r] += g * xhat;  // dy is 0 after the tail
+  // Sums over each of some rows, of g and of g * xhat; and over these rows, of dy * xhat and dy, added to the block's.
+  template <bool affine, int n_rows>
+  void add_up(Row (&rows)[n_rows], F* dweight, F* dbias) const {
+    const std::int64_t n = call.size;
+    Reg<F> g_sum[n_rows] = {}, gx_sum[n_rows] = {};
+    // One pack after the other: of four rows there are loads enough to wait for.
+    for_packs<F, 1>(0, n, [&](auto whole_, std::int64_t i, int count, int) __attribute__((always_inline)) {
+      constexpr bool whole = decltype(whole_)::value;
+      const Reg<F> w = weight_at<F, whole>(weight, i, count);
+      Reg<F> of_weight{}, of_bias{};
       if constexpr (affine) {
-        of_weight += dy * xhat;
-        of_bias += dy;
+        of_weight = load<whole>(dweight + i, count);
+        of_bias = load<whole>(dbias + i, count);
       }
-    }
-    if constexpr (affine) {
-      store<whole>(dweight + i, of_weight, count);
-      store<whole>(dbias + i, of_bias, count);
+#pragma GCC unroll 4
+      for (int r = 0; r < n_rows; ++r) {
+        const Reg<F> dy = load<whole>(rows[r].dy + i, count);
+        const Reg<F> xhat = rows[r].distance(load<whole>(rows[r].x + i, count)) * rows[r].rstd;
+        const Reg<F> g = w * dy;
+        if constexpr (!rms) g_sum[r] += g;
+        gx_sum[r] += g * xhat;  // dy is 0 after the tail
+        if constexpr (affine) {
+          of_weight += dy * xhat;
+          of_bias += dy;
+        }
+      }
+      if constexpr (affine) {
+        store<whole>(dweight + i, of_weight, count);
+        store<whole>(dbias + i, of_bias, count);
+      }
+    });
+    for (int r = 0; r < n_rows; ++r) {
+      const F rstd = rows[r].rstd;
+      rows[r].of_x = -(sum_of<F>(gx_sum[r]) / F(n)) * rstd * rstd;
+      rows[r].shift = -(sum_of<F>(g_sum[r]) / F(n)) * rstd;
     }
   }
 
-  template <bool whole>
-  __attribute__((always_inline)) void write(const Row& row, std::int64_t i, int count, std::int64_t ahead) const {
-    const Reg<F> g = weight_at<F, whole>(weight, i, count) * load<whole>(row.dy + i, count);
-    __builtin_prefetch(row.dy + i + ahead);
-    __builtin_prefetch(row.x + i + ahead);
-    Reg<F> dx = rows::input_gradient(g, row.xhat(load<whole>(row.x + i, count)), row.mean_g, row.mean_gx, row.rstd);
-    if (row.dsum != nullptr) dx = dx + load<whole>(row.dsum + i, count);
-    store<whole>(row.dx + i, dx, count);
-    if (row.dbranch != nullptr) {
-      const std::uint32_t bits = bits_at(call.mask, mask_bytes(call.rows * call.size), row.first + i);
-      store<whole>(row.dbranch + i, keep_lanes(bits, 0, dx * F(call.dropout.scale)), count);
-    }
+  // `ahead`: elements from here to the row that is to be read next.
+  template <bool fused>
+  void write(const Row& row, std::int64_t ahead) const {
+    for_packs<F>(0, call.size, [&](auto whole_, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+      constexpr bool whole = decltype(whole_)::value;
+      fetch(row.dy + i + ahead, part);
+      fetch(row.x + i + ahead, part);
+      const Reg<F> distance = row.distance(load<whole>(row.x + i, count));
+      const Reg<F> g = load<whole>(row.dy + i, count) * row.rstd;
+      Reg<F> dx = weight_at<F, whole>(weight, i, count) * g + (distance * row.of_x + row.shift);
+      if constexpr (fused) {
+        if (row.dsum != nullptr) dx = dx + load<whole>(row.dsum + i, count);
+        if (row.dbranch != nullptr) {
+          const std::uint32_t bits = bits_at(call.mask, mask_bytes(call.rows * call.size), row.first + i);
+          store<whole>(row.dbranch + i, keep_lanes(bits, 0, dx * F(call.dropout.scale)), count);
+        }
+      }
+      store<whole>(row.dx + i, dx, count);
+    });
   }
 
   template <bool affine, int n_rows>
   void backward_rows(std::int64_t first, F* dweight, F* dbias) const {
-    const std::int64_t n = call.size;
     Row rows[n_rows];
-    Reg<F> g_sum[n_rows] = {}, gx_sum[n_rows] = {};
     for (int r = 0; r < n_rows; ++r) rows[r] = row_at(first + r);
-    std::int64_t i = 0;
-    for (; i + width <= n; i += width) add_up<true, affine>(rows, g_sum, gx_sum, dweight, dbias, i, width);
-    if (i < n) add_up<false, affine>(rows, g_sum, gx_sum, dweight, dbias, i, static_cast<int>(n - i));
+    add_up<affine>(rows, dweight, dbias);
     if (call.dx == nullptr) return;
-    for (int r = 0; r < n_rows; ++r) {
-      rows[r].mean_g = sum_of<F>(g_sum[r]) / F(n);
-      rows[r].mean_gx = sum_of<F>(gx_sum[r]) / F(n);
-      for (i = 0; i + width <= n; i += width) write<true>(rows[r], i, width, n_rows * n);
-      if (i < n) write<false>(rows[r], i, static_cast<int>(n - i), n_rows * n);
-    }
+    const bool fused = call.dsum != nullptr || call.dbranch != nullptr;
+    for (const Row& row : rows) fused ? write<true>(row, n_rows * call.size) : write<false>(row, n_rows * call.size);
   }
 
   template <bool affine>
