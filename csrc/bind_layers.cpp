@@ -43,6 +43,11 @@ class Tensors {
     return tensor.is_none() ? nullptr : address(tensor, dtype, size, name);
   }
 
+  // The CPU's norms need not keep them.
+  char* statistics(py::handle tensor, DType dtype, std::int64_t size) {
+    return on_cuda() ? address(tensor, dtype, size, "stats") : optional(tensor, dtype, size, "stats");
+  }
+
   TensorView view(py::handle tensor, const char* name) {
     TensorView view;
     read(tensor, view, name);
@@ -59,8 +64,8 @@ class Tensors {
   Layouts layouts_;
 };
 
-// Large outputs come from the system page by page, and taking 4 KB pages costs more than filling them: ask for large
-// ones before the first write. Smaller outputs the allocator reuses. A wish, so errors are none.
+// Outputs of some megabytes often come fresh from the system, page by page, and taking 4 KB pages costs more than
+// filling them: ask for large ones before the first write. A wish, so errors are none.
 void* large_pages(void* output, std::int64_t bytes, bool on_cuda) {
 #if defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = 2 << 20;
@@ -106,12 +111,13 @@ std::uint8_t* mask_of(const DropoutArguments& arguments) {
   return arguments ? reinterpret_cast<std::uint8_t*>(std::get<3>(*arguments)) : nullptr;
 }
 
-// Runs a call on its device, without Python's lock.
+// Runs a call on its device, without Python's lock unless giving it away takes longer.
 template <class Call>
 void run(const Tensors& tensors, const Call& call, int threads, std::uintptr_t stream,
          void (*on_cpu)(const std::common_type_t<Call>&, int),
          void (*on_cuda)(const std::common_type_t<Call>&, const cuda::Where&)) {
-  const py::gil_scoped_release release;
+  std::optional<py::gil_scoped_release> release;
+  if (tensors.first().size > 1 << 14) release.emplace();
   if (tensors.on_cuda())
     on_cuda(call, {tensors.first().device, reinterpret_cast<void*>(stream)});
   else
@@ -140,6 +146,31 @@ void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutAr
   call.mask = mask_of(dropout);
   call.reads_mask = dropout && std::get<4>(*dropout);
   run(tensors, call, threads, stream, cpu_layers().dropout, ONEPASS_CUDA_LAYER(dropout));
+}
+
+bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias, py::handle eps) {
+  if (!PyFloat_CheckExact(eps.ptr()) || !PyTuple_CheckExact(normalized_shape.ptr()) ||
+      PyTuple_GET_SIZE(normalized_shape.ptr()) != 1)
+    return false;
+  Layouts layouts;
+  TensorView view;
+  if (!reader->read(x.ptr(), view, layouts) || view.ndim == 0 || view.size < 2 || !view.is_contiguous()) return false;
+  const std::int64_t size = view.shape[view.ndim - 1];
+  if (PyLong_AsLongLong(PyTuple_GET_ITEM(normalized_shape.ptr(), 0)) != size) {
+    PyErr_Clear();
+    return false;
+  }
+  DType dtype{};
+  for (const py::handle affine : {weight, bias}) {
+    if (affine.is_none()) continue;
+    TensorView w;
+    if (!reader->read(affine.ptr(), w, layouts) || w.ndim != 1 || w.size != size || w.size < 2 || !w.is_contiguous() ||
+        w.device_type != view.device_type || w.device != view.device || (affine.is(bias) && w.dtype != dtype))
+      return false;
+    dtype = w.dtype;
+    if (dtype != view.dtype && dtype != arithmetic_of(view.dtype)) return false;
+  }
+  return !weight.is_none() || bias.is_none();
 }
 
 void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle weight, py::handle bias, py::handle y,
@@ -177,7 +208,7 @@ void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle
   call.bias = tensors.optional(bias, call.weight_dtype, affine_size, "bias");
   call.y =
       large_pages(tensors.address(y, call.dtype, elements, "y"), elements * size_of(call.dtype), tensors.on_cuda());
-  call.stats = tensors.address(stats, arithmetic, 2 * call.rows, "stats");
+  call.stats = tensors.statistics(stats, arithmetic, 2 * call.rows);
   if (elements == 0) return;
   const bool direct = affine.is_none() || (call.weight_dtype == arithmetic && !call.scalar_affine);
   const Workspace workspace(tensors.on_cuda() || direct ? 0 : cpu::row_norm_workspace(size, call.dtype), false, room);
@@ -187,7 +218,7 @@ void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle
 
 void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::handle weight, py::handle stats,
                             py::handle dx, py::handle dbranch, py::handle dweight, py::handle dbias, std::int64_t size,
-                            bool rms, const DropoutArguments& dropout, int threads, std::uintptr_t stream,
+                            double eps, bool rms, const DropoutArguments& dropout, int threads, std::uintptr_t stream,
                             py::handle room) {
   Tensors tensors(x);
   const std::int64_t elements = tensors.first().size;
@@ -213,7 +244,8 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
   call.dsum = tensors.optional(dsum, call.dtype, elements, "dsum");
   call.x = tensors.address(x, call.dtype, elements, "x");
   call.weight = tensors.optional(weight, call.weight_dtype, affine_size, "weight");
-  call.stats = tensors.address(stats, arithmetic, 2 * call.rows, "stats");
+  call.stats = tensors.statistics(stats, arithmetic, 2 * call.rows);
+  call.eps = eps;
   call.dx =
       large_pages(tensors.optional(dx, call.dtype, elements, "dx"), elements * size_of(call.dtype), tensors.on_cuda());
   call.dbranch = large_pages(tensors.optional(dbranch, call.dtype, elements, "dbranch"), elements * size_of(call.dtype),

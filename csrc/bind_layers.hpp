@@ -17,13 +17,17 @@ using DropoutArguments = std::optional<std::tuple<std::uintptr_t, double, bool, 
 void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutArguments& dropout, int threads,
                   std::uintptr_t stream);
 
+// Whether the binding below can take a call of layer_norm or rms_norm as it is: one normalised dimension, everything
+// contiguous and matching, no sign pending. Asked in Python the same takes longer than a tiny norm.
+bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias, py::handle eps);
+
 void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle weight, py::handle bias, py::handle y,
                    py::handle stats, std::int64_t size, double eps, bool rms, const DropoutArguments& dropout,
                    int threads, std::uintptr_t stream, py::handle room);
 
 void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::handle weight, py::handle stats,
                             py::handle dx, py::handle dbranch, py::handle dweight, py::handle dbias, std::int64_t size,
-                            bool rms, const DropoutArguments& dropout, int threads, std::uintptr_t stream,
+                            double eps, bool rms, const DropoutArguments& dropout, int threads, std::uintptr_t stream,
                             py::handle room);
 
 // shape: (batch, channels, space, channels last). half: 0 both, 1 first, 2 second; see core/layers.hpp. slope: of the

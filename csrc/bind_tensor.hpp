@@ -2,7 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <deque>
+#include <forward_list>
 #include <vector>
 
 #include "core/types.hpp"
@@ -53,6 +53,15 @@ struct TensorView {
     return true;
   }
 
+  bool is_contiguous() const {
+    std::int64_t expected = 1;
+    for (int d = ndim - 1; d >= 0; --d) {
+      if (shape[d] != 1 && strides[d] != expected) return false;
+      expected *= shape[d];
+    }
+    return true;
+  }
+
   // Every element of one piece of memory exactly once, in whatever order of the dimensions.
   bool is_dense() const {
     std::int64_t expected = 1;
@@ -71,8 +80,8 @@ struct TensorView {
   }
 };
 
-// Shapes and strides, at addresses that stay.
-using Layouts = std::deque<std::vector<std::int64_t>>;
+// Shapes and strides, at addresses that stay. An empty one costs nothing.
+using Layouts = std::forward_list<std::vector<std::int64_t>>;
 
 // Reads a tensor; false where its memory cannot be reached like a plain dense-typed tensor's (sparse, fake, meta,
 // integer, subclass without storage ...): the caller then asks Python to explain or to mend.
@@ -133,7 +142,7 @@ class TensorReader {
     out.device = d[3].cast<int>();
     out.ndim = static_cast<int>(shape.size());
     out.size = 1;
-    auto& layout = layouts.emplace_back();
+    auto& layout = layouts.emplace_front();
     for (int i = 0; i < out.ndim; ++i) layout.push_back(shape[i].cast<std::int64_t>());
     for (int i = 0; i < out.ndim; ++i) layout.push_back(strides[i].cast<std::int64_t>());
     for (int i = 0; i < out.ndim; ++i) out.size *= layout[i];

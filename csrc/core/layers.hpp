@@ -42,7 +42,7 @@ struct RowNorm {
   Dropout dropout;
   const void *weight, *bias;  // may be null
   void* y;
-  void* stats;      // F[2][rows]: mean (0 for RMSNorm) and 1 / standard deviation
+  void* stats;      // F[2][rows]: mean (0 for RMSNorm) and 1 / standard deviation; on the CPU null: not kept
   void* workspace;  // on the CPU: cpu::row_norm_workspace() bytes
 };
 
@@ -50,11 +50,12 @@ struct RowNormBackward {
   DType dtype, weight_dtype;
   bool rms, scalar_affine;
   std::int64_t rows, size;
+  double eps;  // for statistics made anew
   const void* dy;
   const void* dsum;  // the gradient that reaches `sum` from elsewhere; may be null
   const void* x;     // what was normalised: x, or sum
   const void* weight;
-  const void* stats;
+  const void* stats;   // on the CPU null: made anew
   void* dx;            // the gradient of x or, with a residual, of both sum and residual
   void* dbranch;       // with a residual: that of dropout's input; null where there was no residual
   std::uint8_t* mask;  // what forward wrote, or null: recomputed

@@ -48,11 +48,13 @@ struct RowNormTeam {
     }
   }
 
-  // The row's statistics, kept for backward.
+  // The row's statistics, kept for backward if it wants them.
   rows::Stats<F> measure(const T* x, std::int64_t row) const {
     const rows::Stats<F> stats = stats_of(x, call.size, call.eps);
-    static_cast<F*>(call.stats)[row] = stats.mean;
-    static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
+    if (call.stats != nullptr) {
+      static_cast<F*>(call.stats)[row] = stats.mean;
+      static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
+    }
     return stats;
   }
 
@@ -156,16 +158,16 @@ struct RowNormBackwardTeam {
   Row row_at(std::int64_t row) const {
     const std::int64_t first = row * call.size;
     const auto at = [&](const void* p) { return p != nullptr ? static_cast<const T*>(p) + first : nullptr; };
-    Row r{at(call.x),
-          at(call.dy),
-          at(call.dsum),
-          const_cast<T*>(at(call.dx)),
-          const_cast<T*>(at(call.dbranch)),
-          static_cast<const F*>(call.stats)[row],
-          static_cast<const F*>(call.stats)[call.rows + row],
-          0,
-          0,
-          first};
+    Row r{at(call.x), at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)), 0, 0,
+          0,          0,           first};
+    if (call.stats != nullptr) {
+      r.mean = static_cast<const F*>(call.stats)[row];
+      r.rstd = static_cast<const F*>(call.stats)[call.rows + row];
+    } else {
+      const rows::Stats<F> stats = RowNormTeam<T, rms>::stats_of(r.x, call.size, call.eps);
+      r.mean = stats.mean;
+      r.rstd = stats.rstd;
+    }
     return r;
   }
 

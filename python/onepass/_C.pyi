@@ -18,6 +18,9 @@ def cuda_device_count() -> int: ...
 _Dropout = tuple[int, float, bool, int, bool] | None  # see bind_layers.hpp
 
 def dropout(x: Tensor, y: Tensor | None, size: int, dropout: _Dropout, threads: int, stream: int) -> None: ...
+def is_usual_norm(
+    x: Tensor, normalized_shape: object, weight: Tensor | None, bias: Tensor | None, eps: object
+) -> bool: ...
 def row_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -25,7 +28,7 @@ def row_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
     size: int,
     eps: float,
     rms: bool,
@@ -39,12 +42,13 @@ def row_norm_backward(
     dsum: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    stats: Tensor,
+    stats: Tensor | None,
     dx: Tensor | None,
     dbranch: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     size: int,
+    eps: float,
     rms: bool,
     dropout: _Dropout,
     threads: int,

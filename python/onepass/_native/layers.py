@@ -28,7 +28,9 @@ __all__ = [
     "dropout_backward",
     "dropout_mask",
     "norm",
+    "norm_alone",
     "norm_backward",
+    "norm_for_backward",
 ]
 
 # Address of the seed, p, whether the kept are scaled up, address of the packed mask or 0, whether to read it.
@@ -55,6 +57,10 @@ def _mask_for(x: Tensor) -> Tensor:
     return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
 
 
+# Below this many elements making a row's statistics anew in backward is quicker than a tensor that keeps them.
+_TINY = 8192
+
+
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
@@ -63,10 +69,36 @@ def norm(
     weight, bias: of `size` elements or of one, both of x's dtype or of F. stats: [2, rows], mean (0 for RMSNorm) and
     1 / standard deviation.
     """
-    y, stats = torch.empty_like(x), _row_stats(x, size)
+    stats = _row_stats(x, size)
+    return _norm(x, weight, bias, stats, size, eps, rms), stats
+
+
+def norm_alone(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
+    """The same where nobody wants the statistics: y."""
+    return _norm(x, weight, bias, _row_stats(x, size) if is_on_cuda(x) else None, size, eps, rms)
+
+
+def norm_for_backward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same for norm_backward: stats are None where it is quicker without."""
+    stats = None if x.is_cpu and x.numel() <= _TINY and not _C.cuda_on_host else _row_stats(x, size)
+    return _norm(x, weight, bias, stats, size, eps, rms), stats
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    size: int,
+    eps: float,
+    rms: bool,
+) -> Tensor:
+    y = torch.empty_like(x)
     threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
     _C.row_norm(x, None, None, weight, bias, y, stats, size, eps, rms, None, threads, stream, None)
-    return y, stats
+    return y
 
 
 def _row_stats(x: Tensor, size: int) -> Tensor:
@@ -77,9 +109,16 @@ def _row_stats(x: Tensor, size: int) -> Tensor:
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: Sequence[bool]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    size: int,
+    eps: float,
+    rms: bool,
+    want: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, None where `want` says so; dy as x."""
+    """Gradients of x, weight and bias, None where `want` says so; dy as x. eps: for stats None, which are made anew."""
     dx = torch.empty_like(x) if want[0] else None
     if weight is not None:
         dweight = torch.empty_like(weight) if want[1] else None
@@ -88,7 +127,9 @@ def norm_backward(
         dweight, dbias = _affine_gradients(x, weight, size, want[1], want[2])
     threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
     room = _room(x) if x.is_cuda or _C.cuda_on_host else None  # not is_on_cuda(x): a frame less
-    _C.row_norm_backward(dy, None, x, weight, stats, dx, None, dweight, dbias, size, rms, None, threads, stream, room)
+    _C.row_norm_backward(
+        dy, None, x, weight, stats, dx, None, dweight, dbias, size, eps, rms, None, threads, stream, room
+    )
     return dx, dweight, dbias
 
 
@@ -174,6 +215,7 @@ def dropout_add_norm_backward(
         dweight,
         dbias,
         size,
+        0.0,
         rms,
         _dropout_arguments(seed, p, inverted, mask if mask.numel() else None, True),
         threads,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import _compat
+from .._native import is_usual_norm
 from .._native import layers as native
 from . import _formula
 from ._checks import norm_operands
@@ -72,10 +73,8 @@ def _norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
-    if type(normalized_shape) is tuple and len(normalized_shape) == 1 and route(x, weight, bias) == KERNEL:
-        done = _try_kernel(x, normalized_shape, weight, bias, eps, rms)
-        if done is not None:
-            return done
+    if route(x, weight, bias) == KERNEL and is_usual_norm(x, normalized_shape, weight, bias, eps):
+        return _on_kernel(x, weight, bias, normalized_shape[0], cast(float, eps), rms)
     size, weight, bias = norm_operands(function, x, normalized_shape, weight, bias, eps)
     if eps is None:
         eps = default_eps(x)
@@ -88,37 +87,13 @@ def _norm(
     return y
 
 
-def _try_kernel(
-    x: Tensor, shape: tuple[int], weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool
-) -> Tensor | None:
-    """The usual call, which should cost no more than it must: asked here is only what the kernel's binding does not ask.
-
-    None: something is unusual or wrong, and the long way sees to it or says what.
-    """
-    (size,) = shape
-    try:
-        if (
-            x.shape[-1] == size
-            and x.is_contiguous()
-            and not x.is_neg()
-            and x.numel()
-            and (weight.shape == shape and not weight.is_neg() if weight is not None else bias is None)
-            and (bias is None or (bias.shape == shape and not bias.is_neg()))
-            and type(eps) is float
-        ):
-            return _on_kernel(x, weight, bias, size, eps, rms)
-    except (ValueError, RuntimeError, IndexError):
-        pass
-    return None
-
-
 def _on_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         y: Tensor = _apply(x, weight, bias, (size, eps, rms))
         return y
-    return native.norm(x, weight, bias, size, eps, rms)[0]
+    return native.norm_alone(x, weight, bias, size, eps, rms)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -129,7 +104,7 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[int, float, bool]
     ) -> Tensor:
-        y, stats = native.norm(x, weight, bias, *rest)
+        y, stats = native.norm_for_backward(x, weight, bias, *rest)
         ctx.save_for_backward(x, weight, stats)
         ctx.rest = rest
         return y
@@ -139,9 +114,7 @@ class _Norm(torch.autograd.Function):
         if route_back(dy) != KERNEL:
             return *_gradients(ctx, dy), None
         x, weight, stats = ctx.saved_tensors
-        size, _, rms = ctx.rest
-        dx, dweight, dbias = native.norm_backward(plain(dy), x, weight, stats, size, rms, ctx.needs_input_grad)
-        return dx, dweight, dbias, None
+        return *native.norm_backward(plain(dy), x, weight, stats, *ctx.rest, ctx.needs_input_grad), None
 
 
 _apply = _compat.applier(_Norm)
@@ -154,6 +127,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     want = ctx.needs_input_grad[:3]
     if route_back(dy) == FORMULA:
         return _formula.norm_backward(dy, x, weight, size, eps, rms, want)
+    if stats is None:
+        stats = native.norm(x, weight, None, *ctx.rest)[1]
     return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
 
 
@@ -178,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _kernel_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
 ) -> Any:
-    gradients = native.norm_backward(plain(dy), plain(x), plain_or_none(weight), stats, size, rms, tuple(want))
+    gradients = native.norm_backward(plain(dy), plain(x), plain_or_none(weight), stats, size, 0.0, rms, tuple(want))
     return given(gradients, x)
 
 
