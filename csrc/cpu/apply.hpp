@@ -31,10 +31,12 @@ static inline __attribute__((always_inline)) void update_pack(const Item& item, 
     for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
 }
 
+// The item by value: its addresses then stay in registers, whatever is stored.
 template <class Rule, class T, class Step>
-static void update_range(const Item& item, std::int64_t begin, std::int64_t end, Step k) {
+static void update_range(const Item item, std::int64_t begin, std::int64_t end, const Step k) {
   constexpr int width = lanes<Arithmetic<T>>;
   std::int64_t i = begin;
+#pragma GCC unroll 2
   for (; i + width <= end; i += width) update_pack<true, Rule, T>(item, i, width, k);
   if (i < end) update_pack<false, Rule, T>(item, i, static_cast<int>(end - i), k);
 }
