@@ -320,6 +320,8 @@ void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handl
     call.running_var = tensors.address(running_var, call.running_dtype, channels, "running_var");
     call.momentum = momentum;
   }
+  if (call.half == Half::running && call.running_mean == nullptr)
+    throw py::value_error("a batch norm by running statistics needs them");
   const bool on_cuda = tensors.on_cuda();
 #if defined(ONEPASS_HAS_CUDA)
   const auto workspace_bytes = on_cuda ? &cuda::batch_norm_workspace : &cpu::batch_norm_workspace;

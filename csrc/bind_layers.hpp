@@ -30,8 +30,8 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
                             double eps, bool rms, const DropoutArguments& dropout, int threads, std::uintptr_t stream,
                             py::handle room);
 
-// shape: (batch, channels, space, channels last). half: 0 both, 1 first, 2 second; see core/layers.hpp. slope: of the
-// activation, None for none.
+// shape: (batch, channels, space, channels last). half: 0 both, 1 first, 2 second, 3 running; see core/layers.hpp.
+// slope: of the activation, None for none.
 using BatchShapeArguments = std::tuple<std::int64_t, std::int64_t, std::int64_t, bool>;
 
 void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle y,

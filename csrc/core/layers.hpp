@@ -71,13 +71,15 @@ struct BatchShape {
   bool channels_last;
 };
 
-// Which halves of a call to do: the sums over the processes of SyncBatchNorm come between them.
-enum class Half : std::uint8_t { both, first, second };
+// Which halves of a call to do: the sums over the processes of SyncBatchNorm come between them. running, of a forward:
+// the second one, by the running statistics.
+enum class Half : std::uint8_t { both, first, second, running };
 
 struct BatchNorm {
   DType dtype, weight_dtype;
   BatchShape shape;
-  Half half;  // first: stats of x; second: y by the stats given
+  Half half;  // first: stats of x; second: y by the stats given; running: y by the running statistics, which are only
+              // read
   double eps;
   const void* x;
   const void *weight, *bias, *residual;  // may be null

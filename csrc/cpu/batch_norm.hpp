@@ -179,14 +179,19 @@ struct BatchNormTeam {
     constants.shift[c] = F(affine(call.bias, c, 0) - double(stats.mean_low) * scale);
   }
 
+  bool measures() const { return call.half == Half::both || call.half == Half::first; }
+
   void finish(std::int64_t c, const rows::Moments& all) const {
     if (call.half == Half::second) return set_constants(c, {mean()[c], 0, second()[c]});
-    const rows::Stats<F> stats = rows::Stats<F>::of(all.mean, all.variance(), call.eps);
+    const bool running = call.half == Half::running;
+    const rows::Stats<F> stats =
+        rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
+                           running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
     mean()[c] = stats.mean;
     second()[c] = call.half == Half::first ? F(all.variance()) : stats.rstd;
     if (call.half == Half::first) return;
     set_constants(c, stats);
-    if (call.running_mean == nullptr) return;
+    if (call.running_mean == nullptr || running) return;
     const auto blend = [&](void* running, double now) {
       const double before = number_at(call.running_dtype, running, c);
       set_number_at(call.running_dtype, running, c, (1 - call.momentum) * before + call.momentum * now);
@@ -205,10 +210,16 @@ struct BatchNormTeam {
 
   void run_first(const ChannelsFirst& layout, int threads) const {
     const BatchShape& s = call.shape;
+    if (!measures()) {  // in the order of memory
+      for (std::int64_t c = 0; c < s.channels; ++c) finish(c, rows::Moments{});
+      in_parallel(threads, s.batch * s.channels, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t piece = begin; piece < end; ++piece) write_piece(piece % s.channels, piece * s.space);
+      });
+      return;
+    }
     layout.run(
         threads,
         [&](std::int64_t c, std::int64_t unit) {
-          if (call.half == Half::second) return;
           const T* const x = static_cast<const T*>(call.x) + layout.first(c, unit);
           moments[c * layout.units + unit] = s.space > moments_chunk
                                                  ? moments_of(x, s.space)
@@ -216,18 +227,23 @@ struct BatchNormTeam {
         },
         [&](std::int64_t c) {
           rows::Moments all;
-          if (call.half != Half::second)
-            for (std::int64_t unit = 0; unit < layout.units; ++unit) all.merge(moments[c * layout.units + unit]);
+          for (std::int64_t unit = 0; unit < layout.units; ++unit) all.merge(moments[c * layout.units + unit]);
           finish(c, all);
         },
         [&](std::int64_t c, std::int64_t unit) {
           if (call.half == Half::first) return;
-          const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
-                       shift = Reg<F>{} + constants.shift[c];
-          layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count, int) __attribute__((always_inline)) {
-            write<decltype(w)::value>(mean, scale, shift, i, count);
-          });
+          for (std::int64_t sample = 0; sample < layout.samples_of(unit); ++sample)
+            write_piece(c, layout.first(c, unit) + sample * layout.stride());
         });
+  }
+
+  // The elements of one channel in one sample.
+  void write_piece(std::int64_t c, std::int64_t first) const {
+    const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
+                 shift = Reg<F>{} + constants.shift[c];
+    for_packs<F>(first, first + call.shape.space,
+                 [&](auto w, std::int64_t i, int count, int)
+                     __attribute__((always_inline)) { write<decltype(w)::value>(mean, scale, shift, i, count); });
   }
 
   // Moments of columns [c_begin, c_end) in rows [begin, end), merged into those of their block: by sums of distances
@@ -268,7 +284,7 @@ struct BatchNormTeam {
     layout.run(
         threads,
         [&](std::int64_t block) {
-          if (call.half == Half::second) return;
+          if (!measures()) return;
           rows::Moments* const of_block = moments + block * channels;
           for (std::int64_t c = 0; c < channels; ++c) of_block[c] = rows::Moments{};
           layout.for_parts_of(block,
@@ -278,7 +294,7 @@ struct BatchNormTeam {
         },
         [&](std::int64_t c) {
           rows::Moments all;
-          if (call.half != Half::second)
+          if (measures())
             for (std::int64_t block = 0; block < layout.blocks; ++block) all.merge(moments[block * channels + c]);
           finish(c, all);
         },

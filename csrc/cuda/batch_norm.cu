@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   if (c >= channels) return;  // the whole warp
   const int lane = int(threadIdx.x) % lanes;
   rows::Moments all;
-  for (std::int64_t part = lane; part < parts; part += lanes)
+  const bool running = call.half == Half::running;
+  for (std::int64_t part = lane; part < parts && !running; part += lanes)
     all.merge(static_cast<const rows::Moments*>(call.workspace)[part * channels + c]);
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     rows::Moments other;
@@ -76,11 +77,13 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
     if (lane < distance) all.merge(other);
   }
   if (lane != 0) return;
-  const rows::Stats<F> stats = rows::Stats<F>::of(all.mean, all.variance(), call.eps);
+  const rows::Stats<F> stats =
+      rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
+                         running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
   static_cast<F*>(call.stats)[c] = stats.mean;
   static_cast<F*>(call.stats)[channels + c] = call.half == Half::first ? F(all.variance()) : stats.rstd;
   mean_lows<F>(call, parts)[c] = stats.mean_low;
-  if (call.half == Half::first || call.running_mean == nullptr) return;
+  if (call.half == Half::first || call.running_mean == nullptr || running) return;
   const auto blend = [&](void* running, double now) {
     const double before = number_at(call.running_dtype, running, c);
     set_number_at(call.running_dtype, running, c, (1 - call.momentum) * before + call.momentum * now);
@@ -137,9 +140,11 @@ void launch_batch_norm(const BatchNorm& call, void* stream) {
     using Layout = decltype(layout);
     const BatchGrid grid(s, Access::template width<T>);
     const auto& parts = grid.parts;
-    if (call.half != Half::second) {
+    const bool measures = call.half == Half::both || call.half == Half::first;
+    if (measures)
       launch("batch_moments", batch_moments_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0,
              stream, call, parts.size, grid.columns);
+    if (call.half != Half::second) {
       constexpr int warps = tuning::column_threads / lanes;
       launch("batch_finish", batch_finish_kernel<F>, dim3(unsigned((s.channels + warps - 1) / warps)),
              dim3(tuning::column_threads), 0, stream, call, parts.count);

@@ -22,6 +22,7 @@ __all__ = [
     "batch_norm_backward_apply",
     "batch_norm_backward_sums",
     "batch_norm_moments",
+    "batch_norm_running",
     "dropout",
     "dropout_add_norm",
     "dropout_add_norm_backward",
@@ -270,7 +271,8 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, packed: bool, dev
     return ((mask.unsqueeze(1) >> bit) & 1).view(-1)[:size].view(tuple(shape)).bool()
 
 
-_BOTH, _FIRST, _SECOND = 0, 1, 2  # halves of a call; between them SyncBatchNorm adds up over the processes
+# Halves of a call; between them SyncBatchNorm adds up over the processes. Or the second one by running statistics.
+_BOTH, _FIRST, _SECOND, _RUNNING = 0, 1, 2, 3
 
 
 def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
@@ -325,10 +327,30 @@ def batch_norm(
     return y, stats
 
 
+def batch_norm_running(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    slope: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The same by the running statistics, of one floating dtype: (y, stats)."""
+    y, stats = torch.empty_like(x), _channel_stats(x)
+    threads, stream = _place(x)
+    running, shape = (running_mean, running_var), _batch_shape(x)
+    _C.batch_norm(
+        x, weight, bias, residual, y, stats, *running, shape, _RUNNING, eps, 0.0, slope, threads, stream, _room(x)
+    )
+    return y, stats
+
+
 def batch_norm_apply(
     x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: float | None
 ) -> Tensor:
-    """The same with statistics that are known: of eval, or of all processes."""
+    """The same by stats that are given."""
     y = torch.empty_like(x)
     threads, stream = _place(x)
     shape = _batch_shape(x)

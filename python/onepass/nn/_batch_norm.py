@@ -130,18 +130,21 @@ def apply_batch_norm(
         weight, bias = plain_or_none(weight), plain_or_none(bias)
     operands = x, residual, weight, bias
     if not training:
-        stats = _constant_statistics(running, eps, wide(x.dtype))
+        y: Tensor
         if way != KERNEL:
-            y: Tensor = operator_apply(*operands, stats, slope, channels_last)
-        elif wants_grad(*operands):
-            y = apply(*operands, stats, None, 0.0, eps, slope, channels_last)
+            y = operator_apply(*operands, _constant_statistics(running, eps, wide(x.dtype)), slope, channels_last)
+            return y
+        if not _is_plain(running, written=False):
+            running = _plain_copy(running[0], x), _plain_copy(running[1], x)
+        if wants_grad(*operands):
+            y = apply(*operands, training, running, 0.0, eps, slope, channels_last)
         else:
-            y = native.batch_norm_apply(x, stats, *operands[2:], operands[1], slope)
+            y, _ = native.batch_norm_running(x, *operands[2:], residual, *running, eps, slope)
         return y
-    if way == KERNEL and _is_plain(running):
+    if way == KERNEL and _is_plain(running, written=True):
         momentum = float(momentum)
         if wants_grad(*operands):
-            y = apply(*operands, None, running, momentum, eps, slope, channels_last)
+            y = apply(*operands, training, running, momentum, eps, slope, channels_last)
         else:
             y, _ = native.batch_norm(x, *operands[2:], residual, *running, momentum, eps, slope)
         _compat.increment_version([statistic for statistic in running if statistic is not None])
@@ -154,25 +157,29 @@ def apply_batch_norm(
 
 
 def _constant_statistics(running: Running, eps: float, dtype: torch.dtype) -> Tensor:
-    """[2, C]: mean and 1 / sqrt(var + eps)."""
+    """[2, C]: mean and 1 / sqrt(var + eps), in float64 as the kernel does it."""
     mean, var = running
     assert mean is not None
     assert var is not None
-    if mean.dtype == var.dtype == dtype and mean.dim() == var.dim() == 1:  # three operations less
-        return torch.stack((mean, torch.rsqrt(var + eps)))
-    return torch.stack((mean.to(dtype).reshape(-1), torch.rsqrt(var.to(dtype).reshape(-1) + eps)))
+    rstd = (var.to(torch.float64) + eps).sqrt().reciprocal()
+    return torch.stack((mean.to(dtype).reshape(-1), rstd.to(dtype).reshape(-1)))
 
 
-def _is_plain(running: Running) -> bool:
-    """Whether the kernel may write the running statistics itself."""
+def _is_plain(running: Running, written: bool) -> bool:
+    """Whether the kernel may read, or write, the running statistics where they are."""
     mean, var = running
     if mean is None or var is None:
         return True
     return (
         mean.dtype == var.dtype
         and mean.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        and all(t.is_contiguous() and not t.is_neg() and not t.is_inference() for t in (mean, var))
+        and all(t.is_contiguous() and not t.is_neg() and not (written and t.is_inference()) for t in (mean, var))
     )
+
+
+def _plain_copy(statistic: Tensor | None, x: Tensor) -> Tensor:
+    assert statistic is not None
+    return statistic.detach().to(wide(x.dtype)).resolve_neg().contiguous()
 
 
 @torch.no_grad()

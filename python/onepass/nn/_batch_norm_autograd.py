@@ -48,18 +48,17 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        stats: Tensor | None,
+        training: bool,
         running: Running,
         momentum: float,
         eps: float,
         slope: float | None,
         channels_last: bool,
     ) -> Tensor:
-        training = stats is None
-        if stats is None:
+        if training:
             y, stats = native.batch_norm(x, weight, bias, residual, *running, momentum, eps, slope)
         else:
-            y = native.batch_norm_apply(x, stats, weight, bias, residual, slope)
+            y, stats = native.batch_norm_running(x, weight, bias, residual, *running, eps, slope)
         _save(ctx, x, weight, stats, y, eps, slope, channels_last, training)
         return y
 

@@ -114,7 +114,8 @@ class _Norm(torch.autograd.Function):
         if route_back(dy) != KERNEL:
             return *_gradients(ctx, dy), None
         x, weight, stats = ctx.saved_tensors
-        return *native.norm_backward(plain(dy), x, weight, stats, *ctx.rest, ctx.needs_input_grad), None
+        size, eps, rms = ctx.rest
+        return *native.norm_backward(plain(dy), x, weight, stats, size, eps, rms, ctx.needs_input_grad), None
 
 
 _apply = _compat.applier(_Norm)
