@@ -208,7 +208,7 @@ void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle
   call.bias = tensors.optional(bias, call.weight_dtype, affine_size, "bias");
   call.y =
       large_pages(tensors.address(y, call.dtype, elements, "y"), elements * size_of(call.dtype), tensors.on_cuda());
-  call.stats = tensors.statistics(stats, arithmetic, 2 * call.rows);
+  call.stats = tensors.statistics(stats, arithmetic, 3 * call.rows);
   if (elements == 0) return;
   const bool direct = affine.is_none() || (call.weight_dtype == arithmetic && !call.scalar_affine);
   const Workspace workspace(tensors.on_cuda() || direct ? 0 : cpu::row_norm_workspace(size, call.dtype), false, room);
@@ -244,7 +244,7 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
   call.dsum = tensors.optional(dsum, call.dtype, elements, "dsum");
   call.x = tensors.address(x, call.dtype, elements, "x");
   call.weight = tensors.optional(weight, call.weight_dtype, affine_size, "weight");
-  call.stats = tensors.statistics(stats, arithmetic, 2 * call.rows);
+  call.stats = tensors.statistics(stats, arithmetic, 3 * call.rows);
   call.eps = eps;
   call.dx =
       large_pages(tensors.optional(dx, call.dtype, elements, "dx"), elements * size_of(call.dtype), tensors.on_cuda());
@@ -313,7 +313,7 @@ void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handl
   call.y = call.half == Half::first ? nullptr
                                     : large_pages(tensors.address(y, call.dtype, elements, "y"),
                                                   elements * size_of(call.dtype), tensors.on_cuda());
-  call.stats = tensors.address(stats, arithmetic_of(call.dtype), 2 * channels, "stats");
+  call.stats = tensors.address(stats, arithmetic_of(call.dtype), 3 * channels, "stats");
   if (!running_mean.is_none()) {
     call.running_dtype = tensors.view(running_mean, "running_mean").dtype;
     call.running_mean = tensors.address(running_mean, call.running_dtype, channels, "running_mean");
@@ -351,7 +351,7 @@ void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::han
   call.dy = tensors.address(dy, call.dtype, elements, "dy");
   call.x = tensors.address(x, call.dtype, elements, "x");
   call.weight = tensors.optional(weight, call.weight_dtype, channels, "weight");
-  call.stats = tensors.address(stats, arithmetic, 2 * channels, "stats");
+  call.stats = tensors.address(stats, arithmetic, 3 * channels, "stats");
   call.activate = slope.has_value();
   call.slope = slope.value_or(0);
   call.y = call.activate ? tensors.address(y, call.dtype, elements, "y") : nullptr;

@@ -2,6 +2,9 @@
 
 import os
 
+# torch.compile keeps graphs between runs, under keys that do not see an operator's fake change.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
 from cuda_on_host import backend
 
 BACKEND = backend.choose()  # before anything imports onepass

@@ -278,18 +278,27 @@ def test_nan_in_the_gradient(training, device):
 @pytest.mark.parametrize("shape", [(500, 4), (6, 4, 20, 20), (6, 4, 501)], ids=str)
 @pytest.mark.parametrize("innermost", [False, True], ids=["contiguous", "channels innermost"])
 def test_statistics_survive_a_large_mean(shape, innermost, dtype, device):
-    """x = 1e4 + noise of 1e-2: three digits of y and of the deviation, the running mean to its last place."""
+    """x = 1e4 + noise of 1e-2: three digits of y, of the gradients and of the deviation, the running mean to its last
+    place."""
     if dtype in (torch.bfloat16, torch.float16):
         pytest.skip("the noise is below its last place")
     x = (1e4 + 1e-2 * torch.randn(shape, device=device, dtype=torch.float64)).to(dtype)
-    x = STRIDED["channels innermost"](x) if innermost else x
+    x = leaf(STRIDED["channels innermost"](x) if innermost else x)
     mean, var = torch.zeros(4, device=device, dtype=dtype), torch.ones(4, device=device, dtype=dtype)
-    y = OF.batch_norm(x, mean, var, training=True, momentum=1.0, eps=1e-12)
+    weight, bias = map(leaf, affine("weight and bias", True, (4,), dtype, device))
+    y = OF.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=1e-12)
     values = as_numpy(x)[0]
     expected_mean, expected_var = batch_norm.running_statistics(values, *as_numpy(mean, var), 1.0)
     assert_close(mean, expected_mean, 0.0, "running mean", 2**-23 if dtype == torch.float32 else 1e-13)
     assert_close(var.double().sqrt() / torch.tensor(expected_var).sqrt(), torch.ones(4), 5e-4, "deviation")
-    assert_close(y, batch_norm.batch_norm(values, eps=1e-12), 5e-4, "y")
+    operands = values, *as_numpy(weight, bias)
+    assert_close(y, batch_norm.batch_norm(*operands, eps=1e-12), 5e-4, "y")
+    dy = torch.randn_like(x)
+    came = gradients(y, (x, weight, bias), dy)
+    expected = batch_norm.batch_norm_backward(*as_numpy(dy), *operands, eps=1e-12)
+    for name, value in zip(("x", "weight", "bias"), came, strict=True):
+        like = getattr(expected, name)
+        assert_close(value / abs(like).max(), like / abs(like).max(), 5e-4, f"gradient of {name}")
 
 
 def test_channels_of_very_different_size(dtype, device):

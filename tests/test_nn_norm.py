@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from layers import AFFINE, NORMS, affine, as_numpy, assert_norm, gradients, leaf, weight_dtypes
+from reference import norm
 from support import assert_close, assert_same, bits
 
 EVERY_NORM = pytest.mark.parametrize("kind", NORMS.values(), ids=NORMS)
@@ -265,12 +266,20 @@ def test_sixteen_bits_do_not_overflow(kind, device):
 
 @pytest.mark.parametrize("size", [64, 1000, 5003])
 def test_statistics_survive_a_large_mean(size, dtype, device):
-    """x = 1e4 + noise of 1e-2: three digits of y, where E[x²] - E[x]² keeps none and a mean in float32 one."""
+    """x = 1e4 + noise of 1e-2: three digits of y and of the gradients, where E[x²] - E[x]² keeps none and a mean in
+    float32 one."""
     if dtype in (torch.bfloat16, torch.float16):
         pytest.skip("the noise is below its last place")
-    x = (1e4 + 1e-2 * torch.randn(6, size, device=device, dtype=torch.float64)).to(dtype)
-    y = NORMS["layer_norm"](x, (size,), eps=1e-12)
-    assert_close(y, NORMS["layer_norm"].forward(*as_numpy(x, None, None), 1e-12), 5e-4, "y")
+    x = leaf((1e4 + 1e-2 * torch.randn(6, size, device=device, dtype=torch.float64)).to(dtype))
+    weight, bias = map(leaf, affine("weight and bias", True, (size,), dtype, device))
+    dy = torch.randn_like(x)
+    y = NORMS["layer_norm"](x, (size,), weight, bias, eps=1e-12)
+    assert_close(y, norm.layer_norm(*as_numpy(x, weight, bias), 1e-12), 5e-4, "y")
+    came = gradients(y, (x, weight, bias), dy)
+    expected = norm.layer_norm_backward(*as_numpy(dy, x, weight, bias), 1e-12)
+    for name, value in zip(("x", "weight", "bias"), came, strict=True):
+        like = getattr(expected, name)
+        assert_close(value / abs(like).max(), like / abs(like).max(), 5e-4, f"gradient of {name}")
 
 
 @EVERY_NORM

@@ -42,7 +42,8 @@ struct RowNorm {
   Dropout dropout;
   const void *weight, *bias;  // may be null
   void* y;
-  void* stats;      // F[2][rows]: mean (0 for RMSNorm) and 1 / standard deviation; on the CPU null: not kept
+  void* stats;      // F[3][rows]: mean (0 for RMSNorm), 1 / standard deviation, what F(mean) leaves of the mean. On the
+                    // CPU null: not kept
   void* workspace;  // on the CPU: cpu::row_norm_workspace() bytes
 };
 
@@ -86,7 +87,7 @@ struct BatchNorm {
   bool activate;
   double slope;
   void* y;
-  void* stats;  // F[2][channels]: mean and 1 / sqrt(biased variance + eps); half first: mean and biased variance
+  void* stats;  // F[3][channels], as RowNorm's; half first: the biased variance in the place of its 1 / sqrt(... + eps)
   // With half both; null: no running statistics. running = (1 - momentum) * running + momentum * batch's.
   DType running_dtype;
   void *running_mean, *running_var;

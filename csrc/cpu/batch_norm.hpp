@@ -166,8 +166,6 @@ struct BatchNormTeam {
         moments(reinterpret_cast<rows::Moments*>(static_cast<char*>(c.workspace) +
                                                  batch_norm_constants_bytes(c.shape.channels))) {}
 
-  F* mean() const { return static_cast<F*>(call.stats); }
-  F* second() const { return mean() + call.shape.channels; }  // 1 / standard deviation, or the variance
   double affine(const void* from, std::int64_t channel, double otherwise) const {
     return from != nullptr ? number_at(call.weight_dtype, from, channel) : otherwise;
   }
@@ -182,14 +180,16 @@ struct BatchNormTeam {
   bool measures() const { return call.half == Half::both || call.half == Half::first; }
 
   void finish(std::int64_t c, const rows::Moments& all) const {
-    if (call.half == Half::second) return set_constants(c, {mean()[c], 0, second()[c]});
+    if (call.half == Half::second) return set_constants(c, rows::Stats<F>::kept(call.stats, call.shape.channels, c));
     const bool running = call.half == Half::running;
     const rows::Stats<F> stats =
         rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
                            running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
-    mean()[c] = stats.mean;
-    second()[c] = call.half == Half::first ? F(all.variance()) : stats.rstd;
-    if (call.half == Half::first) return;
+    stats.keep(call.stats, call.shape.channels, c);
+    if (call.half == Half::first) {
+      static_cast<F*>(call.stats)[call.shape.channels + c] = F(all.variance());
+      return;
+    }
     set_constants(c, stats);
     if (call.running_mean == nullptr || running) return;
     const auto blend = [&](void* running, double now) {

@@ -31,12 +31,12 @@ struct BatchNormBackwardTeam {
         needs_results(c.half != Half::first && (c.dx != nullptr || c.dresidual != nullptr)) {}
 
   const F* mean() const { return static_cast<const F*>(call.stats); }
-  const F* rstd() const { return mean() + call.shape.channels; }
 
   void finish(std::int64_t c, double dz, double dz_distance) const {
     F* const out = static_cast<F*>(call.sums);
-    const double r = double(rstd()[c]);
-    double dz_xhat = dz_distance * r;
+    const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, c);
+    const double r = double(stats.rstd), low = double(stats.mean_low);
+    double dz_xhat = (dz_distance - dz * low) * r;
     if (call.half == Half::second) {
       dz = double(out[c]);
       dz_xhat = double(out[call.shape.channels + c]);
@@ -46,10 +46,11 @@ struct BatchNormBackwardTeam {
       if (call.dbias != nullptr) set_number_at(call.weight_dtype, call.dbias, c, dz);
     }
     const double scale = (call.weight != nullptr ? number_at(call.weight_dtype, call.weight, c) : 1) * r;
-    constants.mean[c] = mean()[c];
+    const double of_x = call.training ? -scale * r * dz_xhat / call.count : 0;
+    constants.mean[c] = stats.mean;
     constants.scale[c] = F(scale);
-    constants.shift[c] = F(call.training ? -scale * dz / call.count : 0);
-    slope[c] = F(call.training ? -scale * r * dz_xhat / call.count : 0);
+    constants.shift[c] = F(call.training ? -scale * dz / call.count - of_x * low : 0);
+    slope[c] = F(of_x);
   }
 
   template <bool whole>

@@ -51,10 +51,7 @@ struct RowNormTeam {
   // The row's statistics, kept for backward if it wants them.
   rows::Stats<F> measure(const T* x, std::int64_t row) const {
     const rows::Stats<F> stats = stats_of(x, call.size, call.eps);
-    if (call.stats != nullptr) {
-      static_cast<F*>(call.stats)[row] = stats.mean;
-      static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
-    }
+    if (call.stats != nullptr) stats.keep(call.stats, call.rows, row);
     return stats;
   }
 
@@ -143,32 +140,22 @@ struct RowNormBackwardTeam {
   struct Row {
     const T *x, *dy, *dsum;
     T *dx, *dbranch;
-    F mean, rstd;
+    rows::Stats<F> stats;
     F of_x, shift;  // dx = g * rstd + (x - mean) * of_x + shift, once the row's sums are known
     std::int64_t first;
 
-    __attribute__((always_inline)) Reg<F> distance(Reg<F> v) const {
-      if constexpr (rms)
-        return v;
-      else
-        return v - mean;
-    }
+    __attribute__((always_inline)) Reg<F> distance(Reg<F> v) const { return rms ? v : v - stats.mean; }
+    __attribute__((always_inline)) Reg<F> xhat(Reg<F> v) const { return rms ? v * stats.rstd : stats.normalised(v); }
   };
 
   Row row_at(std::int64_t row) const {
     const std::int64_t first = row * call.size;
     const auto at = [&](const void* p) { return p != nullptr ? static_cast<const T*>(p) + first : nullptr; };
-    Row r{at(call.x), at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)), 0, 0,
-          0,          0,           first};
-    if (call.stats != nullptr) {
-      r.mean = static_cast<const F*>(call.stats)[row];
-      r.rstd = static_cast<const F*>(call.stats)[call.rows + row];
-    } else {
-      const rows::Stats<F> stats = RowNormTeam<T, rms>::stats_of(r.x, call.size, call.eps);
-      r.mean = stats.mean;
-      r.rstd = stats.rstd;
-    }
-    return r;
+    const T* const x = at(call.x);
+    const rows::Stats<F> stats = call.stats != nullptr ? rows::Stats<F>::kept(call.stats, call.rows, row)
+                                                       : RowNormTeam<T, rms>::stats_of(x, call.size, call.eps);
+    return {x, at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)), stats,
+            0, 0,           first};
   }
 
   // Sums over each of some rows, of g and of g * xhat; and over these rows, of dy * xhat and dy, added to the block's.
@@ -188,7 +175,7 @@ struct RowNormBackwardTeam {
 #pragma GCC unroll 4
       for (int r = 0; r < n_rows; ++r) {
         const Reg<F> dy = load<whole>(rows[r].dy + i, count);
-        const Reg<F> xhat = rows[r].distance(load<whole>(rows[r].x + i, count)) * rows[r].rstd;
+        const Reg<F> xhat = rows[r].xhat(load<whole>(rows[r].x + i, count));
         const Reg<F> g = w * dy;
         if constexpr (!rms) g_sum[r] += g;
         gx_sum[r] += g * xhat;  // dy is 0 after the tail
@@ -203,9 +190,9 @@ struct RowNormBackwardTeam {
       }
     });
     for (int r = 0; r < n_rows; ++r) {
-      const F rstd = rows[r].rstd;
-      rows[r].of_x = -(sum_of<F>(gx_sum[r]) / F(n)) * rstd * rstd;
-      rows[r].shift = -(sum_of<F>(g_sum[r]) / F(n)) * rstd;
+      const auto& stats = rows[r].stats;
+      rows[r].of_x = -(sum_of<F>(gx_sum[r]) / F(n)) * stats.rstd * stats.rstd;
+      rows[r].shift = -(sum_of<F>(g_sum[r]) / F(n)) * stats.rstd - stats.mean_low * rows[r].of_x;
     }
   }
 
@@ -217,7 +204,7 @@ struct RowNormBackwardTeam {
       fetch(row.dy + i + ahead, part);
       fetch(row.x + i + ahead, part);
       const Reg<F> distance = row.distance(load<whole>(row.x + i, count));
-      const Reg<F> g = load<whole>(row.dy + i, count) * row.rstd;
+      const Reg<F> g = load<whole>(row.dy + i, count) * row.stats.rstd;
       Reg<F> dx = weight_at<F, whole>(weight, i, count) * g + (distance * row.of_x + row.shift);
       if constexpr (fused) {
         if (row.dsum != nullptr) dx = dx + load<whole>(row.dsum + i, count);

@@ -52,12 +52,6 @@ __global__ void __launch_bounds__(tuning::column_threads)
     moments[c] = rows::Moments::about(near[c], double(walk.end - walk.begin), sums[c], sums[own + c]);
 }
 
-// The second numbers of the means, which one F each is too coarse for; see rows::Stats.
-template <class F>
-__device__ F* mean_lows(const BatchNorm& call, std::int64_t parts) {
-  return reinterpret_cast<F*>(static_cast<rows::Moments*>(call.workspace) + parts * call.shape.channels);
-}
-
 template <class F>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_finish_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t parts) {
@@ -80,9 +74,8 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   const rows::Stats<F> stats =
       rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
                          running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
-  static_cast<F*>(call.stats)[c] = stats.mean;
-  static_cast<F*>(call.stats)[channels + c] = call.half == Half::first ? F(all.variance()) : stats.rstd;
-  mean_lows<F>(call, parts)[c] = stats.mean_low;
+  stats.keep(call.stats, channels, c);
+  if (call.half == Half::first) static_cast<F*>(call.stats)[channels + c] = F(all.variance());
   if (call.half == Half::first || call.running_mean == nullptr || running) return;
   const auto blend = [&](void* running, double now) {
     const double before = number_at(call.running_dtype, running, c);
@@ -92,10 +85,9 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   blend(call.running_var, all.squares / (all.n - 1));
 }
 
-// lows: null where the statistics are given.
 template <class T, class Access, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads)
-    batch_norm_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t part, int columns, const void* lows) {
+    batch_norm_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t part, int columns) {
   using F = Arithmetic<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
   Layout walk;
@@ -106,11 +98,12 @@ __global__ void __launch_bounds__(tuning::column_threads)
   ONEPASS_UNROLL
   for (int c = 0; c < own; ++c) {
     const std::int64_t channel = walk.channel + c;
-    mean[c] = static_cast<const F*>(call.stats)[channel];
-    scale[c] = static_cast<const F*>(call.stats)[call.shape.channels + channel];
+    const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, channel);
+    mean[c] = stats.mean;
+    scale[c] = stats.rstd;
     if (call.weight != nullptr) scale[c] *= F(number_at(call.weight_dtype, call.weight, channel));
     shift[c] = call.bias != nullptr ? F(number_at(call.weight_dtype, call.bias, channel)) : F(0);
-    if (lows != nullptr) shift[c] -= static_cast<const F*>(lows)[channel] * scale[c];
+    shift[c] -= stats.mean_low * scale[c];
   }
   const F slope = F(call.slope);
   while (walk.has()) {
@@ -149,17 +142,16 @@ void launch_batch_norm(const BatchNorm& call, void* stream) {
       launch("batch_finish", batch_finish_kernel<F>, dim3(unsigned((s.channels + warps - 1) / warps)),
              dim3(tuning::column_threads), 0, stream, call, parts.count);
     }
-    const void* const lows =
-        call.half == Half::second ? nullptr : static_cast<rows::Moments*>(call.workspace) + parts.count * s.channels;
     if (call.half != Half::first)
       launch("batch_norm", batch_norm_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0, stream,
-             call, parts.size, grid.columns, lows);
+             call, parts.size, grid.columns);
   });
 }
 
 }  // namespace
 
 std::int64_t batch_norm_workspace(const BatchShape& shape) {
+  // Moments of the parts; or the backward's two sums of each part and of all of them.
   return (BatchParts(shape).count * sizeof(rows::Moments) + 2 * sizeof(double)) * shape.channels;
 }
 

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   const std::int64_t channels = call.shape.channels;
   const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;
   if (c >= channels) return;  // the whole warp
-  const double rstd = double(static_cast<const F*>(call.stats)[channels + c]);
+  const auto stats = rows::Stats<F>::kept(call.stats, channels, c);
   double dz = 0, dz_distance = 0;
   for (std::int64_t part = threadIdx.x % lanes; part < parts; part += lanes) {
     const F* const of_part = static_cast<const F*>(call.workspace) + part * 2 * channels + c;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
     dz_distance += __shfl_down_sync(0xffffffffu, dz_distance, distance);
   }
   if (threadIdx.x % lanes != 0) return;
-  const double dz_xhat = dz_distance * rstd;
+  const double dz_xhat = (dz_distance - dz * double(stats.mean_low)) * double(stats.rstd);
   static_cast<F*>(call.sums)[c] = F(dz);
   static_cast<F*>(call.sums)[channels + c] = F(dz_xhat);
   if (call.dweight != nullptr) set_number_at(call.weight_dtype, call.dweight, c, dz_xhat);
@@ -103,14 +103,14 @@ __global__ void __launch_bounds__(tuning::column_threads)
   ONEPASS_UNROLL
   for (int c = 0; c < own; ++c) {
     const std::int64_t channel = walk.channel + c;
-    const F rstd = static_cast<const F*>(call.stats)[channels + channel];
-    mean[c] = static_cast<const F*>(call.stats)[channel];
-    scale[c] = rstd;
+    const auto stats = rows::Stats<F>::kept(call.stats, channels, channel);
+    mean[c] = stats.mean;
+    scale[c] = stats.rstd;
     if (call.weight != nullptr) scale[c] *= F(number_at(call.weight_dtype, call.weight, channel));
     of_x[c] = shift[c] = 0;
     if (!call.training) continue;
-    shift[c] = -scale[c] * (static_cast<const F*>(call.sums)[channel] / F(call.count));
-    of_x[c] = -scale[c] * rstd * (static_cast<const F*>(call.sums)[channels + channel] / F(call.count));
+    of_x[c] = -scale[c] * stats.rstd * (static_cast<const F*>(call.sums)[channels + channel] / F(call.count));
+    shift[c] = -scale[c] * (static_cast<const F*>(call.sums)[channel] / F(call.count)) - of_x[c] * stats.mean_low;
   }
   while (walk.has()) {
     std::int64_t offsets[rounds];

@@ -77,8 +77,8 @@ __device__ void norm_rows(const RowNorm& call, int team) {
     const F variance = squares < 0 ? F(0) : squares;
     const rows::Stats<F> stats{near, low, 1 / sqrt(variance + F(call.eps))};
     if (row < call.rows && threadIdx.x % team == 0) {
-      static_cast<F*>(call.stats)[row] = near + low;
-      static_cast<F*>(call.stats)[call.rows + row] = stats.rstd;
+      const F mean = near + low;
+      rows::Stats<F>{mean, low - (mean - near), stats.rstd}.keep(call.stats, call.rows, row);
     }
     for (std::int64_t base = 0; base < call.size; base += tile) {
       const Share<w> share = share_from(base);

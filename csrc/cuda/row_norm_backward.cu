@@ -20,13 +20,11 @@ struct Gradients {
   using F = Arithmetic<T>;
   const RowNormBackward& call;
   std::int64_t begin;  // of the row
-  F mean, rstd;
+  rows::Stats<F> stats;
   Elements<T, w> x[rounds], dy[rounds];
 
-  __device__ Gradients(const RowNormBackward& c, std::int64_t row) : call(c), begin(row * c.size), mean(0), rstd(0) {
-    if (row >= c.rows) return;
-    mean = static_cast<const F*>(c.stats)[row];
-    rstd = static_cast<const F*>(c.stats)[c.rows + row];
+  __device__ Gradients(const RowNormBackward& c, std::int64_t row) : call(c), begin(row * c.size), stats{0, 0, 0} {
+    if (row < c.rows) stats = rows::Stats<F>::kept(c.stats, c.rows, row);
   }
 
   __device__ void load(const Share<w>& share, std::int64_t base) {
@@ -39,7 +37,7 @@ struct Gradients {
   static __device__ Affine<T> weight_of(const RowNormBackward& call) {
     return {call.weight, call.weight_dtype != call.dtype, call.scalar_affine, F(1)};
   }
-  __device__ F xhat(int r, int e) const { return (decode(x[r].at[e]) - mean) * rstd; }
+  __device__ F xhat(int r, int e) const { return stats.normalised(F(decode(x[r].at[e]))); }
 
   // sums: of g and g * xhat.
   __device__ void add_up(const Share<w>& share, std::int64_t base, F (&sums)[2]) const {
@@ -80,7 +78,7 @@ struct Gradients {
       ONEPASS_UNROLL
       for (int e = 0; e < w; ++e) {
         const F g = weight.at[e] * decode(dy[r].at[e]);
-        const F dx = rows::input_gradient(g, xhat(r, e), mean_g, mean_gx, rstd) + decode(dsum[r].at[e]);
+        const F dx = rows::input_gradient(g, xhat(r, e), mean_g, mean_gx, stats.rstd) + decode(dsum[r].at[e]);
         encode(x[r].at[e], dx);
         encode(dy[r].at[e], drop(bits[r], e, dx, scale));
       }
@@ -231,22 +229,21 @@ __device__ void sum_columns(const RowNormBackward& call, int columns) {
   for (std::int64_t row = std::int64_t(blockIdx.y) * together * rounds + threadIdx.x / columns; row < call.rows;
        row += std::int64_t(gridDim.y) * together * rounds) {
     Elements<T, w> x[rounds], dy[rounds];
-    F mean[rounds], rstd[rounds];
+    rows::Stats<F> stats[rounds];
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
       x[r] = dy[r] = Elements<T, w>{};
-      mean[r] = rstd[r] = 0;
+      stats[r] = {0, 0, 0};
       const std::int64_t at = row + r * together;
       if (!exists || at >= call.rows) continue;
       x[r] = Elements<T, w>::load(static_cast<const T*>(call.x) + at * call.size + column);
       dy[r] = Elements<T, w>::load(static_cast<const T*>(call.dy) + at * call.size + column);
-      mean[r] = static_cast<const F*>(call.stats)[at];
-      rstd[r] = static_cast<const F*>(call.stats)[call.rows + at];
+      stats[r] = rows::Stats<F>::kept(call.stats, call.rows, at);
     }
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
       const int r = k / w, e = k % w;
-      sums[e] += decode(dy[r].at[e]) * ((decode(x[r].at[e]) - mean[r]) * rstd[r]);
+      sums[e] += decode(dy[r].at[e]) * stats[r].normalised(F(decode(x[r].at[e])));
       sums[w + e] += decode(dy[r].at[e]);
     }
   }

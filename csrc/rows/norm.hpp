@@ -5,10 +5,22 @@
 
 namespace onepass::rows {
 
-// mean is the sum of two F: one alone is too coarse where the mean is large beside the deviation.
+// The mean is the sum of two F: one alone is too coarse where the mean is large beside the deviation.
 template <class F>
 struct Stats {
   F mean, mean_low, rstd;
+
+  // As forward keeps them for backward, in F[3][rows]: mean, rstd, mean_low.
+  ONEPASS_HD static Stats kept(const void* stats, std::int64_t rows, std::int64_t row) {
+    const F* const s = static_cast<const F*>(stats) + row;
+    return {s[0], s[2 * rows], s[rows]};
+  }
+  ONEPASS_HD void keep(void* stats, std::int64_t rows, std::int64_t row) const {
+    F* const s = static_cast<F*>(stats) + row;
+    s[0] = mean;
+    s[rows] = rstd;
+    s[2 * rows] = mean_low;
+  }
 
   ONEPASS_HD static Stats of(double mean, double variance, double eps) {
     const F high = F(mean);

@@ -92,7 +92,7 @@ def test_evaluation(shape, last, dtype):
     x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
     channels = shape[1]
     mean, var = torch.randn(channels).to(DEVICE).double(), torch.rand(channels).to(DEVICE).double() + 0.5
-    stats = torch.stack([mean, 1 / (var + EPS).sqrt()]).to(layers._arithmetic(x))
+    stats = torch.stack([mean, 1 / (var + EPS).sqrt(), mean - mean.to(layers._arithmetic(x))]).to(layers._arithmetic(x))
     for slope, adds in ((None, True), (0.0, False), (0.25, True)):
         weight, bias = affine("both", channels, dtype)
         leaves = wide(x, weight, bias, residual if adds else None)
@@ -121,7 +121,7 @@ def test_halves(shape, last, dtype):
     came = layers.batch_norm_moments(x)
     close(came[0], mean, came.dtype, "mean")
     close(came[1], var, came.dtype, "variance")
-    stats = torch.stack([came[0], 1 / (came[1] + EPS).sqrt()])
+    stats = torch.stack([came[0], 1 / (came[1] + EPS).sqrt(), came[2]])
     y = layers.batch_norm_apply(x, stats, weight, bias, None, 0.25)
     close(y, batch_norm(x.double(), mean, var, weight.double(), bias.double(), None, 0.25), dtype, "y", 4)
 

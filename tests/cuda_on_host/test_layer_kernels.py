@@ -162,7 +162,7 @@ def check_row_norm(x, weight, bias, rms, what) -> None:
     present = [leaf for leaf in leaves if leaf is not None]
     gradients = iter(torch.autograd.grad(expected, present, dy.double()))
     want = [leaf is not None for leaf in leaves]
-    came = layers.norm_backward(dy, x, weight, stats, size, rms, want)
+    came = layers.norm_backward(dy, x, weight, stats, size, EPS, rms, want)
     # A sum over n terms of about 1 carries the rounding of its partial sums.
     scales = (4.0, x.shape[0] ** 0.5 * 4, x.shape[0] ** 0.5 * 4)
     if weight is not None and weight.numel() == 1:
@@ -172,7 +172,7 @@ def check_row_norm(x, weight, bias, rms, what) -> None:
         if wanted:
             close(value, next(gradients), dtype, f"{what}: {name}", scale)
     if not rms:
-        same(layers.norm_backward(dy, x, weight, stats, size, rms, want), came)
+        same(layers.norm_backward(dy, x, weight, stats, size, EPS, rms, want), came)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -196,9 +196,9 @@ def test_only_what_is_wanted(size, dtype):
     x, dy = random(3, size, dtype=dtype), random(3, size, dtype=dtype)
     weight, bias = affine("both", size, dtype)
     stats = layers.norm(x, weight, bias, size, EPS, False)[1]
-    whole = layers.norm_backward(dy, x, weight, stats, size, False, [True] * 3)
+    whole = layers.norm_backward(dy, x, weight, stats, size, EPS, False, [True] * 3)
     for want in itertools.product((False, True), repeat=3):
-        came = layers.norm_backward(dy, x, weight, stats, size, False, want)
+        came = layers.norm_backward(dy, x, weight, stats, size, EPS, False, want)
         same(came, tuple(value if wanted else None for value, wanted in zip(whole, want, strict=True)))
 
 
@@ -212,7 +212,7 @@ def test_more_rows_than_a_turn_of_the_grid(size, rows):
     y, stats = layers.norm(x, weight, None, size, EPS, False)
     expected = row_norm(*leaves, None, False)
     close(y, expected[which], torch.float32, "y", 4)
-    dx, dweight, dbias = layers.norm_backward(x, x, weight, stats, size, False, [True, True, True])
+    dx, dweight, dbias = layers.norm_backward(x, x, weight, stats, size, EPS, False, [True, True, True])
     counts = which.bincount().double()[:, None]
     gradients = torch.autograd.grad(expected, leaves, values.double() * counts)
     close(dx, (gradients[0] / counts)[which], torch.float32, "dx", 10)
@@ -268,7 +268,7 @@ def test_dropout_add_norm(size, dtype):
 def test_dropout_add_norm_writes_a_mask(size):
     """Where the call has one; the package asks for it on the CPU only."""
     x, residual = random(5, size, dtype=torch.float32), random(5, size, dtype=torch.float32)
-    outputs = [torch.empty_like(x), torch.empty_like(x), torch.empty(2, 5, device=DEVICE)]
+    outputs = [torch.empty_like(x), torch.empty_like(x), torch.empty(3, 5, device=DEVICE)]
     mask, seed = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8, device=DEVICE), seed_tensor()
     dropout = seed.data_ptr(), P, True, mask.data_ptr(), False
     total, y, stats = outputs

@@ -1,7 +1,8 @@
 """The kernels of the layers as functions of tensors: they make the outputs and know nothing of autograd.
 
 Inputs are plain strided tensors of one device and of a dtype in float32, float64, bfloat16, float16, laid out as said;
-`onepass.nn.functional` sees to that. F below is float32, or float64 for float64. Statistics are F.
+`onepass.nn.functional` sees to that. F below is float32, or float64 for float64. Statistics are F, in three rows: mean
+(0 for RMSNorm), 1 / standard deviation, and what F leaves of the mean, which one F is too coarse for if it is large.
 """
 
 from __future__ import annotations
@@ -67,8 +68,7 @@ def norm(
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm, or RMSNorm with rms, over the last `size` elements of a contiguous x: (y, stats).
 
-    weight, bias: of `size` elements or of one, both of x's dtype or of F. stats: [2, rows], mean (0 for RMSNorm) and
-    1 / standard deviation.
+    weight, bias: of `size` elements or of one, both of x's dtype or of F. stats: [3, rows].
     """
     stats = _row_stats(x, size)
     return _norm(x, weight, bias, stats, size, eps, rms), stats
@@ -103,7 +103,7 @@ def _norm(
 
 
 def _row_stats(x: Tensor, size: int) -> Tensor:
-    shape = 2, x.numel() // size
+    shape = 3, x.numel() // size
     if x.dtype is torch.float32:  # the quicker way to the same: for a tiny norm allocations are most of its time
         return x.new_empty(shape)
     return x.new_empty(shape, dtype=_arithmetic(x))
@@ -284,7 +284,7 @@ def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
 
 def _channel_stats(x: Tensor) -> Tensor:
     make = torch.empty if x.numel() else torch.zeros  # of an empty batch a kernel writes nothing
-    return make((2, x.shape[1]), dtype=_arithmetic(x), device=x.device)
+    return make((3, x.shape[1]), dtype=_arithmetic(x), device=x.device)
 
 
 def batch_norm(
@@ -301,7 +301,7 @@ def batch_norm(
     """BatchNorm in training over a [N, C, ...] x, contiguous or dense channels_last: (y, stats).
 
     Then + residual and the leaky ReLU of `slope` (0 is ReLU), where they are not None. residual, y: laid out as x.
-    weight, bias: [C], of x's dtype or of F. stats: [2, C], mean and 1 / standard deviation. The running statistics, of
+    weight, bias: [C], of x's dtype or of F. stats: [3, C]. The running statistics, of
     one floating dtype, are updated in place.
     """
     y, stats = torch.empty_like(x), _channel_stats(x)
@@ -361,7 +361,7 @@ def batch_norm_apply(
 
 
 def batch_norm_moments(x: Tensor) -> Tensor:
-    """[2, C]: mean and biased variance of the channels."""
+    """[3, C]: mean, biased variance and the rest of the mean of the channels."""
     stats = _channel_stats(x)
     threads, stream = _place(x)
     shape = _batch_shape(x)
@@ -414,7 +414,7 @@ def batch_norm_backward(
 
 def batch_norm_backward_sums(dy: Tensor, x: Tensor, y: Tensor | None, stats: Tensor, slope: float | None) -> Tensor:
     """[2, C]: sums over this process of dz, the gradient before the activation, and of dz * xhat."""
-    sums = _channel_stats(x)
+    sums = torch.empty((2, x.shape[1]), dtype=_arithmetic(x), device=x.device)
     threads, stream = _place(x)
     _C.batch_norm_backward(
         dy,

@@ -157,12 +157,13 @@ def apply_batch_norm(
 
 
 def _constant_statistics(running: Running, eps: float, dtype: torch.dtype) -> Tensor:
-    """[2, C]: mean and 1 / sqrt(var + eps), in float64 as the kernel does it."""
+    """[3, C]: mean, 1 / sqrt(var + eps) and the rest of the mean, as the kernel makes them in float64."""
     mean, var = running
     assert mean is not None
     assert var is not None
     rstd = (var.to(torch.float64) + eps).sqrt().reciprocal()
-    return torch.stack((mean.to(dtype).reshape(-1), rstd.to(dtype).reshape(-1)))
+    mean = mean.to(torch.float64)
+    return torch.stack([t.to(dtype).reshape(-1) for t in (mean, rstd, mean - mean.to(dtype))])
 
 
 def _is_plain(running: Running, written: bool) -> bool:

@@ -126,7 +126,7 @@ def _kernel(
 
 def _fake(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, slope: Any, channels_last: bool) -> Any:
     y = torch.empty_like(x, memory_format=_memory_format(x, channels_last))
-    return y, x.new_empty((2, x.shape[1]), dtype=wide(x.dtype))
+    return y, x.new_empty((3, x.shape[1]), dtype=wide(x.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

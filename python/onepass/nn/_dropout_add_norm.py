@@ -228,7 +228,7 @@ def _fake(
     x: Tensor, residual: Tensor, weight: Any, bias: Any, seed: Any, size: int, eps: Any, rms: Any, p: Any, *rest: bool
 ) -> Any:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    stats = x.new_empty((2, x.numel() // size), dtype=wide(x.dtype))
+    stats = x.new_empty((3, x.numel() // size), dtype=wide(x.dtype))
     return y, torch.empty_like(y), stats, fake_mask(x, rest[-1])
 
 

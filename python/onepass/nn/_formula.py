@@ -141,7 +141,8 @@ def batch_norm_backward(
     if stats is None:
         centred, rstd = _centred_and_rstd(h, dims, eps, False)
     else:
-        centred, rstd = h - per_channel(stats[0], x.dim()), per_channel(stats[1], x.dim())
+        mean, rstd, low = (per_channel(row, x.dim()) for row in stats)
+        centred = h - mean - low
     xhat = centred * rstd
     g = dz if weight is None else dz * per_channel(weight, x.dim())
     dx = g * rstd if stats is not None else _through_statistics(g, xhat, rstd, dims, False)

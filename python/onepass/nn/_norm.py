@@ -142,7 +142,7 @@ def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, ep
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Any:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty((2, x.numel() // size), dtype=wide(x.dtype))
+    return y, x.new_empty((3, x.numel() // size), dtype=wide(x.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -79,7 +79,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         if is_counted():
             counted = (count > 0) * torch.full_like(count, momentum)  # 0 where all batches are empty
             update_running(running, mean, var, count.clamp(min=2), counted)
-        stats = torch.stack((mean, torch.rsqrt(var + eps))).to(wide(x.dtype))
+        dtype = wide(x.dtype)
+        stats = torch.stack((mean, torch.rsqrt(var + eps), mean - mean.to(dtype))).to(dtype)
         ctx.save_for_backward(x, weight, stats, count)
         ctx.rest = group, channels_last
         return native.batch_norm_apply(x, stats, weight, bias, None, None) if x.numel() else torch.empty_like(x)
@@ -92,7 +93,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         want = ctx.needs_input_grad
         x, dy = dense(x, channels_last), dense(dy, channels_last)
         empty = x.numel() == 0
-        sums = torch.zeros_like(stats) if empty else native.batch_norm_backward_sums(dy, x, None, stats, None)
+        sums = torch.zeros_like(stats[:2]) if empty else native.batch_norm_backward_sums(dy, x, None, stats, None)
         dbias, dweight = sums  # this process's: averaging gradients is DistributedDataParallel's
         dx = None
         if want[0]:
@@ -113,7 +114,9 @@ def _merged_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     own = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     if x.numel():
-        own[:-1] = native.batch_norm_moments(x).reshape(-1)
+        moments = native.batch_norm_moments(x)
+        own[:-1] = moments[:2].reshape(-1)
+        own[:channels] += moments[2]
         own[-1] = x.numel() // channels
     gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(gathered, own, group=group)
