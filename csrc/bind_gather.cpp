@@ -37,14 +37,6 @@ void prefetch_tensor(PyObject* object) {
 
 }  // namespace
 
-bool Plan::is_negated(PyObject* tensor) {
-  static PyObject* const method = interned("is_neg");
-  PyObject* const answer = PyObject_CallMethodNoArgs(tensor, method);
-  if (answer == nullptr) throw py::error_already_set();
-  Py_DECREF(answer);
-  return answer == Py_True;
-}
-
 bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
                         bool check_negation) {
   TensorView p, other;

@@ -113,11 +113,11 @@ std::uint8_t* mask_of(const DropoutArguments& arguments) {
 
 // Runs a call on its device, without Python's lock unless giving it away takes longer.
 template <class Call>
-void run(const Tensors& tensors, const Call& call, int threads, std::uintptr_t stream,
+void run(const Tensors& tensors, std::int64_t elements, const Call& call, int threads, std::uintptr_t stream,
          void (*on_cpu)(const std::common_type_t<Call>&, int),
          void (*on_cuda)(const std::common_type_t<Call>&, const cuda::Where&)) {
   std::optional<py::gil_scoped_release> release;
-  if (tensors.first().size > 1 << 14) release.emplace();
+  if (elements > 1 << 14 || tensors.on_cuda()) release.emplace();
   if (tensors.on_cuda())
     on_cuda(call, {tensors.first().device, reinterpret_cast<void*>(stream)});
   else
@@ -145,7 +145,7 @@ void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutAr
   call.dropout = dropout_of(dropout);
   call.mask = mask_of(dropout);
   call.reads_mask = dropout && std::get<4>(*dropout);
-  run(tensors, call, threads, stream, cpu_layers().dropout, ONEPASS_CUDA_LAYER(dropout));
+  run(tensors, size, call, threads, stream, cpu_layers().dropout, ONEPASS_CUDA_LAYER(dropout));
 }
 
 bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias, py::handle eps) {
@@ -154,7 +154,9 @@ bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight,
     return false;
   Layouts layouts;
   TensorView view;
-  if (!reader->read(x.ptr(), view, layouts) || view.ndim == 0 || view.size < 2 || !view.is_contiguous()) return false;
+  if (!reader->read(x.ptr(), view, layouts) || view.ndim == 0 || view.size < 2 || !view.is_contiguous() ||
+      is_negated(x.ptr()))
+    return false;
   const std::int64_t size = view.shape[view.ndim - 1];
   if (PyLong_AsLongLong(PyTuple_GET_ITEM(normalized_shape.ptr(), 0)) != size) {
     PyErr_Clear();
@@ -167,6 +169,7 @@ bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight,
     if (!reader->read(affine.ptr(), w, layouts) || w.ndim != 1 || w.size != size || w.size < 2 || !w.is_contiguous() ||
         w.device_type != view.device_type || w.device != view.device || (affine.is(bias) && w.dtype != dtype))
       return false;
+    if (is_negated(affine.ptr())) return false;
     dtype = w.dtype;
     if (dtype != view.dtype && dtype != arithmetic_of(view.dtype)) return false;
   }
@@ -213,7 +216,7 @@ void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle
   const bool direct = affine.is_none() || (call.weight_dtype == arithmetic && !call.scalar_affine);
   const Workspace workspace(tensors.on_cuda() || direct ? 0 : cpu::row_norm_workspace(size, call.dtype), false, room);
   call.workspace = workspace.address();
-  run(tensors, call, threads, stream, cpu_layers().row_norm, ONEPASS_CUDA_LAYER(row_norm));
+  run(tensors, elements, call, threads, stream, cpu_layers().row_norm, ONEPASS_CUDA_LAYER(row_norm));
 }
 
 void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::handle weight, py::handle stats,
@@ -263,7 +266,7 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
   const Workspace workspace(workspace_bytes(call.rows, size, call.dtype), on_cuda, room);
   call.workspace = workspace.address();
   if (elements == 0) return;
-  run(tensors, call, threads, stream, cpu_layers().row_norm_backward, ONEPASS_CUDA_LAYER(row_norm_backward));
+  run(tensors, elements, call, threads, stream, cpu_layers().row_norm_backward, ONEPASS_CUDA_LAYER(row_norm_backward));
 }
 
 namespace {
@@ -331,7 +334,7 @@ void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handl
   const Workspace workspace(elements == 0 ? 0 : workspace_bytes(call.shape), on_cuda, room);
   call.workspace = workspace.address();
   if (elements == 0) return;
-  run(tensors, call, threads, stream, cpu_layers().batch_norm, ONEPASS_CUDA_LAYER(batch_norm));
+  run(tensors, elements, call, threads, stream, cpu_layers().batch_norm, ONEPASS_CUDA_LAYER(batch_norm));
 }
 
 void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::handle weight, py::handle stats,
@@ -373,7 +376,8 @@ void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::han
   const Workspace workspace(elements == 0 ? 0 : workspace_bytes(call.shape), on_cuda, room);
   call.workspace = workspace.address();
   if (elements == 0) return;
-  run(tensors, call, threads, stream, cpu_layers().batch_norm_backward, ONEPASS_CUDA_LAYER(batch_norm_backward));
+  run(tensors, elements, call, threads, stream, cpu_layers().batch_norm_backward,
+      ONEPASS_CUDA_LAYER(batch_norm_backward));
 }
 
 }  // namespace onepass

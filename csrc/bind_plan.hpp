@@ -136,7 +136,6 @@ class Plan {
     return false;
   }
   bool read(PyObject* object, TensorView& out) { return plain(object) && reader_.read(object, out, layouts_); }
-  static bool is_negated(PyObject* tensor);
   bool fits(const TensorView& param, const TensorView& other, DType dtype) const {
     return other.dtype == dtype && other.device_type == param.device_type && other.device == param.device &&
            param.same_layout(other);

@@ -158,6 +158,16 @@ class TensorReader {
 // Never destroyed: at the end of the process Python is gone before static destructors run.
 inline TensorReader* reader = nullptr;
 
+// Whether a tensor is a view with the signs of its memory turned (torch.Tensor.is_neg), which its address does not
+// tell.
+inline bool is_negated(PyObject* tensor) {
+  static PyObject* const method = PyUnicode_InternFromString("is_neg");
+  PyObject* const answer = PyObject_CallMethodNoArgs(tensor, method);
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
 // Whether a tensor's kernels are the CUDA ones. The test build that runs them on the host sends everything there.
 inline bool runs_on_cuda(const TensorView& t) {
 #if defined(ONEPASS_CUDA_ON_HOST)

@@ -301,6 +301,20 @@ def test_statistics_survive_a_large_mean(shape, innermost, dtype, device):
         assert_close(value / abs(like).max(), like / abs(like).max(), 5e-4, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("shape", [(2048, 3, 2), (500, 3, 7, 7), (4096, 3)], ids=str)
+@pytest.mark.parametrize("innermost", [False, True], ids=["contiguous", "channels innermost"])
+def test_statistics_survive_a_first_sample_unlike_the_others(shape, innermost, device):
+    """Distances are taken from the mean of the first few values; these are 40 deviations off."""
+    x = torch.randn(shape, device=device)
+    x[0] += 40
+    x = STRIDED["channels innermost"](x) if innermost else x
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    OF.batch_norm(x, mean, var, training=True, momentum=1.0)
+    expected_mean, expected_var = batch_norm.running_statistics(*as_numpy(x, mean, var), 1.0)
+    assert_close(mean, expected_mean, 2e-6, "running mean")
+    assert_close(var, expected_var, 0.0, "running variance", 5e-5)
+
+
 def test_channels_of_very_different_size(dtype, device):
     """A channel's statistics are its own: 1e-4, 1 and 1e4 beside each other, in both formats."""
     scale = torch.tensor([1e-4, 1.0, 1e4], device=device).view(3, 1, 1)

@@ -149,6 +149,7 @@ LAYOUTS = {
     "offset by one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
     "reversed": lambda x: x.flip(0).flip(0),
     "negated view": lambda x: torch.complex(x, -x).conj().imag,
+    "dense negated view": lambda x: torch._neg_view(-x),
 }
 
 
@@ -262,6 +263,28 @@ def test_sixteen_bits_do_not_overflow(kind, device):
     x = (torch.rand(3, 700, device=device) * 100 + 65400).half()
     x[:, ::2] *= -1
     assert_norm(kind, x, (700,), what="values near the largest")
+
+
+@pytest.mark.parametrize("negated", ["weight", "bias"])
+def test_negated_weights(negated, device):
+    """Dense views whose sign is pending."""
+    x, weight, bias = torch.randn(5, 8, device=device), torch.randn(8, device=device), torch.randn(8, device=device)
+    operands = {"weight": weight, "bias": bias}
+    expected = NORMS["layer_norm"](x, (8,), **operands)
+    operands[negated] = torch._neg_view(-operands[negated])
+    assert torch.equal(NORMS["layer_norm"](x, (8,), **operands), expected)
+
+
+@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics made anew", "statistics kept"])
+def test_saved_tensors_in_another_layout(rows, device):
+    """A hook may hand back what was saved with other strides."""
+    x, weight = leaf(torch.randn(rows, 8, device=device)), leaf(torch.randn(8, device=device))
+    dy = torch.randn(rows, 8, device=device)
+    expected = gradients(NORMS["layer_norm"](x, (8,), weight), (x, weight), dy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t() if t.dim() > 1 else t):
+        came = gradients(NORMS["layer_norm"](x, (8,), weight), (x, weight), dy)
+    for name, value, like in zip(("x", "weight"), came, expected, strict=True):
+        assert torch.equal(value, like), f"gradient of {name}"
 
 
 @pytest.mark.parametrize("size", [64, 1000, 5003])

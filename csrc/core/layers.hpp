@@ -88,7 +88,7 @@ struct BatchNorm {
   double slope;
   void* y;
   void* stats;  // F[3][channels], as RowNorm's; half first: the biased variance in the place of its 1 / sqrt(... + eps)
-  // With half both; null: no running statistics. running = (1 - momentum) * running + momentum * batch's.
+  // Half running reads them. Half both, null: none; else running = (1 - momentum) * running + momentum * batch's.
   DType running_dtype;
   void *running_mean, *running_var;
   double momentum;

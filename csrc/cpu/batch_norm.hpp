@@ -4,6 +4,7 @@
 //   channels first, [batch, channels, space]: a unit is a few samples of one channel. A thread takes whole channels,
 //     statistics and results one after the other while the channel is in cache; where there are too few channels for
 //     the threads, all statistics come first.
+//     By statistics that are known, in the order of memory.
 //   channels last, [rows, channels]: a unit is a block of rows; statistics, then results.
 #pragma once
 #include "core/layers.hpp"
@@ -49,7 +50,7 @@ struct ChannelsFirst {
     return left < samples ? left : samples;
   }
 
-  // visit(element, number of lanes, whole or not, which of several sums) for every pack of a unit.
+  // for_packs() of every piece of a unit.
   template <class F, class Visit>
   __attribute__((always_inline)) void for_packs_of(std::int64_t channel, std::int64_t unit, const Visit& visit) const {
     const std::int64_t n = samples_of(unit);

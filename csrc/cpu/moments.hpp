@@ -31,27 +31,28 @@ static inline __attribute__((always_inline)) void for_packs(std::int64_t begin, 
 }
 
 // Fetches what a visitor of for_packs() will need later: the processor's own prefetching stops at the end of a page,
-// and at the end of a short row. Twice a cache line, because a first request may be dropped: once is 7 % slower on
-// arrays larger than the caches.
+// and at the end of a short row. Where packs are short, twice a cache line, because a first request may be dropped:
+// once is 7 % slower on arrays larger than the caches.
 template <int for_writing = 0, class T>
 static inline __attribute__((always_inline)) void fetch(const T* p, int part) {
   if (part * lanes<Arithmetic<T>> * sizeof(T) % 32 == 0) __builtin_prefetch(p, for_writing);
 }
 
 // Of `pieces` pieces of n numbers each, `stride` apart, all in all about a chunk. Distances are taken from the mean of
-// the first few numbers, one in 64: it is at most 8 deviations from the mean of all, whatever they are, so that squares
-// of distances lose no more than a digit or two.
+// the first numbers, one in 64 of them: it is at most 8 deviations from the mean of all, whatever they are, so that
+// squares of distances lose no more than a digit or two.
 template <class T>
 static inline rows::Moments chunk_moments(const T* x, std::int64_t n, std::int64_t pieces, std::int64_t stride) {
   using F = Arithmetic<T>;
-  std::int64_t few = (n * pieces / 64 + lanes<F>)&-static_cast<std::int64_t>(lanes<F>);
-  if (few > n) few = n;
-  const F share =
-      F(1 / double(few));  // multiplied first: the sum of huge numbers may overflow where their mean does not
+  const std::int64_t few = (n * pieces / 64 + lanes<F>)&-static_cast<std::int64_t>(lanes<F>);
+  const std::int64_t of_piece = few < n ? few : n, needed = (few + n - 1) / n;
+  const std::int64_t first_pieces = needed < pieces ? needed : pieces;
+  const F share = F(1 / double(of_piece * first_pieces));  // multiplied first: a sum of huge numbers may overflow
   Sums<F> mean;
-  for_packs<F>(0, few, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
-    mean.part[part] += load<decltype(w)::value>(x + i, count) * share;
-  });
+  for (std::int64_t p = 0; p < first_pieces; ++p)
+    for_packs<F>(0, of_piece, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
+      mean.part[part] += load<decltype(w)::value>(x + p * stride + i, count) * share;
+    });
   const F near = mean.total();
   Sums<F> sum, squares;
   for (std::int64_t p = 0; p < pieces; ++p) {

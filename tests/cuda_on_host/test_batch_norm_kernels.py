@@ -5,7 +5,8 @@ Expected values come from the formulas, in float64. These run on a GPU, and on t
 
 import pytest
 import torch
-from onepass._native import layers
+from onepass._native import batch_norm as native
+from onepass._native.layers import arithmetic
 from test_layer_kernels import DEVICE, EPS, affine, close, random, same, wide
 
 pytestmark = pytest.mark.cuda_kernels
@@ -66,7 +67,7 @@ def test_training(shape, last, dtype):
         updated = [
             0.75 * old.double() + 0.25 * new for old, new in zip(running, (mean, var * n / max(n - 1, 1)), strict=True)
         ]
-        y, stats = layers.batch_norm(x, weight, bias, residual if adds else None, *running, 0.25, EPS, slope)
+        y, stats = native.batch_norm(x, weight, bias, residual if adds else None, *running, 0.25, EPS, slope)
         assert y.stride() == x.stride()
         close(y, expected, dtype, "y", 4)
         close(stats[0], mean, stats.dtype, "mean")
@@ -78,13 +79,13 @@ def test_training(shape, last, dtype):
         want = [leaf is not None for leaf in (leaves[0], leaves[3], leaves[1], leaves[2])]
         present = [leaves[i] for i in (0, 3, 1, 2) if leaves[i] is not None]
         gradients = iter(torch.autograd.grad(expected, present, dy.double()))
-        came = layers.batch_norm_backward(dy, x, y, weight, stats, slope, True, want)
+        came = native.batch_norm_backward(dy, x, y, weight, stats, slope, True, want)
         for name, wanted, value in zip(("dx", "dresidual", "dweight", "dbias"), want, came, strict=True):
             assert wanted or value is None
             if wanted:
                 close(value, next(gradients), dtype, name, 4 * n**0.5 if name in ("dweight", "dbias") else 10)
         if adds:
-            same(layers.batch_norm_backward(dy, x, y, weight, stats, slope, True, want), came)
+            same(native.batch_norm_backward(dy, x, y, weight, stats, slope, True, want), came)
 
 
 @EVERY_SHAPE
@@ -92,22 +93,22 @@ def test_evaluation(shape, last, dtype):
     x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
     channels = shape[1]
     mean, var = torch.randn(channels).to(DEVICE).double(), torch.rand(channels).to(DEVICE).double() + 0.5
-    stats = torch.stack([mean, 1 / (var + EPS).sqrt(), mean - mean.to(layers._arithmetic(x))]).to(layers._arithmetic(x))
+    stats = torch.stack([mean, 1 / (var + EPS).sqrt(), mean - mean.to(arithmetic(x))]).to(arithmetic(x))
     for slope, adds in ((None, True), (0.0, False), (0.25, True)):
         weight, bias = affine("both", channels, dtype)
         leaves = wide(x, weight, bias, residual if adds else None)
         dy.copy_(dy * away_from_the_kink(batch_norm(leaves[0], mean, var, *leaves[1:], None)))
         expected = batch_norm(leaves[0], mean, var, *leaves[1:], slope)
-        y = layers.batch_norm_apply(x, stats, weight, bias, residual if adds else None, slope)
+        y = native.batch_norm_apply(x, stats, weight, bias, residual if adds else None, slope)
         close(y, expected, dtype, "y", 4)
         gradients = torch.autograd.grad(expected, [leaf for leaf in leaves if leaf is not None], dy.double())
-        came = layers.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, True, True])
+        came = native.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, True, True])
         close(came[0], gradients[0], dtype, "dx", 4)
         close(came[2], gradients[1], dtype, "dweight", 4 * x.numel() ** 0.5)
         close(came[3], gradients[2], dtype, "dbias", 4 * x.numel() ** 0.5)
         if adds:
             close(came[1], gradients[3], dtype, "dresidual", 4)
-        frozen = layers.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, False, False])
+        frozen = native.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, False, False])
         same(frozen, (came[0], came[1], None, None))
 
 
@@ -118,17 +119,17 @@ def test_halves(shape, last, dtype):
     channels = shape[1]
     weight, bias = affine("both", channels, dtype)
     mean, var = moments(x.double())
-    came = layers.batch_norm_moments(x)
+    came = native.batch_norm_moments(x)
     close(came[0], mean, came.dtype, "mean")
     close(came[1], var, came.dtype, "variance")
     stats = torch.stack([came[0], 1 / (came[1] + EPS).sqrt(), came[2]])
-    y = layers.batch_norm_apply(x, stats, weight, bias, None, 0.25)
+    y = native.batch_norm_apply(x, stats, weight, bias, None, 0.25)
     close(y, batch_norm(x.double(), mean, var, weight.double(), bias.double(), None, 0.25), dtype, "y", 4)
 
-    whole = layers.batch_norm_backward(dy, x, y, weight, stats, 0.25, True, [True, True, True, True])
-    sums = layers.batch_norm_backward_sums(dy, x, y, stats, 0.25)
+    whole = native.batch_norm_backward(dy, x, y, weight, stats, 0.25, True, [True, True, True, True])
+    sums = native.batch_norm_backward_sums(dy, x, y, stats, 0.25)
     count = float(x.numel() // channels)
-    halves = layers.batch_norm_backward_apply(dy, x, y, weight, stats, sums, count, 0.25, [True, True])
+    halves = native.batch_norm_backward_apply(dy, x, y, weight, stats, sums, count, 0.25, [True, True])
     same(halves, whole[:2])
     close(sums[0].to(weight.dtype), whole[3], dtype, "sum of dz", 4 * count**0.5)
     close(sums[1].to(weight.dtype), whole[2], dtype, "sum of dz * xhat", 4 * count**0.5)
@@ -141,8 +142,8 @@ def test_odd_addresses(shape, last, dtype):
     odd = laid_out(shape, last, dtype, offset=1).copy_(aligned)
     results = []
     for x in (aligned, odd):
-        y, stats = layers.batch_norm(x, None, None, None, None, None, 0.0, EPS, None)
-        results.append((y, *layers.batch_norm_backward(dy, x, y, None, stats, None, True, [True, False, False, False])))
+        y, stats = native.batch_norm(x, None, None, None, None, None, 0.0, EPS, None)
+        results.append((y, *native.batch_norm_backward(dy, x, y, None, stats, None, True, [True, False, False, False])))
     close(results[1][0], results[0][0], dtype, "y", 10)
     close(results[1][1], results[0][1], dtype, "dx", 10)
 
@@ -151,7 +152,7 @@ def test_odd_addresses(shape, last, dtype):
 def test_running_statistics_of_another_dtype(running_dtype):
     x = random(50, 3, 4, dtype=torch.float32)
     running = torch.zeros(3, dtype=running_dtype, device=DEVICE), torch.ones(3, dtype=running_dtype, device=DEVICE)
-    layers.batch_norm(x, None, None, None, *running, 0.5, EPS, None)
+    native.batch_norm(x, None, None, None, *running, 0.5, EPS, None)
     mean, var = moments(x.double())
     close(running[0], 0.5 * mean, torch.float32, "running mean")
     close(running[1], 0.5 + 0.5 * var * 200 / 199, torch.float32, "running variance")
@@ -163,7 +164,7 @@ def test_statistics_of_a_large_mean(shape, last):
     x = (1e4 + laid_out(shape, last, torch.float64) * 1e-2).float()
     mean, var = moments(x.double())
     running = torch.zeros(shape[1], device=DEVICE), torch.zeros(shape[1], device=DEVICE)
-    y, stats = layers.batch_norm(x, None, None, None, *running, 1.0, 0.0, None)
+    y, stats = native.batch_norm(x, None, None, None, *running, 1.0, 0.0, None)
     n = x.numel() // shape[1]
     if n < 10:
         return

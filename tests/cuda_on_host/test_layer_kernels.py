@@ -100,7 +100,7 @@ def written_mask(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """From a call that writes y and its mask at once, which the package does on the CPU only."""
     x = random(n, dtype=dtype)
     y, mask = torch.empty_like(x), torch.full(((n + 7) // 8,), 255, dtype=torch.uint8, device=DEVICE)
-    seed, stream = seed_tensor(), layers._place(x)[1]
+    seed, stream = seed_tensor(), layers.place(x)[1]
     layers._C.dropout(x, y, n, (seed.data_ptr(), P, True, mask.data_ptr(), False), 1, stream)
     assert torch.equal(y != 0, keep(n))
     return x, mask
@@ -272,6 +272,6 @@ def test_dropout_add_norm_writes_a_mask(size):
     mask, seed = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8, device=DEVICE), seed_tensor()
     dropout = seed.data_ptr(), P, True, mask.data_ptr(), False
     total, y, stats = outputs
-    stream = layers._place(x)[1]
+    stream = layers.place(x)[1]
     layers._C.row_norm(x, residual, total, None, None, y, stats, size, EPS, False, dropout, 1, stream, None)
     assert torch.equal(mask, layers.dropout_mask(x.shape, P, seed, packed=True, device=DEVICE))

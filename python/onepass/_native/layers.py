@@ -7,7 +7,6 @@ Inputs are plain strided tensors of one device and of a dtype in float32, float6
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,13 +16,8 @@ from .. import _C
 from . import _stream, is_on_cuda
 
 __all__ = [
-    "batch_norm",
-    "batch_norm_apply",
-    "batch_norm_backward",
-    "batch_norm_backward_apply",
-    "batch_norm_backward_sums",
-    "batch_norm_moments",
-    "batch_norm_running",
+    "affine_gradients",
+    "arithmetic",
     "dropout",
     "dropout_add_norm",
     "dropout_add_norm_backward",
@@ -33,24 +27,28 @@ __all__ = [
     "norm_alone",
     "norm_backward",
     "norm_for_backward",
+    "place",
+    "room_for",
 ]
 
 # Address of the seed, p, whether the kept are scaled up, address of the packed mask or 0, whether to read it.
 _Dropout = tuple[int, float, bool, int, bool]
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
+def arithmetic(x: Tensor) -> torch.dtype:
+    """F."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _place(x: Tensor) -> tuple[int, int]:
+def place(x: Tensor) -> tuple[int, int]:
     """Threads, and the stream of the tensor's device."""
     if x.is_cuda:
         return 1, _stream(x.device.index)
     return torch.get_num_threads(), 0
 
 
-def _room(x: Tensor) -> object:
+def room_for(x: Tensor) -> object:
+    """room(bytes): a workspace on the tensor's device."""
     return lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
@@ -106,7 +104,7 @@ def _row_stats(x: Tensor, size: int) -> Tensor:
     shape = 3, x.numel() // size
     if x.dtype is torch.float32:  # the quicker way to the same: for a tiny norm allocations are most of its time
         return x.new_empty(shape)
-    return x.new_empty(shape, dtype=_arithmetic(x))
+    return x.new_empty(shape, dtype=arithmetic(x))
 
 
 def norm_backward(
@@ -125,20 +123,21 @@ def norm_backward(
         dweight = torch.empty_like(weight) if want[1] else None
         dbias = torch.empty_like(weight) if want[2] else None
     else:
-        dweight, dbias = _affine_gradients(x, weight, size, want[1], want[2])
+        dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
     threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
-    room = _room(x) if x.is_cuda or _C.cuda_on_host else None  # not is_on_cuda(x): a frame less
+    room = room_for(x) if x.is_cuda or _C.cuda_on_host else None  # not is_on_cuda(x): a frame less
     _C.row_norm_backward(
         dy, None, x, weight, stats, dx, None, dweight, dbias, size, eps, rms, None, threads, stream, room
     )
     return dx, dweight, dbias
 
 
-def _affine_gradients(
+def affine_gradients(
     x: Tensor, weight: Tensor | None, size: int, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the gradients of weight and bias, like the weight; without one that of the bias is F."""
     if weight is None:
-        return None, x.new_empty(size, dtype=_arithmetic(x)) if want_bias else None
+        return None, x.new_empty(size, dtype=arithmetic(x)) if want_bias else None
     return torch.empty_like(weight) if want_weight else None, torch.empty_like(weight) if want_bias else None
 
 
@@ -164,7 +163,7 @@ def dropout_add_norm(
     stats = _row_stats(x, size)
     on_cuda = is_on_cuda(x)
     mask = None if seed is None or on_cuda else _mask_for(x)
-    threads, stream = _place(x)
+    threads, stream = place(x)
     _C.row_norm(
         x,
         residual,
@@ -201,10 +200,10 @@ def dropout_add_norm_backward(
     """Gradients of x, residual, weight and bias. dsum: what reaches `sum` beside the norm, or None."""
     dresidual = torch.empty_like(total) if want[0] or want[1] else None
     dx = dresidual if seed is None or not want[0] else torch.empty_like(total)
-    dweight, dbias = _affine_gradients(total, weight, size, want[2], want[3])
+    dweight, dbias = affine_gradients(total, weight, size, want[2], want[3])
     if seed is not None and want[0] and not mask.numel() and not is_on_cuda(total):
         mask = dropout_mask(total.shape, p, seed, True, total.device)
-    threads, stream = _place(total)
+    threads, stream = place(total)
     _C.row_norm_backward(
         dy,
         dsum,
@@ -221,7 +220,7 @@ def dropout_add_norm_backward(
         _dropout_arguments(seed, p, inverted, mask if mask.numel() else None, True),
         threads,
         stream,
-        _room(total),
+        room_for(total),
     )
     return dx if want[0] else None, dresidual if want[1] else None, dweight, dbias
 
@@ -244,7 +243,7 @@ def dropout(
     """Dropout of a contiguous x, into `out` (which may be x) or a new tensor: (y, mask); see dropout_add_norm for mask."""
     y = torch.empty_like(x) if out is None else out
     mask = _mask_for(x) if keep_mask and not is_on_cuda(x) else None
-    threads, stream = _place(x)
+    threads, stream = place(x)
     _C.dropout(x, y, x.numel(), _dropout_arguments(seed, p, inverted, mask, False), threads, stream)
     return y, _no_mask(x) if mask is None else mask
 
@@ -252,7 +251,7 @@ def dropout(
 def dropout_backward(dy: Tensor, p: float, seed: Tensor, inverted: bool, mask: Tensor) -> Tensor:
     """Gradient of dropout's input; mask: what forward gave."""
     dx = torch.empty_like(dy)
-    threads, stream = _place(dy)
+    threads, stream = place(dy)
     known = mask if mask.numel() else None
     _C.dropout(dy, dx, dy.numel(), _dropout_arguments(seed, p, inverted, known, True), threads, stream)
     return dx
@@ -263,216 +262,9 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, packed: bool, dev
     size = torch.Size(shape).numel()
     mask = torch.empty((size + 7) // 8, dtype=torch.uint8, device=device)
     nothing = torch.empty(0, device=device)
-    threads, stream = _place(mask)
+    threads, stream = place(mask)
     _C.dropout(nothing, None, size, _dropout_arguments(seed, p, True, mask, False), threads, stream)
     if packed:
         return mask
     bit = torch.arange(8, dtype=torch.uint8, device=device)
     return ((mask.unsqueeze(1) >> bit) & 1).view(-1)[:size].view(tuple(shape)).bool()
-
-
-# Halves of a call; between them SyncBatchNorm adds up over the processes. Or the second one by running statistics.
-_BOTH, _FIRST, _SECOND, _RUNNING = 0, 1, 2, 3
-
-
-def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
-    """(batch, channels, space, whether the channels are the innermost dimension in memory)."""
-    batch, channels = x.shape[:2]
-    space = math.prod(x.shape[2:])
-    return batch, channels, space, space == 1 or not x.is_contiguous()
-
-
-def _channel_stats(x: Tensor) -> Tensor:
-    make = torch.empty if x.numel() else torch.zeros  # of an empty batch a kernel writes nothing
-    return make((3, x.shape[1]), dtype=_arithmetic(x), device=x.device)
-
-
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    slope: float | None,
-) -> tuple[Tensor, Tensor]:
-    """BatchNorm in training over a [N, C, ...] x, contiguous or dense channels_last: (y, stats).
-
-    Then + residual and the leaky ReLU of `slope` (0 is ReLU), where they are not None. residual, y: laid out as x.
-    weight, bias: [C], of x's dtype or of F. stats: [3, C]. The running statistics, of
-    one floating dtype, are updated in place.
-    """
-    y, stats = torch.empty_like(x), _channel_stats(x)
-    threads, stream = _place(x)
-    _C.batch_norm(
-        x,
-        weight,
-        bias,
-        residual,
-        y,
-        stats,
-        running_mean,
-        running_var,
-        _batch_shape(x),
-        _BOTH,
-        eps,
-        momentum,
-        slope,
-        threads,
-        stream,
-        _room(x),
-    )
-    return y, stats
-
-
-def batch_norm_running(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    slope: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The same by the running statistics, of one floating dtype: (y, stats)."""
-    y, stats = torch.empty_like(x), _channel_stats(x)
-    threads, stream = _place(x)
-    running, shape = (running_mean, running_var), _batch_shape(x)
-    _C.batch_norm(
-        x, weight, bias, residual, y, stats, *running, shape, _RUNNING, eps, 0.0, slope, threads, stream, _room(x)
-    )
-    return y, stats
-
-
-def batch_norm_apply(
-    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: float | None
-) -> Tensor:
-    """The same by stats that are given."""
-    y = torch.empty_like(x)
-    threads, stream = _place(x)
-    shape = _batch_shape(x)
-    _C.batch_norm(
-        x, weight, bias, residual, y, stats, None, None, shape, _SECOND, 0.0, 0.0, slope, threads, stream, _room(x)
-    )
-    return y
-
-
-def batch_norm_moments(x: Tensor) -> Tensor:
-    """[3, C]: mean, biased variance and the rest of the mean of the channels."""
-    stats = _channel_stats(x)
-    threads, stream = _place(x)
-    shape = _batch_shape(x)
-    _C.batch_norm(
-        x, None, None, None, None, stats, None, None, shape, _FIRST, 0.0, 0.0, None, threads, stream, _room(x)
-    )
-    return stats
-
-
-def batch_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor,
-    slope: float | None,
-    training: bool,
-    want: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, residual, weight and bias; dy laid out as x. y: the result, with an activation."""
-    dx = torch.empty_like(x) if want[0] else None
-    # Without an activation the residual's gradient is dy itself.
-    dresidual = torch.empty_like(x) if want[1] and slope is not None else None
-    dweight, dbias = _affine_gradients(x, weight, x.shape[1], want[2], want[3])
-    threads, stream = _place(x)
-    shape = _batch_shape(x)
-    count = float(shape[0] * shape[2])
-    _C.batch_norm_backward(
-        dy,
-        x,
-        y,
-        weight,
-        stats,
-        None,
-        dx,
-        dresidual,
-        dweight,
-        dbias,
-        shape,
-        _BOTH,
-        training,
-        count,
-        slope,
-        threads,
-        stream,
-        _room(x),
-    )
-    return dx, dy if want[1] and slope is None else dresidual, dweight, dbias
-
-
-def batch_norm_backward_sums(dy: Tensor, x: Tensor, y: Tensor | None, stats: Tensor, slope: float | None) -> Tensor:
-    """[2, C]: sums over this process of dz, the gradient before the activation, and of dz * xhat."""
-    sums = torch.empty((2, x.shape[1]), dtype=_arithmetic(x), device=x.device)
-    threads, stream = _place(x)
-    _C.batch_norm_backward(
-        dy,
-        x,
-        y,
-        None,
-        stats,
-        sums,
-        None,
-        None,
-        None,
-        None,
-        _batch_shape(x),
-        _FIRST,
-        True,
-        1.0,
-        slope,
-        threads,
-        stream,
-        _room(x),
-    )
-    return sums
-
-
-def batch_norm_backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor,
-    sums: Tensor,
-    count: float,
-    slope: float | None,
-    want: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and residual, by the sums and the number of elements a channel of all processes."""
-    dx = torch.empty_like(x) if want[0] else None
-    dresidual = torch.empty_like(x) if want[1] and slope is not None else None
-    threads, stream = _place(x)
-    shape = _batch_shape(x)
-    _C.batch_norm_backward(
-        dy,
-        x,
-        y,
-        weight,
-        stats,
-        sums,
-        dx,
-        dresidual,
-        None,
-        None,
-        shape,
-        _SECOND,
-        True,
-        count,
-        slope,
-        threads,
-        stream,
-        _room(x),
-    )
-    return dx, dy if want[1] and slope is None else dresidual

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _compat
-from .._native import layers as native
+from .._native import batch_norm as native
 from . import _formula
 from ._batch_norm_autograd import Running, apply, dense, is_channels_last, operator, operator_apply
 from ._checks import batch_norm_operands, check_batch_size

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from .._native import layers as native
+from .._native import batch_norm as native
 from . import _formula
-from ._dispatch import FORMULA, KERNEL, plain_or_none, route_back, seen, wide
+from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route_back, seen, wide
 from ._library import define, given, wanted
 from ._norm import fake_affine_gradient
 
@@ -96,7 +96,7 @@ def _gradients(ctx: Any, dy: Tensor, way: int) -> tuple[Tensor | None, ...]:
     if way == KERNEL:
         dy, x = dense(dy, channels_last), dense(x, channels_last)
         y = _dense_or_none(y, channels_last)
-        return native.batch_norm_backward(dy, x, y, weight, stats, slope, training, want)
+        return native.batch_norm_backward(dy, x, y, plain_or_none(weight), plain(stats), slope, training, want)
     # Without an activation the residual's gradient is dy, and the results of an operator share no memory with it.
     asked = want[0], want[1] and slope is not None, *want[2:]
     dx, dresidual, dweight, dbias = _operator_backward(dy, x, y, weight, stats, slope, training, channels_last, asked)

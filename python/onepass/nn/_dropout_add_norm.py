@@ -192,7 +192,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, way: int) -> tu
     if way == KERNEL:
         dy, dsum = plain(dy), plain_or_none(dsum)
         return native.dropout_add_norm_backward(
-            dy, dsum, plain(total), weight, stats, size, rms, p, seed, inverted, mask, want
+            dy, dsum, plain(total), plain_or_none(weight), plain(stats), size, rms, p, seed, inverted, mask, want
         )
     # Without dropout both have one gradient, and the results of an operator share no memory.
     asked = want if seed is not None else (False, want[0] or want[1], *want[2:])

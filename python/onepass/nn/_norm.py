@@ -115,7 +115,16 @@ class _Norm(torch.autograd.Function):
             return *_gradients(ctx, dy), None
         x, weight, stats = ctx.saved_tensors
         size, eps, rms = ctx.rest
-        return *native.norm_backward(plain(dy), x, weight, stats, size, eps, rms, ctx.needs_input_grad), None
+        return *native.norm_backward(
+            plain(dy),
+            plain(x),  # as forward had it, but hooks of saved tensors may have laid it out anew
+            plain_or_none(weight),
+            plain_or_none(stats),
+            size,
+            eps,
+            rms,
+            ctx.needs_input_grad,
+        ), None
 
 
 _apply = _compat.applier(_Norm)
@@ -129,7 +138,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if route_back(dy) == FORMULA:
         return _formula.norm_backward(dy, x, weight, size, eps, rms, want)
     if stats is None:
-        stats = native.norm(x, weight, None, *ctx.rest)[1]
+        stats = _operator(x.contiguous(), None, None, size, eps, rms)[1]
     return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
 
 

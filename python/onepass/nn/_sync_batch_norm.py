@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from .. import _compat
-from .._native import layers as native
+from .._native import batch_norm as native
 from ._batch_norm import is_counted, update_running
 from ._batch_norm_autograd import Running, dense, is_channels_last
 from ._checks import batch_norm_operands
