@@ -170,8 +170,11 @@ def test_special_values_flow_as_in_torch(rule, maximize, device):
 
 
 def assert_special(came, expected, w, g, what) -> None:
-    """The same NaN and Inf, the same sign of zero's neighbours; a denormal to its last places."""
+    """The same NaN and Inf, the same sign of zero's neighbours; a denormal to its last places. Where the step takes all of a
+    parameter away, its last place may be left: that depends on the instruction set torch runs on."""
     close = torch.isclose(came, expected, rtol=2e-3, atol=1e-44, equal_nan=True)
+    if what.startswith("parameter"):
+        close |= (came - expected).abs() <= w.flatten().to(came.device).abs() * 2**-23
     if not bool(close.all()):
         i = int((~close).nonzero()[0])
         raise AssertionError(

@@ -225,10 +225,11 @@ def test_statistics_of_a_large_mean(size):
     """1e4 with a noise of 1e-2: three digits of the deviation, and a mean to the last place."""
     noise = torch.randn(4, size) * 1e-2
     x = (1e4 + noise.double()).float().to(DEVICE)
-    mean, rstd = layers.norm(x, None, None, size, 0.0, False)[1]
+    mean, rstd, rest_of_mean = layers.norm(x, None, None, size, 0.0, False)[1]
     deviation = x.double().std(1, unbiased=False)
     assert_close(1 / rstd.double() / deviation, torch.ones(4), 5e-4, "deviation")
     assert_close(mean, x.double().mean(1), 6e-8, "mean")
+    assert_close(mean.double() + rest_of_mean.double() - x.double().mean(1), torch.zeros(4), 1e-9, "both parts")
     y = layers.norm(x, None, None, size, 0.0, False)[0]
     centered = x.double() - x.double().mean(1, keepdim=True)
     assert_close(y, centered / deviation[:, None], 1e-3, "y")
