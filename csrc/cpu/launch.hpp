@@ -2,8 +2,12 @@
 #pragma once
 #include "core/layers.hpp"
 #include "core/types.hpp"
+#include "core/value.hpp"
 
 namespace onepass::cpu {
+
+// Every function here is always inlined (ONEPASS_HD): an out-of-line copy of one would be shared between instruction
+// sets.
 
 // One update of a list of tensors of one dtype. The host knows every number.
 struct Apply {
@@ -36,7 +40,7 @@ struct Reduce {
 using ReduceFunction = double (*)(const Reduce&);
 
 constexpr std::int64_t reduce_block = 16384;
-constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
+ONEPASS_HD constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
 
 // The layers; max_threads comes last. Which numbers come out does not depend on it.
 struct Layers {
@@ -47,31 +51,33 @@ struct Layers {
   void (*batch_norm_backward)(const BatchNormBackward&, int);
 };
 
-constexpr std::int64_t row_norm_workspace(std::int64_t size, DType dtype) {
+ONEPASS_HD constexpr std::int64_t row_norm_workspace(std::int64_t size, DType dtype) {
   return 2 * size * size_of(arithmetic_of(dtype));
 }
 
 // Blocks of rows with sums of their own: enough for many threads, few enough for their sums to be small beside the
 // rows.
-constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
+ONEPASS_HD constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
   const std::int64_t by_work = rows * size >> 14, by_rows = (rows + 31) / 32;
   const std::int64_t blocks = by_work < by_rows ? by_work : by_rows;
   return blocks < 1 ? 1 : blocks < 64 ? blocks : 64;
 }
-constexpr std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
+ONEPASS_HD constexpr std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
   return (1 + 2 * row_norm_blocks(rows, size)) * size * size_of(arithmetic_of(dtype));
 }
 
 // Samples whose elements of one channel are looked at together: about as many elements as fit the first cache.
-constexpr std::int64_t batch_norm_samples(const BatchShape& s) { return s.space >= 4096 ? 1 : 4096 / s.space; }
+ONEPASS_HD constexpr std::int64_t batch_norm_samples(const BatchShape& s) {
+  return s.space >= 4096 ? 1 : 4096 / s.space;
+}
 // Units whose statistics are joined, of each channel; see batch_norm.hpp.
-constexpr std::int64_t batch_norm_units(const BatchShape& s) {
+ONEPASS_HD constexpr std::int64_t batch_norm_units(const BatchShape& s) {
   if (!s.channels_last) return (s.batch + batch_norm_samples(s) - 1) / batch_norm_samples(s);
   const std::int64_t blocks = s.batch * s.space * s.channels >> 16;
   return blocks < 1 ? 1 : blocks < 32 ? blocks : 32;
 }
-constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
-constexpr std::int64_t batch_norm_workspace(const BatchShape& s) {
+ONEPASS_HD constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
+ONEPASS_HD constexpr std::int64_t batch_norm_workspace(const BatchShape& s) {
   return batch_norm_constants_bytes(s.channels) + 3 * 8 * s.channels * batch_norm_units(s);
 }
 
@@ -79,7 +85,7 @@ constexpr std::int64_t batch_norm_workspace(const BatchShape& s) {
 // when its threads spin, 75 us when they sleep, and milliseconds when a neighbour has taken their core.
 constexpr std::int64_t bytes_per_thread = 2 << 20;
 
-constexpr int threads_for(std::int64_t bytes, int max_threads) {
+ONEPASS_HD constexpr int threads_for(std::int64_t bytes, int max_threads) {
   const std::int64_t worth = bytes / bytes_per_thread;
   return worth < 2 ? 1 : worth < max_threads ? static_cast<int>(worth) : max_threads;
 }
