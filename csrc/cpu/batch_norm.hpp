@@ -72,8 +72,7 @@ struct ChannelsFirst {
         for (std::int64_t channel = begin; channel < end; ++channel) {
           part(channel * units, (channel + 1) * units, statistics);
           finish(channel);
-          for (std::int64_t unit = units - 1; unit >= 0; --unit)
-            results(channel, unit);  // the last one is still in cache
+          part(channel * units, (channel + 1) * units, results);
         }
       });
       return;

@@ -41,8 +41,8 @@ def batch_norm(
     """BatchNorm in training over a [N, C, ...] x, contiguous or dense channels_last: (y, stats).
 
     Then + residual and the leaky ReLU of `slope` (0 is ReLU), where they are not None. residual, y: laid out as x.
-    weight, bias: [C], of x's dtype or of F. stats: [3, C]. The running statistics, of
-    one floating dtype, are updated in place.
+    weight, bias: [C], of x's dtype or of F. stats: [3, C]. The running statistics, of one floating dtype, are updated in
+    place.
     """
     y, stats = torch.empty_like(x), _channel_stats(x)
     threads, stream = place(x)
