@@ -25,22 +25,42 @@ const cpu::Layers& cpu_layers() {
 // The tensors of one call: all on the device of the first one, dense.
 class Tensors {
  public:
-  explicit Tensors(py::handle first) { read(first, first_, "the first tensor"); }
+  // channels_last: the order in memory of every tensor of the call; otherwise contiguous.
+  explicit Tensors(py::handle first, bool channels_last = false) : channels_last_(channels_last) {
+    read(first, first_, "the first tensor");
+  }
 
   const TensorView& first() const { return first_; }
   bool on_cuda() const { return runs_on_cuda(first_); }
 
-  // Address of a tensor of so many elements; null for None, where that is allowed.
+  // Address of a tensor of so many elements in the order that the call asks for; null for None, where that is allowed.
   char* address(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
     TensorView view;
     read(tensor, view, name);
-    if (view.dtype != dtype || view.size != size || view.device_type != first_.device_type ||
-        view.device != first_.device || !view.is_dense())
-      throw py::value_error(std::string(name) + " is not of the size, dtype, device or layout its kernel needs");
+    if (view.dtype != dtype || view.size != size || !is_beside_first(view) || !in_order(view)) refuse(name);
     return view.data;
   }
   char* optional(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
     return tensor.is_none() ? nullptr : address(tensor, dtype, size, name);
+  }
+
+  // What forward keeps of a dropout beside its input: where they are, on the device of the first tensor.
+  const std::int64_t* seed(const DropoutArguments& dropout) {
+    if (!dropout) return nullptr;
+    TensorView view;
+    if (!reader->read(std::get<0>(*dropout).ptr(), Integers::seed, view, layouts_) || view.size != 1 ||
+        !is_beside_first(view))
+      refuse("seed");
+    return reinterpret_cast<const std::int64_t*>(view.data);
+  }
+  // The packed mask of so many elements, one bit each; null where there is none.
+  std::uint8_t* mask(const DropoutArguments& dropout, std::int64_t size) {
+    if (!dropout || std::get<3>(*dropout).is_none()) return nullptr;
+    TensorView view;
+    if (!reader->read(std::get<3>(*dropout).ptr(), Integers::mask, view, layouts_) || view.size != (size + 7) / 8 ||
+        !is_beside_first(view) || !view.is_contiguous())
+      refuse("mask");
+    return reinterpret_cast<std::uint8_t*>(view.data);
   }
 
   // The CPU's norms need not keep them.
@@ -55,12 +75,23 @@ class Tensors {
   }
 
  private:
+  [[noreturn]] static void refuse(const char* name) {
+    throw py::value_error(std::string(name) + " is not of the size, dtype, device or layout its kernel needs");
+  }
+  bool is_beside_first(const TensorView& view) const {
+    return view.device_type == first_.device_type && view.device == first_.device;
+  }
+  bool in_order(const TensorView& view) const {
+    return channels_last_ ? view.is_channels_last() : view.is_contiguous();
+  }
+
   void read(py::handle tensor, TensorView& out, const char* name) {
     if (!reader->read(tensor.ptr(), out, layouts_))
       throw std::runtime_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
   }
 
   TensorView first_;
+  bool channels_last_;
   Layouts layouts_;
 };
 
@@ -101,14 +132,12 @@ class Workspace {
   void* address_ = nullptr;
 };
 
-Dropout dropout_of(const DropoutArguments& arguments) {
+Dropout dropout_of(const DropoutArguments& arguments, Tensors& tensors) {
   if (!arguments) return {nullptr, 0, 1};
   const double p = std::get<1>(*arguments);
-  return {reinterpret_cast<const std::int64_t*>(std::get<0>(*arguments)),
-          static_cast<std::uint64_t>(std::floor(p * 4294967296.0 + 0.5)), std::get<2>(*arguments) ? 1 / (1 - p) : 1};
-}
-std::uint8_t* mask_of(const DropoutArguments& arguments) {
-  return arguments ? reinterpret_cast<std::uint8_t*>(std::get<3>(*arguments)) : nullptr;
+  if (!(p >= 0 && p <= 1)) throw py::value_error("p is a probability, but got " + std::to_string(p));
+  return {tensors.seed(arguments), static_cast<std::uint64_t>(std::floor(p * 4294967296.0 + 0.5)),
+          std::get<2>(*arguments) ? 1 / (1 - p) : 1};
 }
 
 // Runs a call on its device, without Python's lock unless giving it away takes longer.
@@ -142,8 +171,8 @@ void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutAr
     call.x = tensors.address(x, call.dtype, size, "x");
     call.y = large_pages(tensors.address(y, call.dtype, size, "y"), size * size_of(call.dtype), tensors.on_cuda());
   }
-  call.dropout = dropout_of(dropout);
-  call.mask = mask_of(dropout);
+  call.dropout = dropout_of(dropout, tensors);
+  call.mask = tensors.mask(dropout, size);
   call.reads_mask = dropout && std::get<4>(*dropout);
   run(tensors, size, call, threads, stream, cpu_layers().dropout, ONEPASS_CUDA_LAYER(dropout));
 }
@@ -205,8 +234,8 @@ void bind_row_norm(py::handle x, py::handle residual, py::handle sum, py::handle
   if (call.residual != nullptr)
     call.sum = large_pages(tensors.address(sum, call.dtype, elements, "sum"), elements * size_of(call.dtype),
                            tensors.on_cuda());
-  call.dropout = dropout_of(dropout);
-  call.mask = mask_of(dropout);
+  call.dropout = dropout_of(dropout, tensors);
+  call.mask = tensors.mask(dropout, elements);
   call.weight = tensors.optional(weight, call.weight_dtype, affine_size, "weight");
   call.bias = tensors.optional(bias, call.weight_dtype, affine_size, "bias");
   call.y =
@@ -253,8 +282,8 @@ void bind_row_norm_backward(py::handle dy, py::handle dsum, py::handle x, py::ha
       large_pages(tensors.optional(dx, call.dtype, elements, "dx"), elements * size_of(call.dtype), tensors.on_cuda());
   call.dbranch = large_pages(tensors.optional(dbranch, call.dtype, elements, "dbranch"), elements * size_of(call.dtype),
                              tensors.on_cuda());
-  call.dropout = dropout_of(dropout);
-  call.mask = mask_of(dropout);
+  call.dropout = dropout_of(dropout, tensors);
+  call.mask = tensors.mask(dropout, elements);
   call.dweight = tensors.optional(dweight, call.weight_dtype, affine_size, "dweight");
   call.dbias = tensors.optional(dbias, call.weight_dtype, affine_size, "dbias");
   const bool on_cuda = tensors.on_cuda();
@@ -298,7 +327,7 @@ void bind_batch_norm(py::handle x, py::handle weight, py::handle bias, py::handl
                      py::handle stats, py::handle running_mean, py::handle running_var,
                      const BatchShapeArguments& shape, int half, double eps, double momentum,
                      std::optional<double> slope, int threads, std::uintptr_t stream, py::handle room) {
-  Tensors tensors(x);
+  Tensors tensors(x, std::get<3>(shape));
   const std::int64_t elements = tensors.first().size;
   BatchNorm call{};
   call.dtype = tensors.first().dtype;
@@ -341,7 +370,7 @@ void bind_batch_norm_backward(py::handle dy, py::handle x, py::handle y, py::han
                               py::handle sums, py::handle dx, py::handle dresidual, py::handle dweight,
                               py::handle dbias, const BatchShapeArguments& shape, int half, bool training, double count,
                               std::optional<double> slope, int threads, std::uintptr_t stream, py::handle room) {
-  Tensors tensors(x);
+  Tensors tensors(x, std::get<3>(shape));
   const std::int64_t elements = tensors.first().size;
   BatchNormBackward call{};
   call.dtype = tensors.first().dtype;

@@ -11,8 +11,8 @@ namespace onepass {
 // A call ends with where it runs: threads for the CPU; for CUDA the stream, and room(bytes), a function that gives a
 // uint8 tensor on the device.
 
-// A dropout: address of the seed, p, whether it is inverted, address of the packed mask or 0, whether to read it.
-using DropoutArguments = std::optional<std::tuple<std::uintptr_t, double, bool, std::uintptr_t, bool>>;
+// A dropout: the seed (0-d, int64), p, whether it is inverted, the packed mask (uint8) or None, whether to read it.
+using DropoutArguments = std::optional<std::tuple<py::object, double, bool, py::object, bool>>;
 
 void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutArguments& dropout, int threads,
                   std::uintptr_t stream);

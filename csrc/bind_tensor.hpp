@@ -17,7 +17,7 @@ enum DeviceType : std::int32_t { cpu = 1, cuda = 2, cuda_host = 3 };
 struct Device {
   std::int32_t type, id;
 };
-enum TypeCode : std::uint8_t { floating = 2, brain_floating = 4 };
+enum TypeCode : std::uint8_t { signed_integer = 0, unsigned_integer = 1, floating = 2, brain_floating = 4 };
 struct Type {
   std::uint8_t code, bits;
   std::uint16_t lanes;
@@ -55,11 +55,14 @@ struct TensorView {
 
   bool is_contiguous() const {
     std::int64_t expected = 1;
-    for (int d = ndim - 1; d >= 0; --d) {
-      if (shape[d] != 1 && strides[d] != expected) return false;
-      expected *= shape[d];
-    }
-    return true;
+    return size == 0 || continues(ndim - 1, 0, expected);
+  }
+
+  // Contiguous but for the second dimension, which is the innermost one; of fewer dimensions, contiguous.
+  bool is_channels_last() const {
+    std::int64_t expected = 1;
+    if (size == 0 || ndim < 2) return is_contiguous();
+    return continues(1, 1, expected) && continues(ndim - 1, 2, expected) && continues(0, 0, expected);
   }
 
   // Every element of one piece of memory exactly once, in whatever order of the dimensions.
@@ -78,18 +81,31 @@ struct TensorView {
     }
     return covered == size;
   }
+
+ private:
+  // Whether dimensions [last ... first], innermost first, lie around `expected` elements without a gap.
+  bool continues(int last, int first, std::int64_t& expected) const {
+    for (int d = last; d >= first; --d) {
+      if (shape[d] != 1 && strides[d] != expected) return false;
+      expected *= shape[d];
+    }
+    return true;
+  }
 };
 
 // Shapes and strides, at addresses that stay. An empty one costs nothing.
 using Layouts = std::forward_list<std::vector<std::int64_t>>;
 
-// Reads a tensor; false where its memory cannot be reached like a plain dense-typed tensor's (sparse, fake, meta,
-// integer, subclass without storage ...): the caller then asks Python to explain or to mend.
+// The integer tensors that kernels take: seeds of dropout, and its packed masks.
+enum class Integers : std::uint8_t { seed, mask };  // int64, uint8
+
+// Reads a tensor; false where its memory cannot be reached like a plain tensor's of the type asked for (sparse, fake,
+// meta, subclass without storage ...): the caller then asks Python to explain or to mend.
 class TensorReader {
  public:
   // exchange_api: torch.Tensor.__dlpack_c_exchange_api__, or None where this torch has none (before 2.10); then
-  // describe, a Python function giving (address, dtype code, device type, device index, shape, strides), is called for
-  // each tensor.
+  // describe, a Python function giving (address, kind as read_any() has it, device type, device index, shape, strides),
+  // is called for each tensor.
   TensorReader(const py::object& exchange_api, py::object describe) : describe_(std::move(describe)) {
     if (exchange_api.is_none()) return;
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
@@ -101,18 +117,8 @@ class TensorReader {
 
   // layouts: keeps what out.shape and out.strides point to, where they are not the tensor's own.
   bool read(PyObject* tensor, TensorView& out, Layouts& layouts) const {
-    return uses_exchange_api() ? read_exchange(tensor, out) : read_described(tensor, out, layouts);
-  }
-
- private:
-  bool read_exchange(PyObject* tensor, TensorView& out) const {
-    dlpack::Tensor t;
-    if (api_->view(tensor, &t) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    if (t.dtype.lanes != 1) return false;
-    const int kind = t.dtype.code * 256 + t.dtype.bits;
+    int kind = 0;
+    if (!read_any(tensor, out, kind, layouts)) return false;
     switch (kind) {
       case dlpack::floating * 256 + 32: out.dtype = DType::float32; break;
       case dlpack::floating * 256 + 64: out.dtype = DType::float64; break;
@@ -120,6 +126,31 @@ class TensorReader {
       case dlpack::brain_floating * 256 + 16: out.dtype = DType::bfloat16; break;
       default: return false;
     }
+    return true;
+  }
+
+  // The same for integers; out.dtype means nothing.
+  bool read(PyObject* tensor, Integers expected, TensorView& out, Layouts& layouts) const {
+    int kind = 0;
+    return read_any(tensor, out, kind, layouts) &&
+           kind ==
+               (expected == Integers::seed ? dlpack::signed_integer * 256 + 64 : dlpack::unsigned_integer * 256 + 8);
+  }
+
+ private:
+  // kind: DLPack's type code * 256 + bits of an element.
+  bool read_any(PyObject* tensor, TensorView& out, int& kind, Layouts& layouts) const {
+    return uses_exchange_api() ? read_exchange(tensor, out, kind) : read_described(tensor, out, kind, layouts);
+  }
+
+  bool read_exchange(PyObject* tensor, TensorView& out, int& kind) const {
+    dlpack::Tensor t;
+    if (api_->view(tensor, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (t.dtype.lanes != 1) return false;
+    kind = t.dtype.code * 256 + t.dtype.bits;
     out.device_type = t.device.type == dlpack::cuda_host ? dlpack::cpu : t.device.type;
     out.device = t.device.id;
     out.ndim = t.ndim;
@@ -131,13 +162,13 @@ class TensorReader {
     return out.size == 0 || t.data != nullptr;
   }
 
-  bool read_described(PyObject* tensor, TensorView& out, Layouts& layouts) const {
+  bool read_described(PyObject* tensor, TensorView& out, int& kind, Layouts& layouts) const {
     const py::object described = describe_(py::handle(tensor));
     if (described.is_none()) return false;
     const py::tuple d = described;
     const py::tuple shape = d[4], strides = d[5];
     out.data = reinterpret_cast<char*>(d[0].cast<std::uintptr_t>());
-    out.dtype = static_cast<DType>(d[1].cast<int>());
+    kind = d[1].cast<int>();
     out.device_type = d[2].cast<int>();
     out.device = d[3].cast<int>();
     out.ndim = static_cast<int>(shape.size());

@@ -24,17 +24,25 @@ def exchange_api() -> object:
     return getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# DLPack's type code * 256 + bits of an element.
+_KINDS = {
+    torch.float32: 2 * 256 + 32,
+    torch.float64: 2 * 256 + 64,
+    torch.float16: 2 * 256 + 16,
+    torch.bfloat16: 4 * 256 + 16,
+    torch.int64: 64,
+    torch.uint8: 256 + 8,
+}
 _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 
 
 def describe(tensor: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """What exchange_api() gives, for a torch without it: address, dtype, device type, device index, shape, strides."""
+    """What exchange_api() gives, for a torch without it: address, kind, device type, device index, shape, strides."""
     try:
-        dtype, device = _DTYPE_CODES[tensor.dtype], _DEVICE_CODES[tensor.device.type]
+        kind, device = _KINDS[tensor.dtype], _DEVICE_CODES[tensor.device.type]
         if tensor.layout is not torch.strided:
             return None
-        return tensor.data_ptr(), dtype, device, tensor.device.index or 0, tuple(tensor.shape), tensor.stride()
+        return tensor.data_ptr(), kind, device, tensor.device.index or 0, tuple(tensor.shape), tensor.stride()
     except (KeyError, RuntimeError, NotImplementedError):
         return None
 
@@ -135,10 +143,13 @@ innermost_transform: Callable[[], object | None] = torch._C._functorch.peek_inte
 """The torch.func transform that is active, or None."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_transform() -> bool:
     """The same question while torch.compile traces, which does not see through innermost_transform() but guards it."""
     return innermost_transform() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo: a second at every `import onepass`.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack

@@ -31,8 +31,8 @@ __all__ = [
     "room_for",
 ]
 
-# Address of the seed, p, whether the kept are scaled up, address of the packed mask or 0, whether to read it.
-_Dropout = tuple[int, float, bool, int, bool]
+# The seed, p, whether the elements kept are scaled up, the packed mask or None, whether to read it.
+_Dropout = tuple[Tensor, float, bool, Tensor | None, bool]
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -119,11 +119,7 @@ def norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where `want` says so; dy as x. eps: for stats None, which are made anew."""
     dx = torch.empty_like(x) if want[0] else None
-    if weight is not None:
-        dweight = torch.empty_like(weight) if want[1] else None
-        dbias = torch.empty_like(weight) if want[2] else None
-    else:
-        dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
+    dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
     threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
     room = room_for(x) if x.is_cuda or _C.cuda_on_host else None  # not is_on_cuda(x): a frame less
     _C.row_norm_backward(
@@ -135,10 +131,14 @@ def norm_backward(
 def affine_gradients(
     x: Tensor, weight: Tensor | None, size: int, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the gradients of weight and bias, like the weight; without one that of the bias is F."""
+    """Room for the gradients of weight and bias, like the weight; without one that of the bias is F.
+
+    Zeros for an empty x, which no kernel runs for.
+    """
+    like = torch.zeros_like if x.numel() == 0 else torch.empty_like
     if weight is None:
-        return None, x.new_empty(size, dtype=arithmetic(x)) if want_bias else None
-    return torch.empty_like(weight) if want_weight else None, torch.empty_like(weight) if want_bias else None
+        return None, like(x.new_empty(size, dtype=arithmetic(x))) if want_bias else None
+    return like(weight) if want_weight else None, like(weight) if want_bias else None
 
 
 def dropout_add_norm(
@@ -230,7 +230,7 @@ def _dropout_arguments(
 ) -> _Dropout | None:
     if seed is None:
         return None
-    return seed.data_ptr(), p, inverted, 0 if mask is None else mask.data_ptr(), reads_mask and mask is not None
+    return seed, p, inverted, mask, reads_mask and mask is not None
 
 
 def _no_mask(x: Tensor) -> Tensor:
