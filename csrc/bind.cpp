@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "bind_layers.hpp"
 #include "bind_plan.hpp"
 
@@ -9,13 +13,22 @@ namespace onepass {
 namespace {
 
 #if defined(__x86_64__)
+// All that -march=x86-64-v3 lets the compiler use, not the vectors alone: a virtual machine may mask any single one.
+bool has_v3() {
+  unsigned eax, ebx, ecx = 0, edx, extended = 0;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  __get_cpuid(0x80000001, &eax, &ebx, &extended, &edx);
+  constexpr unsigned of_leaf_1 = bit_FMA | bit_MOVBE | bit_F16C | bit_OSXSAVE, of_extended = bit_LZCNT;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         (ecx & of_leaf_1) == of_leaf_1 && (extended & of_extended) == of_extended;
+}
+
 bool cpu_has(const std::string& isa) {
-  if (isa == "v3")
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (isa == "v3") return has_v3();
   if (isa == "v4")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && cpu_has("v3");
+           __builtin_cpu_supports("avx512vl");
   return true;
 }
 #else

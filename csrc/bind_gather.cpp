@@ -18,12 +18,14 @@ PyObject* lookup(PyObject* dict, PyObject* key) {
 
 // The same for a tensor as key. A tensor's hash is its address, but asking for it runs a Python function that costs
 // more than everything else this file does for a parameter; hence the lookup by known hash. A miss is asked again the
-// slow way.
+// slow way. CPython calls the function private: elsewhere, and where it is gone, everyone takes the slow way.
 PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
+#if !defined(PYPY_VERSION) && !defined(Py_GIL_DISABLED) && PY_VERSION_HEX < 0x030F0000
   const auto hash = static_cast<Py_hash_t>(reinterpret_cast<std::intptr_t>(tensor));
   PyObject* const value = _PyDict_GetItem_KnownHash(dict, tensor, hash);
   if (value != nullptr) return value;
   PyErr_Clear();
+#endif
   return lookup(dict, tensor);
 }
 
@@ -169,7 +171,6 @@ py::list Plan::gather(int variant, const py::object& param_list, const py::dict&
     entry.fresh = !fresh.is_none() && PySequence_Contains(fresh.ptr(), f.param) == 1;
     if (entry.item.size > 0 && !seen.insert(entry.item.param)) {
       entry.occurrence = ++repeats[entry.item.param];
-      entry.fresh = false;
       group.occurrences = std::max(group.occurrences, entry.occurrence + 1);
     }
     group.entries.push_back(entry);
@@ -188,6 +189,10 @@ void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObjec
   if (scalars.step != nullptr) of_scalars["step"] = py::handle(scalars.step);
   if (scalars.product != nullptr) of_scalars[rule.product_key] = py::handle(scalars.product);
   const py::list stand_ins = mend(index, py::handle(param), or_none(grad), known, of_scalars);
+  const auto scalar_now = [&](PyObject* before, const py::handle& name) {  // it may have been moved to another device
+    return before != nullptr ? keep(of_scalars[name].ptr()) : nullptr;
+  };
+  const ScalarObjects moved{scalar_now(scalars.step, py::str("step")), scalar_now(scalars.product, rule.product_key)};
   std::vector<PyObject*> streams;
   for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
   const std::size_t first_state = grad != nullptr ? 2 : 1;
@@ -196,7 +201,7 @@ void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObjec
     throw py::value_error("mend() gave a wrong number of tensors");
   bool fine = read_streams(streams[0], grad != nullptr && !by_rows ? streams[1] : nullptr, streams.data() + first_state,
                            n_states, entry, false) &&
-              read_scalars(scalars, device_scalars, entry);
+              read_scalars(moved, device_scalars, entry);
   if (fine && by_rows) {
     TensorView values;
     fine = read(streams[1], values) && values.dtype == entry.dtype && values.device_type == entry.device_type &&

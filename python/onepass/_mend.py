@@ -37,6 +37,7 @@ class Mender:
         sparse_text: torch's sentence for refusing sparse gradients; None: they are taken.
         replace: stores a state anew (index, name, tensor): with the parameter's strides, where they had come apart.
         by_rows: of sparse gradients take the rows only; else they are made dense.
+        device_scalars: whether 0-d states belong beside a parameter on CUDA; else on the CPU.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Mender:
         sparse_text: str | None = None,
         replace: Callable[[int, str, Tensor], None] | None = None,
         by_rows: bool = False,
+        device_scalars: bool = False,
     ) -> None:
-        self.name, self.states = name, states
+        self.name, self.states, self.device_scalars = name, states, device_scalars
         self.has_cuda, self.replace = has_cuda, replace
         self.sparse_text, self.by_rows = sparse_text, by_rows
         self.copies: dict[Any, tuple[Tensor, Tensor, bool]] = {}  # by memory: (original, copy, write it back)
@@ -61,6 +63,7 @@ class Mender:
         """Stand-ins [param, grad unless None, *states]: one-dimensional, dense, of the same size. scalars: the 0-d states.
 
         Of a sparse gradient the stand-in holds the values, and (address of the row numbers, row size) follows the states.
+        A 0-d state that had to be moved is replaced in `scalars`.
         """
         who = self.name(index)
         for name, value in scalars.items():
@@ -72,6 +75,7 @@ class Mender:
         for name, state in zip(self.states, states, strict=False):
             self._check_state(who, name, param, state)
         with torch.no_grad():
+            self._move_scalars(index, param, scalars)
             states = self._align(index, param, states)
             plain = [tensor.detach().as_subclass(Tensor) for tensor in (param, *states)]
             if grad is not None and grad.is_sparse:
@@ -204,6 +208,17 @@ class Mender:
             raise RuntimeError(f"{who}: its state '{name}' is a {came}; a float32 tensor with one element is expected.")
 
     # --- stand-ins --------------------------------------------------------------------------------------------------
+
+    def _move_scalars(self, index: int, param: Tensor, scalars: dict[str, Any]) -> None:
+        """0-d states to where kernels read them, once: capturable may be switched on or off between two steps."""
+        for name, value in scalars.items():
+            on_device = self.device_scalars and param.is_cuda
+            moved = value.to(
+                device=param.device if on_device else "cpu", dtype=torch.float32 if on_device else value.dtype
+            )
+            if moved is not value and self.replace is not None:
+                scalars[name] = moved
+                self.replace(index, name, moved)
 
     def _align(self, index: int, param: Tensor, states: list[Tensor]) -> list[Tensor]:
         """States with the parameter's strides, once and for all: after .to(memory_format=...), or from a checkpoint."""

@@ -268,13 +268,18 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | 
     the CPU too and need its numbers.
     """
     devices = plan.cuda_devices()
-    result = _update_with_cuda(plan, clip, devices, norm) if devices else _update_on_cpu(plan, clip, norm)
-    updated = plan.updated()
-    if updated:
-        _compat.increment_version(updated)
-    for mender in menders:
-        mender.finish()
-    return result
+    # What the kernels on a CUDA device skip by themselves, the host has to skip for parameters on the CPU.
+    if clip.found_inf is not None and (not devices or plan.has_cpu()) and bool(clip.found_inf):
+        return None
+    try:
+        return _update_with_cuda(plan, clip, devices, norm) if devices else _update_on_cpu(plan, clip, norm)
+    finally:
+        if plan.has_run():  # a launch that failed left those before it done: they have to be seen
+            updated = plan.updated()
+            if updated:
+                _compat.increment_version(updated)
+            for mender in menders:
+                mender.finish()
 
 
 def _update_on_cpu(plan: _C.Plan, clip: Clip, known_norm: Tensor | None) -> float | None:
@@ -298,8 +303,6 @@ def _no_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, i
 
 def _update_with_cuda(plan: _C.Plan, clip: Clip, devices: list[int], norm: Tensor | None) -> Tensor | None:
     on_host = plan.has_cpu()
-    if on_host and clip.found_inf is not None and bool(clip.found_inf):
-        return None
     if clip.needs_norm and norm is None:
         norm = norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)
     scaled_norm = norm  # of the gradients as they are, before division by the loss scale

@@ -345,6 +345,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
+            device_scalars = bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
             mender = Mender(
                 partial(_name, group, number),
                 states,
@@ -352,6 +353,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._sparse_refusal(group),
                 partial(self._replace_state, group),
                 _native.takes_rows(self.rule, states),
+                device_scalars,
             )
             menders.append(mender)
             native = _native.Group(
@@ -362,7 +364,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._hyper(group),
                 mender,
                 counts_steps="step" in self.scalar_states,
-                device_scalars=bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"])),
+                device_scalars=device_scalars,
                 maximize=group["maximize"],
                 fresh=fresh,
             )
