@@ -275,8 +275,9 @@ struct BatchNormTeam {
       store<at.whole>(squares + place, dd, at.count);
     });
     for (std::int64_t c = c_begin; c < c_end; ++c)
-      of_block[c].merge(
-          rows::Moments::about(near[c - c_begin], double(end - begin), sum[c - c_begin], squares[c - c_begin]));
+      of_block[c].merge(fits(squares[c - c_begin]) ? rows::Moments::about(near[c - c_begin], double(end - begin),
+                                                                          sum[c - c_begin], squares[c - c_begin])
+                                                   : wide_moments(x + begin * channels + c, 1, end - begin, channels));
   }
 
   void run_last(const ChannelsLast& layout, int threads) const {

@@ -36,7 +36,7 @@ struct BatchNormBackwardTeam {
     F* const out = static_cast<F*>(call.sums);
     const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, c);
     const double r = double(stats.rstd), low = double(stats.mean_low);
-    double dz_xhat = (dz_distance - dz * low) * r;
+    double dz_xhat = r == 0 ? 0 : (dz_distance - dz * low) * r;  // sums over huge numbers may be infinite
     if (call.half == Half::second) {
       dz = double(out[c]);
       dz_xhat = double(out[call.shape.channels + c]);

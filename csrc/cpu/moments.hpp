@@ -38,6 +38,22 @@ static inline __attribute__((always_inline)) void fetch(const T* p, int part) {
   if (part * lanes<Arithmetic<T>> * sizeof(T) % 32 == 0) __builtin_prefetch(p, for_writing);
 }
 
+// Whether a sum of squares in F is a number; an infinite one, or NaN, may only have been too large for F.
+template <class F>
+static inline bool fits(F squares) {
+  return squares - squares == 0;
+}
+
+// The moments in double, number by number: where F overflowed.
+template <class T>
+static inline __attribute__((noinline)) rows::Moments wide_moments(const T* x, std::int64_t n, std::int64_t pieces,
+                                                                   std::int64_t stride) {
+  rows::Moments all;
+  for (std::int64_t p = 0; p < pieces; ++p)
+    for (std::int64_t i = 0; i < n; ++i) all.merge({1, number_at<T>(x + p * stride, i), 0});
+  return all;
+}
+
 // Of `pieces` pieces of n numbers each, `stride` apart, all in all about a chunk. Distances are taken from the mean of
 // the first numbers, one in 64 of them: it is at most 8 deviations from the mean of all, whatever they are, so that
 // squares of distances lose no more than a digit or two.
@@ -66,7 +82,9 @@ static inline rows::Moments chunk_moments(const T* x, std::int64_t n, std::int64
       squares.part[part] += distance * distance;
     });
   }
-  return rows::Moments::about(near, double(n) * double(pieces), sum.total(), squares.total());
+  const F of_squares = squares.total();
+  if (!fits(of_squares)) return wide_moments(x, n, pieces, stride);
+  return rows::Moments::about(near, double(n) * double(pieces), sum.total(), of_squares);
 }
 
 template <class T>

@@ -152,8 +152,9 @@ struct RowNormBackwardTeam {
     const std::int64_t first = row * call.size;
     const auto at = [&](const void* p) { return p != nullptr ? static_cast<const T*>(p) + first : nullptr; };
     const T* const x = at(call.x);
-    const rows::Stats<F> stats = call.stats != nullptr ? rows::Stats<F>::kept(call.stats, call.rows, row)
-                                                       : RowNormTeam<T, rms>::stats_of(x, call.size, call.eps);
+    rows::Stats<F> stats = call.stats != nullptr ? rows::Stats<F>::kept(call.stats, call.rows, row)
+                                                 : RowNormTeam<T, rms>::stats_of(x, call.size, call.eps);
+    stats.rstd = rows::backward_rstd(stats.rstd, rms, call.size);
     return {x, at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)), stats,
             0, 0,           first};
   }

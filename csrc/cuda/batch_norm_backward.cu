@@ -28,7 +28,7 @@ __device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offs
 
 // partials[part][2][channels].
 template <class T, class Access, class Layout>
-__global__ void __launch_bounds__(tuning::column_threads)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_sums_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Arithmetic<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
 }
 
 template <class T, class Access, class Layout>
-__global__ void __launch_bounds__(tuning::column_threads)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_norm_backward_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Arithmetic<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;

@@ -22,7 +22,7 @@ __device__ void write_mask(std::uint8_t* mask, std::int64_t first, int count, un
 }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::dropout_threads)
+__global__ void __launch_bounds__(tuning::dropout_threads, tuning::dropout_blocks_per_sm)
     dropout_kernel(ONEPASS_GRID_CONSTANT(DropoutCall) call, bool aligned) {
   using F = Arithmetic<T>;
   constexpr int n = group<T>, lanes = 32;

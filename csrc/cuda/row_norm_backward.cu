@@ -25,6 +25,7 @@ struct Gradients {
 
   __device__ Gradients(const RowNormBackward& c, std::int64_t row) : call(c), begin(row * c.size), stats{0, 0, 0} {
     if (row < c.rows) stats = rows::Stats<F>::kept(c.stats, c.rows, row);
+    stats.rstd = rows::backward_rstd(stats.rstd, c.rms, c.size);
   }
 
   __device__ void load(const Share<w>& share, std::int64_t base) {
@@ -271,19 +272,19 @@ __device__ void sum_columns(const RowNormBackward& call, int columns) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::column_threads)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     row_norm_columns_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
   sum_columns<T, width<T>>(call, columns);
 }
 template <class T>
-__global__ void __launch_bounds__(tuning::column_threads)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     row_norm_columns_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
   sum_columns<T, 1>(call, columns);
 }
 
 // The partial sums in order, eight at a time.
 template <class F>
-__global__ void __launch_bounds__(tuning::column_threads)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     row_norm_join_kernel(const F* partials, std::int64_t n, std::int64_t columns, DType dtype, void* dweight,
                          void* dbias) {
   constexpr int lanes = 32, warps = tuning::column_threads / lanes;

@@ -3,13 +3,14 @@
 
 namespace onepass::cuda::tuning {
 
-// Threads of a block, and blocks of an SM that registers must leave room for: 64 registers a thread, and 128 with three
+// Threads of a block, and blocks of an SM that registers must leave room for: 64 registers a thread; 80 for 8 elements
+// of 16 bits with one state, which spill on sm_80 otherwise (48 KB of loads in flight remain); and 128 with three
 // states, for rows of a table, whose places take registers too, or for float64, whose divisions and roots need more.
 // Without the second number ptxas aims at 48 on sm_90 and spills. 1024 threads with 4 loads of 16 bytes in flight each
 // saturate the memory; so do 512 with more of them.
 constexpr int apply_threads = 256;
 constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool by_rows) {
-  return param_bytes == 8 || n_state > 2 || by_rows ? 2 : 4;
+  return param_bytes == 8 || n_state > 2 || by_rows ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
 }
 
 // Elements of a block's chunk: 8 rounds of 16-byte loads of float32. Long enough that finding the tensor is free, short
@@ -34,8 +35,10 @@ constexpr int join_threads = 512;  // of the single block that joins the chunks'
 // full costs little. No grid depends on the device, for the order of sums must not.
 constexpr int max_blocks = 2048;
 
-// With all threads of an SM resident, one load of 16 bytes each is in flight: 32 KB, more than enough.
+// One load of 16 bytes a thread is in flight, 24 KB with 6 blocks an SM, whose 40 registers a thread are enough.
+// Without the second number ptxas aims at 8 blocks, 32 registers, and spills on sm_100.
 constexpr int dropout_threads = 256;
+constexpr int dropout_blocks_per_sm = 6;
 
 // Rows of norms: 16-byte words that a thread loads at once and keeps in registers between statistics and result: as
 // many as fit the 64 registers that each thread of a block of 1024 has. Elements, where rows are not aligned. Blocks

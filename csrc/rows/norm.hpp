@@ -22,7 +22,12 @@ struct Stats {
     s[2 * rows] = mean_low;
   }
 
+  // A variance of finite numbers that F cannot hold counts as infinite, and every distance from the mean as nothing
+  // beside it: a distance may be too large for F as well, and infinity * 0 would be NaN.
   ONEPASS_HD static Stats of(double mean, double variance, double eps) {
+    constexpr double largest = sizeof(F) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+    const bool is_finite = mean - mean == 0;
+    if (variance > largest && is_finite) return {0, 0, 0};
     const F high = F(mean);
     return {high, F(mean - double(high)), F(1 / sqrt(variance + eps))};
   }
@@ -32,6 +37,13 @@ struct Stats {
     return (x - mean) * rstd - mean_low * rstd;
   }
 };
+
+// 1 / standard deviation as the backward of a row sees it. An element that is alone in its row is its own mean and has
+// no influence on the result: 0 makes its gradient exactly 0, where rounding leaves noise times 1 / sqrt(eps).
+template <class F>
+ONEPASS_HD F backward_rstd(F rstd, bool rms, std::int64_t size) {
+  return !rms && size == 1 ? F(0) : rstd;
+}
 
 // The gradient of an input whose row's statistics depend on it: what is left of g = weight * dy when its components
 // along 1 and along xhat are taken out. mean_g and mean_gx are the row's means of g and g * xhat.

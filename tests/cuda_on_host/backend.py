@@ -1,7 +1,8 @@
-"""Which native code a test process runs on: the installed extension, or the CUDA kernels built for the host.
+"""Which native code a test process runs on: the installed extension, another build of it, or the CUDA kernels on the host.
 
-ONEPASS_TEST_BACKEND=cuda-on-host puts the module at ONEPASS_TEST_EXTENSION in the place of onepass._C: from then on every
-step on a CPU tensor goes through the CUDA binding, its launches and its kernels. choose() comes before `import onepass`.
+ONEPASS_TEST_EXTENSION names a module that replaces onepass._C. With ONEPASS_TEST_BACKEND=cuda-on-host it has the CUDA
+kernels built for the host: from then on every step on a CPU tensor goes through the CUDA binding, its launches and its
+kernels. choose() comes before `import onepass`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ def choose() -> str:
     name = os.environ.get("ONEPASS_TEST_BACKEND", "native")
     if name not in BACKENDS:
         raise ValueError(f"ONEPASS_TEST_BACKEND is {name!r}, expected one of {BACKENDS}")
-    if name == "cuda-on-host" and "onepass._C" not in sys.modules:
+    path = os.environ.get("ONEPASS_TEST_EXTENSION")
+    if name == "cuda-on-host" and path is None:
+        raise ValueError("ONEPASS_TEST_BACKEND is 'cuda-on-host', but no ONEPASS_TEST_EXTENSION names the extension")
+    if path is not None and "onepass._C" not in sys.modules:
         if "onepass" in sys.modules:
             raise RuntimeError("onepass was imported before its backend was chosen")
-        path = os.environ["ONEPASS_TEST_EXTENSION"]
         spec = importlib.util.spec_from_file_location("onepass._C", path)
         if spec is None or spec.loader is None:
             raise ImportError(f"ONEPASS_TEST_EXTENSION is {path!r}: no extension module")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if not module.cuda_on_host:
-            raise ImportError(f"{path} was not built with -DONEPASS_CUDA_ON_HOST=ON")
+        if module.cuda_on_host != (name == "cuda-on-host"):
+            raise ImportError(f"{path} was built with -DONEPASS_CUDA_ON_HOST={'ON' if module.cuda_on_host else 'OFF'}")
         sys.modules["onepass._C"] = module
     return name
 

@@ -1,0 +1,191 @@
+"""The last checks before an address goes to a kernel, what a failed launch leaves behind, and what an import costs."""
+
+import subprocess
+import sys
+
+import onepass
+import pytest
+import torch
+from onepass import _native
+from onepass._mend import Mender
+from onepass._native import batch_norm, layers
+from support import assert_close
+
+N = 1000
+
+
+def seed(value: int = 7, **options) -> torch.Tensor:
+    return torch.tensor(value, **{"dtype": torch.int64, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong_seed", "wrong_mask"),
+    [
+        ("seed", torch.tensor(7, dtype=torch.int32), None),
+        ("seed", torch.tensor([7, 8]), None),
+        ("seed", torch.tensor(7.0), None),
+        ("seed", torch.tensor(7, device="meta"), None),
+        ("mask", None, torch.zeros(1, dtype=torch.uint8)),
+        ("mask", None, torch.zeros((N + 7) // 8 + 1, dtype=torch.uint8)),
+        ("mask", None, torch.zeros((N + 7) // 8, dtype=torch.int8)),
+        ("mask", None, torch.zeros(2 * ((N + 7) // 8), dtype=torch.uint8)[::2]),
+        ("mask", None, torch.zeros((N + 7) // 8, dtype=torch.uint8, device="meta")),
+    ],
+    ids=lambda value: None if value is None else value if isinstance(value, str) else f"{value.dtype}{[*value.shape]}",
+)
+def test_seed_and_mask_are_what_a_kernel_reads(name, wrong_seed, wrong_mask):
+    x = torch.ones(N)
+    mask = torch.full(((N + 7) // 8,), 255, dtype=torch.uint8) if wrong_mask is None else wrong_mask
+    given = seed() if wrong_seed is None else wrong_seed
+    with pytest.raises(ValueError, match=name):
+        layers.dropout_backward(x, 0.5, given, True, mask)
+    y, total, stats, _ = layers.dropout_add_norm(
+        x.view(10, 100), x.view(10, 100), None, None, 100, 1e-5, False, 0.5, seed(), True, True
+    )
+    with pytest.raises(ValueError, match=name):
+        layers.dropout_add_norm_backward(
+            y, None, total, None, stats, 100, False, 0.5, given, True, mask, (True, True, False, False)
+        )
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+def test_p_is_a_probability(p):
+    with pytest.raises(ValueError, match="p is a probability"):
+        layers.dropout(torch.ones(3), p, seed(), True, False)
+
+
+def test_rows_are_contiguous():
+    """Dense is not enough: the rows of a transposed matrix are its columns."""
+    x = torch.randn(6, 8)
+    for transposed in (x.t(), torch.randn(4, 3, 8).transpose(0, 1)):
+        with pytest.raises(ValueError, match="x is not of the size, dtype, device or layout"):
+            layers.norm(transposed, None, None, transposed.shape[-1], 1e-5, False)
+    y, stats = layers.norm(x, None, None, 8, 1e-5, False)
+    with pytest.raises(ValueError, match="dy is not of"):
+        layers.norm_backward(torch.randn(8, 6).t(), x, None, stats, 8, 1e-5, False, (True, False, False))
+    assert_close(y, torch.nn.functional.layer_norm(x, (8,)), 1e-6, "y")
+
+
+def test_channels_are_where_the_call_says():
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    _, stats = batch_norm.batch_norm(last, None, None, None, None, None, 0.1, 1e-5, None)
+    with pytest.raises(ValueError, match="dy is not of"):
+        batch_norm.batch_norm_backward(
+            torch.randn(2, 3, 4, 5), last, None, None, stats, None, True, (True, False, False, False)
+        )
+    with pytest.raises(ValueError, match="x is not of"):  # dense, but with the batch innermost
+        batch_norm.batch_norm(
+            torch.randn(3, 4, 5, 2).permute(3, 0, 1, 2), None, None, None, None, None, 0.1, 1e-5, None
+        )
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(8), torch.ones(())])
+def test_gradients_of_an_empty_batch_are_zero(weight):
+    x = torch.empty(0, 8)
+    torch.full((10_000,), 7.0)  # freed at once: memory that is not zero
+    stats = torch.empty(3, 0)
+    _, dweight, dbias = layers.norm_backward(x, x, weight, stats, 8, 1e-5, False, (True, weight is not None, True))
+    for gradient in (dweight, dbias):
+        assert gradient is None or (gradient == 0).all()
+    residual = layers.dropout_add_norm_backward(
+        x,
+        None,
+        x,
+        weight,
+        stats,
+        8,
+        False,
+        0.5,
+        seed(),
+        True,
+        torch.empty(0, dtype=torch.uint8),
+        (True, True, True, True),
+    )
+    assert all(gradient is None or (gradient == 0).all() for gradient in residual)
+
+
+# --- a step that fails, or must not happen ----------------------------------------------------------------------------
+
+
+def gathered(plan, params: list[torch.Tensor]) -> Mender:
+    mender = Mender(lambda index: f"parameter {index}", (), _native.cuda_kernels)
+    _native.Group("clip", (), params, {}, {"limit": 1.0}, mender, reads_grad=False).gather(plan)
+    return mender
+
+
+@pytest.mark.skipif(_native.cuda_kernels and not _native.has_cuda, reason="the CUDA kernels take such numbers")
+def test_what_ran_before_a_failure_is_seen():
+    """A launch that fails leaves the groups before it written: their copies go back, their versions rise."""
+    first = torch.full((4, 6), 3.0)[:, ::2]  # not dense: updated in a copy
+    second = torch.full((3,), 3.0)
+    plan = _native.new_plan()
+    menders = [gathered(plan, [first])]
+    group = _native.Group("clip", (), [second], {}, {"limit": 1.0}, menders[0], reads_grad=False)
+    group.hyper = (torch.tensor(1.0),)  # a number in device memory, which no CPU kernel reads
+    group.gather(plan)
+    version = first._version
+    with pytest.raises(ValueError, match="hyper-parameter in device memory"):
+        _native.update(plan, menders, _native.Clip())
+    assert first.tolist() == [[1.0] * 3] * 4
+    assert first._version > version
+    assert second.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("overflow", [True, False])
+def test_overflow_on_another_device_is_skipped(overflow, monkeypatch):
+    """A scaler on CUDA leaves the decision to kernels there; parameters on the CPU have none."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = onepass.optim.AdamW([param], lr=0.1, fused_unscale=True)
+    param.grad = torch.full((3,), float("inf") if overflow else 1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(float(overflow))
+    monkeypatch.setattr(_native, "is_on_cuda", lambda tensor: tensor is optimizer.found_inf)
+    optimizer.step()
+    assert param.isfinite().all()
+    assert (param == 1).all().item() == overflow
+    assert all(float(state["step"]) == 1 - overflow for state in optimizer.state.values())
+
+
+# --- numbers at the edge of their type --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(_native.cuda_kernels and not _native.has_cuda, reason="CUDA kernels add up in the arithmetic type")
+@pytest.mark.parametrize("shape", [(8, 3, 5, 7), (40, 3), (9, 3, 4, 4)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batch_norm_of_huge_numbers_is_finite(shape, channels_last):
+    """Their squares, and the distance of two of them, overflow float32."""
+    x = torch.randn(shape)
+    x = x / x.abs().max() * 3.4e38
+    if channels_last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    running = torch.zeros(3), torch.ones(3)
+    y = onepass.nn.functional.batch_norm(x, *running, training=True)
+    assert (
+        y == 0
+    ).all()  # as torch where its layout does not make them NaN: beside an infinite deviation all is nothing
+    assert_close(running[0] / 1e36, x.double().mean((0, *range(2, x.dim()))) / 1e37, 1e-5, "running_mean")
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_element_alone_in_its_row_has_no_gradient(dtype, device):
+    x = torch.randn(50, 1, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(1, dtype=dtype, device=device, requires_grad=True)
+    y = onepass.nn.functional.layer_norm(x, (1,), weight)
+    dx, dweight = torch.autograd.grad(y, (x, weight), torch.randn_like(x))
+    assert (dx == 0).all()
+    assert (dweight == 0).all()
+
+
+# --- the import -------------------------------------------------------------------------------------------------------
+
+
+def test_import_needs_no_compiler():
+    """What takes longer to import than all of onepass stays where it is until somebody needs it."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import onepass; "
+        "print(*(name for name in ('torch._dynamo', 'sympy', 'torch.distributed') if name in sys.modules.keys() - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
