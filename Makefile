@@ -3,6 +3,7 @@
 #   make test                        in .venv
 #   make test VENV=/tmp/other        in another virtual environment
 #   make test PYTHON=python3         in this Python's environment as it is: nothing is installed into it
+#   make compat TORCH=torch==2.4.1   in an environment of its own with that torch
 #
 # Needs python3 >= 3.10, a C++17 compiler and make. pip's own settings (an index with CPU-only torch, say) are honoured.
 
@@ -10,7 +11,11 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 # Installed before what depends on it, so that pip does not choose another.
 TORCH ?= torch==2.13.0
+# Extras of pyproject.toml to install; all without one.
+EXTRAS ?=
 PYTEST_ARGS ?=
+# CUDA kernels: AUTO where nvcc is found, ON, OFF.
+ONEPASS_CUDA ?= AUTO
 BENCH ?= optimizers wrappers layers
 BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
@@ -39,7 +44,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD_DIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cuda-host gate lint bench gpu wheel clean
+.PHONY: help demo test compat test-sanitized test-cuda-host gate lint bench gpu wheel clean
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -51,13 +56,19 @@ demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and 
 test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
 	$(PY) -m pytest --ignore=tests/cuda_on_host $(PYTEST_ARGS)
 
+compat: ## The tests with another torch: make compat TORCH=torch==2.4.1
+	$(MAKE) test VENV=.venv-$(subst ==,-,$(TORCH)) TORCH='$(TORCH)' EXTRAS='test' ONEPASS_CUDA=OFF
+
+test-sanitized: $(PACKAGE) ## Tests of the CPU kernels under Address- and UndefinedBehaviorSanitizer
+	$(PY) tests/sanitized.py $(PYTEST_ARGS)
+
 test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU with sanitizers; mutants; 4 minutes
 	$(PY) tests/cuda_on_host/run.py
 	$(PY) -m pytest tests/cuda_on_host
 
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
 	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
-	  --budget 'double|Adam<true>|RMSprop<true, true>|(float|half|bfloat16), true>|row_norm|batch_=128'
+	  --budget 'double|Adam<true>|RMSprop|(float|half|bfloat16), true>|row_norm|batch_=128'
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m ruff check .
@@ -104,8 +115,9 @@ import importlib, shutil, sys
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
 with open("pyproject.toml", "rb") as file:
     pyproject = toml.load(file)
-project = pyproject["project"]
-groups = [pyproject["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+project, extras = pyproject["project"], pyproject["project"]["optional-dependencies"]
+chosen = [extra for name, extra in extras.items() if name in (sys.argv[1:] or extras)]
+groups = [pyproject["build-system"]["requires"], project["dependencies"], *chosen]
 tools = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
 print(*(need for group in [*groups, tools] for need in group if not need.startswith("onepass")), sep="\n")
 endef
@@ -116,10 +128,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.dependencies-installed: pyproject.toml Makefile | $(VENV)/bin/python
 	$(PIP) install '$(TORCH)'
-	$(PY) -c "$$REQUIREMENTS" > $(VENV)/requirements.txt
+	$(PY) -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
 	$(PIP) install '$(TORCH)' -r $(VENV)/requirements.txt
 	touch $@
 
 $(PACKAGE): $(SOURCES) $(ENVIRONMENT)
-	$(PIP) install $(INSTALL) $(BUILD_FLAGS) --config-settings=cmake.define.ONEPASS_WERROR=ON .
+	$(PIP) install $(INSTALL) $(BUILD_FLAGS) --config-settings=cmake.define.ONEPASS_WERROR=ON \
+	  --config-settings=cmake.define.ONEPASS_CUDA=$(ONEPASS_CUDA) .
 	touch $@
