@@ -101,6 +101,11 @@ def has_own_dispatch(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def may_be_swapped(tensor: Tensor) -> bool:
+    """Whether nn.Module.to() exchanges the tensor's content by torch.utils.swap_tensors, which refuses weak references."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or torch.__future__.get_swap_module_params_on_conversion()
+
+
 def is_functional_wrapper(tensor: Tensor) -> bool:
     """Tensors inside torch.func transforms and functionalization: the Python type is Tensor, the memory is not theirs."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
@@ -110,6 +115,20 @@ def begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
     """What torch.optim.Optimizer.load_state_dict does first: a shallow copy, and what the user's hooks make of it."""
     state_dict = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+    return state_dict
+
+
+def begin_save(optimizer: torch.optim.Optimizer) -> None:
+    """What torch.optim.Optimizer.state_dict does first."""
+    for hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        hook(optimizer)
+
+
+def end_save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What torch.optim.Optimizer.state_dict does last: the user's hooks may give another dict."""
+    for hook in optimizer._optimizer_state_dict_post_hooks.values():
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
     return state_dict

@@ -31,6 +31,13 @@ def check_scalar(name: str, value: float | Tensor) -> None:
         raise ValueError(f"Tensor {name} must be 1-element")
 
 
+def as_python_number(value: Any) -> Any:
+    """A number of NumPy's as Python's own, in a tuple too: torch.load(weights_only=True) takes no other. All else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(as_python_number, value))
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers. A subclass names its rule, its options, its states and its hyper-parameters.
 
@@ -181,7 +188,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._grad_norm = None
         super().__setstate__(state)
         if loading is not None:  # for groups that are added later
-            self.defaults.update({option: self.param_groups[0][option] for option in _SHARED})
+            for group in self.param_groups[:1]:
+                self.defaults.update({option: group[option] for option in _SHARED})
 
     @_compat.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -285,6 +293,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.param_groups:
+            return loss
         clip = self._clip()
         if clip.found_inf is None or _native.is_on_cuda(clip.found_inf) or not bool(clip.found_inf):
             self._update(clip)

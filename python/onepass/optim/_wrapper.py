@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,9 +11,8 @@ from torch import Tensor
 
 from .. import _compat, _native
 from .._mend import Mender, state_dtype
-from ._base import _name
-
-State = dict[Tensor, dict[str, Tensor]]
+from ._base import _name, as_python_number
+from ._states import State, States, WeakStates, params_of
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -25,8 +22,8 @@ class Wrapper(torch.optim.Optimizer):
         optimizer: the optimizer to wrap, of any class.
         options: what the wrapper adds to the groups, under names that no optimizer uses for something else.
 
-    `param_groups` and `defaults` are those of the wrapped optimizer, so that schedulers work on either. `state` shows
-    the states of both; it is read-only, `base_optimizer.state` is the place to change those of the wrapped one.
+    `param_groups` and `defaults` are those of the wrapped optimizer, so that schedulers work on either, and what is no
+    longer in a group is no longer the wrapper's. `state` shows the states of both and can be written to.
     """
 
     kept: ClassVar[str]  # name of the state that the wrapper keeps for a parameter
@@ -36,6 +33,7 @@ class Wrapper(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):  # the sentence of torch.optim.lr_scheduler
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        options = {name: as_python_number(value) for name, value in options.items()}
         # Not the base class's __init__, which would make groups of its own; __setstate__ makes all the rest.
         self.__setstate__({"base_optimizer": optimizer, "_own_state": {}})
         self.defaults.update(options)
@@ -49,12 +47,24 @@ class Wrapper(torch.optim.Optimizer):
         """Raise ValueError for options of the wrapper that are out of range."""
         raise NotImplementedError
 
+    def _state_of(self, param: Tensor, make: bool = False) -> dict[str, Tensor]:
+        """The dict with the wrapper's state of a parameter, empty if there is none that means something now.
+
+        make: it is to be written to.
+        """
+        return self._own.get_or_make(param) if make else self._own.get(param) or {}
+
+    def _drop_state(self, param: Tensor) -> None:
+        """The same as if there had never been one."""
+        self._own.pop(param)
+
     def _kept_state(self) -> State:
         """The states that mean something now, which a checkpoint has to hold."""
-        return self._own_state
+        params = params_of(self.param_groups)
+        return {param: state for param in params if self.kept in (state := self._state_of(param))}
 
     def _set_kept_state(self, state: State) -> None:
-        self._own_state = state
+        self._own = WeakStates(state)
 
     # --- shared with the wrapped optimizer ----------------------------------------------------------------------------
 
@@ -74,13 +84,14 @@ class Wrapper(torch.optim.Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base_optimizer.defaults = defaults
 
-    @property
-    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
-        """The states of both, read-only."""
-        both = defaultdict(dict, self.base_optimizer.state)
-        for param, own in self._kept_state().items():
-            both[param] = {**both[param], **own}
-        return MappingProxyType(both)
+    @property  # type: ignore[override]
+    def state(self) -> States:
+        """The states of both optimizers."""
+        return States(self)
+
+    @state.setter
+    def state(self, states: Mapping[Tensor, Any]) -> None:
+        States(self).replace(states)
 
     def _option(self, group: dict[str, Any], name: str) -> Any:
         """The wrapped optimizer may have loaded groups that know nothing of the wrapper."""
@@ -93,6 +104,8 @@ class Wrapper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; options of the wrapper that it lacks come from the constructor."""
         if isinstance(param_group, dict):
+            for name in param_group.keys() & self.defaults.keys():
+                param_group[name] = as_python_number(param_group[name])
             self._check_options({**self.defaults, **param_group})
         self.base_optimizer.add_param_group(param_group)  # its defaults have our options too
 
@@ -100,6 +113,24 @@ class Wrapper(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base_optimizer": self.base_optimizer, "_own_state": self._kept_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.base_optimizer = state["base_optimizer"]
+        self._set_kept_state(state["_own_state"])
+        super().__setstate__({})  # makes the hooks
+
+    @_compat.disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state_dict() with the wrapper's states in it."""
+        _compat.begin_save(self)
+        saved = self.base_optimizer.state_dict()
+        states, kept = dict(saved["state"]), self._kept_state()
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            if param in kept:
+                states[i] = {**states.get(i, {}), **kept[param]}
+        return _compat.end_save(self, {**saved, "state": states})
 
     @_compat.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,11 +191,6 @@ def names_of(groups: list[dict[str, Any]], params: list[Tensor]) -> Callable[[in
     return lambda index: names().get(id(params[index]), "a parameter of no group")
 
 
-def unique(params: list[Tensor]) -> list[Tensor]:
-    """Each parameter once: torch lets a group list one twice, a wrapper's passes must not run twice over it."""
-    return params if len({id(p) for p in params}) == len(params) else list({id(p): p for p in params}.values())
-
-
 def kept_copy(param: Tensor) -> Tensor:
     """A copy of a parameter as kernels keep it: with its strides, float32 for 16 bits, a DTensor of a DTensor."""
     with torch.no_grad():
@@ -195,11 +221,14 @@ def gather(
     return mender, [params[index] for index in missing]
 
 
-def restore(groups: list[dict[str, Any]], params: list[Tensor], state: State) -> None:
-    """Write the kept weights back, state[param]["old_param"], in one pass."""
+def restore(groups: list[dict[str, Any]], states: State) -> None:
+    """Write kept weights back, states[param]["old_param"], in one pass. To do it twice changes nothing."""
     plan = _native.new_plan()
     hyper: dict[str, float | Tensor] = {"rho": 0.0, "adaptive": 0.0}
-    mender, missing = gather("sam", "old_param", groups, params, state, hyper, plan, reads_grad=False)
+    mender, missing = gather("sam", "old_param", groups, list(states), states, hyper, plan, reads_grad=False)
     if missing:
-        raise RuntimeError("the weights from before are gone: the optimizer's state was changed from outside")
+        raise RuntimeError(
+            "the weights from before are gone: the optimizer's state was changed from outside. Load model and optimizer from a "
+            "checkpoint"
+        )
     _native.update(plan, [mender], _native.Clip())

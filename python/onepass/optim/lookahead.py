@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _compat, _native
-from ._base import check
-from ._wrapper import State, Wrapper, gather, kept_copy, restore
+from .._mend import Mender
+from ._base import check, check_scalar
+from ._states import State, params_of
+from ._wrapper import Wrapper, gather, kept_copy, restore
 
 
 class Lookahead(Wrapper):
@@ -45,13 +48,18 @@ class Lookahead(Wrapper):
     def __init__(self, optimizer: torch.optim.Optimizer, k: int = 5, alpha: float | str = 0.5) -> None:
         options = {"lookahead_k": k, "lookahead_alpha": alpha, "lookahead_step": 0}
         self._check_options(options)
+        options["lookahead_k"] = operator.index(k)
         if any(name in group for group in getattr(optimizer, "param_groups", []) for name in options):
             raise ValueError(f"this {type(optimizer).__name__} is wrapped in Lookahead already; wrap it once")
         super().__init__(optimizer, options)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         k, alpha = group["lookahead_k"], group["lookahead_alpha"]
-        check(isinstance(k, int) and k >= 1, "Invalid k value", k)
+        try:
+            check(operator.index(k) >= 1, "Invalid k value", k)
+        except TypeError:
+            check(False, "Invalid k value (an integer from 1)", k)
+        check_scalar("alpha", alpha)
         check(
             alpha == "quadratic" if isinstance(alpha, str) else 0 <= alpha <= 1,
             "Invalid alpha value (a number from 0 to 1 or 'quadratic')",
@@ -63,12 +71,16 @@ class Lookahead(Wrapper):
         values = [self._option(group, name) for group in self.param_groups]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} counts for the whole optimizer, but its groups disagree: {values}")
-        return values[0]
+        return values[0] if values else self.defaults[name]
+
+    def _count(self) -> int:
+        """The steps so far. A group that joined later, or was written to last in an interrupted step, may lag behind."""
+        return max((self._option(group, "lookahead_step") for group in self.param_groups), default=0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer. Its slow weights begin with the next step."""
         super().add_param_group(param_group)
-        self.param_groups[-1]["lookahead_step"] = self._option(self.param_groups[0], "lookahead_step")
+        self.param_groups[-1]["lookahead_step"] = self._count()
 
     @_compat.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,18 +101,18 @@ class Lookahead(Wrapper):
             raise TypeError(
                 "Lookahead.step() missing 1 required positional argument: 'closure'; alpha='quadratic' evaluates the loss"
             )
-        if self.param_groups[0]["params"][0].is_cuda and _compat.is_capturing():
+        if _compat.is_capturing() and any(param.is_cuda for param in params_of(self.param_groups)):
             raise RuntimeError(
                 "Attempting CUDA graph capture of step() for an instance of Lookahead, whose count of steps is on the host: "
                 "a replay would never synchronise, or always. Capture the wrapped optimizer's step instead."
             )
-        count = self._agreed("lookahead_step") + 1
+        count = self._count() + 1
         made = self._begin_new()
         try:
             loss = self.base_optimizer.step(closure)
         except BaseException:
             for param in made:
-                del self._own_state[param]
+                self._own.pop(param)
             raise
         for group in self.param_groups:
             group["lookahead_step"] = count
@@ -108,26 +120,36 @@ class Lookahead(Wrapper):
             self._synchronise(self._quadratic_alpha(closure) if alpha == "quadratic" else alpha)
         return loss
 
-    def _gather(self, params: list[Tensor], plan: Any, alpha: float | Tensor) -> Any:
-        hyper = {"alpha": alpha}
-        mender, _ = gather(
-            "lookahead", self.kept, self.param_groups, params, self._own_state, hyper, plan, reads_grad=False
-        )
-        return mender
+    def _begin_new(self) -> State:
+        """Make slow weights for parameters met for the first time, after all of them were checked. Gives the new ones.
 
-    def _begin_new(self) -> list[Tensor]:
-        """Slow weights for parameters met for the first time, checked before the first is made."""
-        begun = set(map(id, self._own_state))  # a tensor's own hash costs three times as much
-        params = (p for group in self.param_groups for p in group["params"])
-        new = [p for p in params if id(p) not in begun and p.requires_grad]
-        if new:
-            self._gather(new, _native.new_plan(), 0.0)
-            self._own_state.update({p: {self.kept: kept_copy(p)} for p in new})
-        return new
+        Slow weights of parameters that left the groups are dropped.
+        """
+        params = (param for group in self.param_groups for param in group["params"])
+        without = self._own.keep_only(params)
+        new = [param for param in without if param.requires_grad and not torch.nn.parameter.is_lazy(param)]
+        if not new:
+            return {}
+        self._gather({param: {} for param in new}, _native.new_plan(), 0.0)
+        made = {param: {self.kept: kept_copy(param)} for param in new}
+        for param, state in made.items():
+            self._own[param] = state
+        return made
+
+    def _slow(self) -> State:
+        """The slow weights of what is trained at present: a frozen parameter, like one that left, is not written to."""
+        known = self._own.get
+        return {p: state for p in params_of(self.param_groups) if (state := known(p)) and p.requires_grad}
+
+    def _gather(self, states: State, plan: Any, alpha: float | Tensor) -> Mender:
+        hyper = {"alpha": alpha}
+        params = list(states)
+        mender, _ = gather("lookahead", self.kept, self.param_groups, params, states, hyper, plan, reads_grad=False)
+        return mender
 
     def _synchronise(self, alpha: float | Tensor) -> None:
         plan = _native.new_plan()
-        mender = self._gather(list(self._own_state), plan, alpha)
+        mender = self._gather(self._slow(), plan, alpha)
         _native.update(plan, [mender], _native.Clip())
 
     # --- alpha="quadratic" --------------------------------------------------------------------------------------------
@@ -135,30 +157,33 @@ class Lookahead(Wrapper):
     def _quadratic_alpha(self, closure: Callable[[], Any] | None) -> Tensor:
         """The minimum between slow weights (0) and weights (1) of the parabola through both losses and the last slope."""
         assert closure is not None
-        params = list(self._own_state)
+        slow = self._slow()
         self.zero_grad()
         last = _evaluate(closure)
-        slope = self._slope(params)
-        fast: State = {p: {"old_param": kept_copy(p)} for p in params}
-        restore(self.param_groups, params, {p: {"old_param": self._own_state[p][self.kept]} for p in params})
+        slope = self._slope(slow)
+        fast: State = {param: {"old_param": kept_copy(param)} for param in slow}
         try:
+            restore(self.param_groups, {param: {"old_param": state[self.kept]} for param, state in slow.items()})
             self.zero_grad()
             first = _evaluate(closure)
+            restore(self.param_groups, fast)
+        except BaseException:
+            restore(self.param_groups, fast)
+            raise
         finally:
-            restore(self.param_groups, params, fast)
             self.zero_grad()
         return parabola_minimum(_as_scalar(first, slope), _as_scalar(last, slope), slope)
 
-    def _slope(self, params: list[Tensor]) -> Tensor:
+    def _slope(self, slow: State) -> Tensor:
         """Gradient times (weights - slow weights), summed in float64."""
-        total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        device = next((param.device for param in slow), None)
+        total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.no_grad():
-            for param in params:
+            for param, state in slow.items():
                 if param.grad is None:
                     continue
-                slow = self._own_state[param][self.kept]
                 grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
-                way = param.to(slow.dtype) - slow
+                way = param.to(state[self.kept].dtype) - state[self.kept]
                 if param.is_complex():
                     way, grad = torch.view_as_real(way), torch.view_as_real(grad)
                 part = (way * grad).sum(dtype=torch.float64)

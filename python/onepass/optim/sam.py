@@ -12,9 +12,10 @@ from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
 from .._mend import Mender, state_dtype
-from ._base import check
+from ._base import check, check_scalar
 from ._distributed import reduce_sharded
-from ._wrapper import State, Wrapper, gather, restore, unique
+from ._states import State, params_of
+from ._wrapper import Wrapper, gather, restore
 
 
 class SAM(Wrapper):
@@ -74,7 +75,6 @@ class SAM(Wrapper):
             raise TypeError(
                 f"{type(base).__name__} needs a closure at every step; SAM has gradients for it, no closure"
             )
-        self._perturbed: list[Tensor] | None = None
 
     @staticmethod
     def _check_base(made_by: Any) -> None:
@@ -99,28 +99,42 @@ class SAM(Wrapper):
         return {("sam_rho" if name == "rho" else name): value for name, value in group.items()}
 
     def _check_options(self, group: dict[str, Any]) -> None:
+        check_scalar("rho", group["sam_rho"])
         check(group["sam_rho"] >= 0, "Invalid rho value", group["sam_rho"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it may have a `rho`."""
         super().add_param_group(self._own_options(param_group) if isinstance(param_group, dict) else param_group)
 
+    # --- the weights from before. They are state between the two halves only; outside, memory kept for the next step ---
+
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are the perturbed ones: from first_step() to second_step()."""
-        return self._perturbed is not None
+        # The plan itself knows whether it has run: an interrupt cannot come between the two.
+        return self._perturbed is not None and (self._perturbing is None or self._perturbing.has_run())
 
-    # --- checkpoints: old_param belongs to them between the two halves only; outside, it is memory kept for the next step
+    def _state_of(self, param: Tensor, make: bool = False) -> dict[str, Tensor]:
+        state = self._perturbed.get(param) if self._perturbed is not None and self.is_perturbed else None
+        if state is None and make:
+            raise KeyError("old_param: the parameter is not perturbed, there are no weights to go back to")
+        return state or {}
 
-    def _kept_state(self) -> State:
-        return {param: self._own_state[param] for param in self._perturbed or ()}
+    def _drop_state(self, param: Tensor) -> None:
+        self._state_of(param).pop(self.kept, None)  # the entry stays: restoring must not pass over it in silence
 
     def _set_kept_state(self, state: State) -> None:
-        self._own_state = state
-        self._perturbed = list(state) or None
+        super()._set_kept_state(state)
+        self._perturbed: State | None = state or None
+        self._perturbing: Any = None  # the plan of a first half under way
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_perturbed": self._perturbed}
+        return {**super().__getstate__(), "_perturbed": self.is_perturbed or None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if state.get("_perturbed") is not None:
+            self._perturbed = state["_own_state"]  # it may be empty
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -141,20 +155,23 @@ class SAM(Wrapper):
         if closure is None:
             if not self.is_perturbed:
                 raise RuntimeError("SAM's step() without a closure is its second half: call first_step() before it")
-            self._finish()
+            self._restore()
+            self._step_base()
             return None
         self._require_unperturbed("step(closure)")
         with torch.enable_grad():
             loss = closure()
-        self._perturb()
         try:
+            self._perturb()
             self.zero_grad()
             with torch.enable_grad():
                 closure()
-        except BaseException:
             self._restore()
+        except BaseException:
+            if self.is_perturbed:
+                self._restore()
             raise
-        self._finish()
+        self._step_base()
         return loss
 
     @torch.no_grad()
@@ -194,7 +211,7 @@ class SAM(Wrapper):
                 f"{what} after first_step(): second_step(), or step() without a closure, has to come first"
             )
 
-    def _gather(self) -> tuple[Any, list[Mender], list[Tensor]]:
+    def _gather(self, states: State) -> tuple[Any, list[Mender], list[Tensor]]:
         plan = _native.new_plan()
         menders: list[Mender] = []
         missing: list[Tensor] = []
@@ -203,8 +220,8 @@ class SAM(Wrapper):
                 "sam",
                 self.kept,
                 self.param_groups,
-                unique(group["params"]),
-                self._own_state,
+                params_of([group]),
+                states,
                 {"rho": self._option(group, "sam_rho"), "adaptive": self._option(group, "sam_adaptive")},
                 plan,
                 maximize=bool(group.get("maximize", False)),  # the loss is then -loss, and so is its slope
@@ -215,33 +232,37 @@ class SAM(Wrapper):
         return plan, menders, missing
 
     def _perturb(self) -> None:
-        adaptive = {self._option(group, "sam_adaptive") for group in self.param_groups}
+        adaptive = {bool(self._option(group, "sam_adaptive")) for group in self.param_groups}
         if len(adaptive) > 1:
             raise ValueError("sam_adaptive counts for the whole optimizer, but its groups disagree")
-        plan, menders, missing = self._gather()
-        clip = _native.Clip(normalize=True, epsilon=1e-12, weighted=adaptive.pop())
+        params = params_of(self.param_groups)
+        self._own.keep_only(params)
+        states = {param: self._own.get_or_make(param) for param in params if param.grad is not None}
+        plan, menders, missing = self._gather(states)
+        if missing:  # everything was checked before the first copy is made
+            for param in missing:
+                states[param][self.kept] = torch.zeros_like(param, dtype=state_dtype(param.dtype))
+            plan, menders, _ = self._gather(states)
+        clip = _native.Clip(normalize=True, epsilon=1e-12, weighted=True in adaptive)
         if plan.has_subclasses():
             clip.reduce = reduce_sharded(self.param_groups, "SAM needs")
+        self._perturbing, self._perturbed = plan, states
         try:
-            if missing:  # everything was checked before the first copy is made
-                for param in missing:
-                    self._own_state[param] = {self.kept: torch.zeros_like(param, dtype=state_dtype(param.dtype))}
-                plan, menders, _ = self._gather()
             _native.update(plan, menders, clip)
         finally:
-            if plan.has_run():
-                self._perturbed = plan.updated()
-            else:
-                for param in missing:
-                    self._own_state.pop(param, None)
+            if not plan.has_run():
+                self._perturbed = None
+            self._perturbing = None
 
     def _restore(self) -> None:
-        # Backwards: of two parameters in the same memory the one perturbed first has kept the weights.
-        restore(self.param_groups, (self._perturbed or [])[::-1], self._own_state)
-        self._perturbed = None
+        # Only what is in the groups, and backwards: of two parameters in the same memory the one perturbed first has kept
+        # the weights.
+        perturbed = self._perturbed or {}
+        params = [param for param in params_of(self.param_groups) if param in perturbed]
+        restore(self.param_groups, {param: perturbed[param] for param in reversed(params)})
+        self._perturbed = self._perturbing = None
 
-    def _finish(self) -> None:
-        self._restore()
+    def _step_base(self) -> None:
         base = self.base_optimizer
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is None:
@@ -254,6 +275,6 @@ class SAM(Wrapper):
                 del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
         elif not bool(found_inf):  # reads it on the host, as GradScaler does for optimizers that do not scale
             if grad_scale is not None:
-                grads = [p.grad for group in self.param_groups for p in unique(group["params"]) if p.grad is not None]
+                grads = [p.grad for p in params_of(self.param_groups) if p.grad is not None]
                 torch._foreach_mul_(grads, 1 / float(grad_scale))
             base.step()
