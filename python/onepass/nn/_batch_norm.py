@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
 from .._native import batch_norm as native
@@ -47,7 +48,13 @@ def batch_norm(
         ValueError: one value in a channel in training; eps out of range.
         RuntimeError, NotImplementedError, TypeError: torch's, for operands that do not fit.
     """
-    return apply_batch_norm(input, running_mean, running_var, weight, bias, None, training, momentum, eps, None)
+    operands = input, running_mean, running_var, weight, bias
+    if has_torch_function_variadic(*operands):
+        y: Tensor = handle_torch_function(
+            batch_norm, operands, *operands, training=training, momentum=momentum, eps=eps
+        )
+        return y
+    return apply_batch_norm(*operands, None, training, momentum, eps, None)
 
 
 def batch_norm_activation(
@@ -74,8 +81,22 @@ def batch_norm_activation(
 
     Raises: as batch_norm; ValueError for another activation or a negative slope.
     """
+    operands = input, running_mean, running_var, weight, bias
+    if has_torch_function_variadic(*operands, residual):
+        y: Tensor = handle_torch_function(
+            batch_norm_activation,
+            (*operands, residual),
+            *operands,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            negative_slope=negative_slope,
+            residual=residual,
+        )
+        return y
     slope = activation_slope(activation, negative_slope)
-    return apply_batch_norm(input, running_mean, running_var, weight, bias, residual, training, momentum, eps, slope)
+    return apply_batch_norm(*operands, residual, training, momentum, eps, slope)
 
 
 def activation_slope(activation: str | None, negative_slope: float) -> float | None:

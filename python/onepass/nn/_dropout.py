@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _compat, _native
 from .._native import layers as native
@@ -48,6 +49,19 @@ def dropout(
         ValueError: p outside of [0, 1]; seed and generator both given; a seed of more than 64 bits.
         RuntimeError: an integer input; a generator of another device; in place on a leaf that requires grad.
     """
+    if has_torch_function_unary(input):
+        overridden: Tensor = handle_torch_function(
+            dropout,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            seed=seed,
+            generator=generator,
+            inverted=inverted,
+        )
+        return overridden
     check_tensor("dropout", "input", 1, input)
     check_p(p)
     check_seed(seed, generator)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
 from .._native import layers as native
@@ -45,6 +46,23 @@ def dropout_add_layer_norm(
 
     Raises: as layer_norm and dropout; RuntimeError if residual is not like input.
     """
+    if has_torch_function_variadic(input, residual, weight, bias):
+        overridden: tuple[Tensor, Tensor] = handle_torch_function(
+            dropout_add_layer_norm,
+            (input, residual, weight, bias),
+            input,
+            residual,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            p=p,
+            training=training,
+            seed=seed,
+            generator=generator,
+            inverted=inverted,
+        )
+        return overridden
     input, residual = _operands(input, residual)
     size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
     return _dropout_add_norm(input, residual, weight, bias, size, eps, False, p, training, seed, generator, inverted)
@@ -64,6 +82,22 @@ def dropout_add_rms_norm(
     inverted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """sum = residual + dropout(input), y = rms_norm(sum). Otherwise as dropout_add_layer_norm."""
+    if has_torch_function_variadic(input, residual, weight):
+        overridden: tuple[Tensor, Tensor] = handle_torch_function(
+            dropout_add_rms_norm,
+            (input, residual, weight),
+            input,
+            residual,
+            normalized_shape,
+            weight=weight,
+            eps=eps,
+            p=p,
+            training=training,
+            seed=seed,
+            generator=generator,
+            inverted=inverted,
+        )
+        return overridden
     input, residual = _operands(input, residual)
     size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
     eps = default_eps(input) if eps is None else eps

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
 from .._native import is_usual_norm
@@ -40,6 +41,11 @@ def layer_norm(
     Raises:
         RuntimeError, NotImplementedError, TypeError: torch's, for operands that do not fit.
     """
+    if has_torch_function_variadic(input, weight, bias):
+        y: Tensor = handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
+        )
+        return y
     return _norm("layer_norm", input, normalized_shape, weight, bias, eps, False)
 
 
@@ -57,6 +63,9 @@ def rms_norm(
 
     Returns, raises: as layer_norm.
     """
+    if has_torch_function_variadic(input, weight):
+        y: Tensor = handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
+        return y
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, True)
 
 

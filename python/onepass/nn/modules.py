@@ -6,22 +6,33 @@ to an instance, so that convert() can change the class of one in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import functional as F
 from ._batch_norm import activation_slope, apply_batch_norm, is_counted
 from ._checks import check_p
 from ._sync_batch_norm import sync_batch_norm, world_of
+from ._tools import as_leaf
+
+
+def _as_leaf(module: nn.Module, *inputs: object) -> Tensor | None:
+    """What torch.fx takes for the result where it keeps the module whole."""
+    node: Tensor | None = None if is_compiling() else as_leaf(module, *inputs)
+    return node
 
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm; see functional.layer_norm. weight and bias may be replaced by 0-d parameters."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (node := _as_leaf(self, input)) is not None:
+            return node
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -29,6 +40,8 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm; see functional.rms_norm. weight may be replaced by a 0-d parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_torch_function_unary(x) and (node := _as_leaf(self, x)) is not None:
+            return node
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
@@ -48,6 +61,8 @@ class Dropout(nn.Dropout):
             self.inverted = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (node := _as_leaf(self, input)) is not None:
+            return node
         return F.dropout(input, self.p, self.training, self.inplace, inverted=self.inverted)
 
     def extra_repr(self) -> str:
@@ -80,6 +95,8 @@ class DropoutAddLayerNorm(LayerNorm):
         self.p, self.inverted = p, inverted
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if has_torch_function_variadic(input, residual) and (node := _as_leaf(self, input, residual)) is not None:
+            return cast("tuple[Tensor, Tensor]", node)
         return F.dropout_add_layer_norm(
             input,
             residual,
@@ -121,6 +138,8 @@ class DropoutAddRMSNorm(RMSNorm):
         self.p, self.inverted = p, inverted
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if has_torch_function_variadic(input, residual) and (node := _as_leaf(self, input, residual)) is not None:
+            return cast("tuple[Tensor, Tensor]", node)
         return F.dropout_add_rms_norm(
             input,
             residual,
@@ -141,6 +160,8 @@ class DropoutAddRMSNorm(RMSNorm):
 
 def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
     """What every BatchNorm here does: normalise by the batch's statistics or the running ones, then count the batch."""
+    if has_torch_function_variadic(input, residual) and (node := _as_leaf(module, input, residual)) is not None:
+        return node
     module._check_input_dim(input)  # type: ignore[no-untyped-call]
     training = module.training
     momentum: float | Tensor | None = module.momentum
@@ -158,9 +179,29 @@ def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, 
         y = sync_batch_norm(*operands, momentum, module.eps, group)
     else:
         by_batch = training or (running_mean is None and running_var is None)
-        y = apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope)
+        if has_torch_function_variadic(*operands, residual):
+            y = _overridden(module, operands, residual, by_batch, momentum)
+        else:
+            y = apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope)
     if batches is not None:
         batches.add_(1)
+    return y
+
+
+def _overridden(
+    module: _BatchNorm,
+    operands: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    by_batch: bool,
+    momentum: float | Tensor,
+) -> Tensor:
+    """The call for modes and tensor subclasses that override torch's functions: they see functional's."""
+    options: dict[str, Any] = {"training": by_batch, "momentum": momentum, "eps": module.eps}
+    function: Any = F.batch_norm
+    if isinstance(module, _Activation):
+        function = F.batch_norm_activation
+        options |= {"activation": module.activation, "negative_slope": module.negative_slope, "residual": residual}
+    y: Tensor = handle_torch_function(function, (*operands, residual), *operands, **options)
     return y
 
 

@@ -1,0 +1,42 @@
+"""What tools that take a model apart find in our layers: torch.fx finds leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def as_leaf(module: nn.Module, *inputs: object) -> Any:
+    """The node that stands for a call of `module` while torch.fx traces, or None: there is no trace, or it goes inside.
+
+    Tracers keep a module whole if its class comes from torch.nn; of ours they ask what it is made of. So the layer asks
+    the tracer what it would do with torch's own, and records what the tracer would.
+    """
+    from torch.fx import Proxy
+
+    tracer = next((value.tracer for value in inputs if isinstance(value, Proxy)), None)
+    find_path = getattr(tracer, "path_of_module", None)  # a proxy without a module around it has none
+    if tracer is None or find_path is None or not _runs_our_forward(module):
+        return None
+    path = find_path(module)
+    if not tracer.is_leaf_module(_as_torchs(module), path):  # type: ignore[attr-defined]
+        return None
+    arguments = tuple(value for value in inputs if value is not None)
+    return tracer.create_proxy("call_module", path, arguments, {})
+
+
+def _runs_our_forward(module: nn.Module) -> bool:
+    """Whether calling the module is calling our forward: a subclass may do more than that."""
+    if "forward" in vars(module):
+        return False
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return owner.__module__.startswith("onepass.")
+
+
+def _as_torchs(module: nn.Module) -> nn.Module:
+    """The module as an instance of the class of torch.nn that ours derives from. It shares everything with the module."""
+    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
+    twin: nn.Module = object.__new__(base)
+    twin.__dict__ = module.__dict__
+    return twin
