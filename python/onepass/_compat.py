@@ -142,7 +142,7 @@ def end_load(optimizer: torch.optim.Optimizer) -> None:
 
 def is_capturing() -> bool:
     """Whether the current CUDA stream records a graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return cast(Any, torch.cuda).is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device: int) -> int:

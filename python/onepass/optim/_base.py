@@ -65,7 +65,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         fused_unscale: bool,
     ) -> None:
         shared = {"max_norm": max_norm, "normalize_grads": normalize_grads, "fused_unscale": fused_unscale}
-        defaults = {**defaults, **shared}
+        defaults = {name: as_python_number(value) for name, value in {**defaults, **shared}.items()}
         self._check_options(defaults)
         self._grad_norm: Tensor | float | None = None
         super().__init__(params, defaults)
@@ -143,11 +143,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does; its options are checked like those of the constructor."""
         if isinstance(param_group, dict):
+            for option in param_group.keys() & self.defaults.keys():
+                param_group[option] = as_python_number(param_group[option])
             self._check_options({**self.defaults, **param_group})
             for other in self.param_groups[:1]:
                 self._check_agreement(other, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         for index, param in enumerate(self.param_groups[-1]["params"]):
+            if torch.nn.parameter.is_lazy(param):
+                continue  # a lazy module gives it shape and memory of its own in the first forward pass
             if param.is_neg() and param.numel() > 1 and param.is_contiguous():
                 name = _name(self.param_groups.pop(), len(self.param_groups), index)
                 raise RuntimeError(f"{name} is a lazily negated view of another tensor. Use resolve_neg().")
@@ -164,11 +168,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
-        for option, parameter in inspect.signature(
-            type(self).__init__
-        ).parameters.items():  # a pickle of an older onepass
-            if parameter.default is not inspect.Parameter.empty and option != "params":
-                defaults.setdefault(option, parameter.default)
+        for option, value in _options_of(type(self)).items():  # a pickle of an older onepass
+            defaults.setdefault(option, value)
         old_groups: Iterable[dict[str, Any]] = (
             self.param_groups if loading is not None else [{}] * len(state["param_groups"])
         )
@@ -223,7 +224,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in loaded.items():
                 if not isinstance(value, Tensor) or not value.is_floating_point():
                     continue
-                if name in self.scalar_states:
+                if (
+                    name in self.scalar_states
+                ):  # also mu_product, which a cast to the parameter's dtype makes another number
                     kept[name] = value
                     continue
                 dtype = state_dtype(param.dtype) if value.dim() > 0 or param.dim() == 0 else value.dtype
@@ -296,9 +299,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self.param_groups:
             return loss
         clip = self._clip()
-        if clip.found_inf is None or _native.is_on_cuda(clip.found_inf) or not bool(clip.found_inf):
+        if not self._found_overflow(clip.found_inf):
             self._update(clip)
         return loss
+
+    def _found_overflow(self, found_inf: Tensor | None) -> bool:
+        """Whether the step is to be skipped, as far as the host decides: a kernel on the device that has found_inf reads it."""
+        if found_inf is None:
+            return False
+        stepped = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        kernels_look = _native.is_on_cuda(found_inf) and any(_native.is_on_cuda(p) for p in stepped)
+        return not kernels_look and bool(found_inf)
 
     def _clip(self) -> _native.Clip:
         options = self.param_groups[0]
@@ -322,9 +333,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         fresh: set[Tensor] = set()
         try:
             if missing:  # parameters met for the first time; everything was checked before their states are made
+                needs_fresh = {id(group): self._needs_fresh(group) for group in self.param_groups}
                 for group, index in missing:
                     self._make_state(group, group["params"][index], made)
-                    if self._needs_fresh(group):
+                    if needs_fresh[id(group)]:
                         fresh.add(group["params"][index])
                 plan, menders, missing = self._gather(fresh)
                 if missing:
@@ -402,6 +414,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     requires_grad=False,
                 )
                 made.append((param, name))
+
+
+def _options_of(cls: type) -> dict[str, Any]:
+    """Options of an optimizer of this package with their defaults. What a user's subclass takes besides is its own."""
+    ours = next(base for base in cls.__mro__ if base.__module__.startswith(f"{__package__}."))
+    parameters = inspect.signature(ours).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _name(group: dict[str, Any], number: int, index: int) -> str:

@@ -98,7 +98,9 @@ class SGD(FusedOptimizer):
         )
 
     def _needs_fresh(self, group: dict[str, Any]) -> bool:
-        return bool(group["dampening"] != 0)
+        # torch begins all momentum buffers of a step with the gradient, a parameter's that is listed twice both times.
+        listed_twice = len(set(map(id, group["params"]))) < len(group["params"])
+        return bool(group["dampening"] != 0 or listed_twice)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
