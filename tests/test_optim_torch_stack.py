@@ -199,20 +199,6 @@ def test_a_parameter_listed_twice(case):
             assert_close(t, twin, 1e-5, f"a parameter of {t.numel()} elements")
 
 
-def test_a_parameter_listed_twice_with_momentum():
-    """The second update sees the buffer of the first one."""
-    p = parameter(torch.randn(5))
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        ours = RULES["SGD"].ours([p, p], **RULES["SGD"].usual)
-    twice = BesideReference(RULES["SGD"], RULES["SGD"].usual, [p])
-    for _ in range(3):
-        p.grad = torch.randn(5)
-        ours.step()
-        for _ in range(2):
-            twice.reference.step(twice.expected, [p.grad.double().numpy()])
-        assert_close(p, twice.expected[0], 4e-6, "the parameter")
-
-
 @EVERY_RULE
 def test_storage_may_move_between_steps(rule, device):
     """No pointer is kept: .data is replaced, swap_tensors puts other memory under the same parameter."""
