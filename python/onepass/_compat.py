@@ -140,6 +140,17 @@ def end_load(optimizer: torch.optim.Optimizer) -> None:
         hook(optimizer)
 
 
+def share_hooks(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Let an optimizer have another one's hooks, in the same dicts, so that the handles that remove them still do.
+
+    A scheduler made for the old one asks whether that was stepped: its steps are the new one's.
+    """
+    for name in list(vars(old)):
+        if name.startswith("_optimizer_") and name.endswith("_hooks"):
+            setattr(new, name, getattr(old, name))
+    cast(Any, old)._opt_called = True
+
+
 def is_capturing() -> bool:
     """Whether the current CUDA stream records a graph."""
     return cast(Any, torch.cuda).is_initialized() and torch.cuda.is_current_stream_capturing()

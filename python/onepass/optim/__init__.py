@@ -1,5 +1,6 @@
 """Fused optimizers with torch.optim's signatures, wrappers around any optimizer, and gradient clipping."""
 
+from ._interchange import from_torch, to_torch
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip import clip_grad_norm_, clip_grad_value_
@@ -24,4 +25,6 @@ __all__ = [
     "SparseAdam",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "from_torch",
+    "to_torch",
 ]

@@ -149,11 +149,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             for other in self.param_groups[:1]:
                 self._check_agreement(other, {**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for index, param in enumerate(self.param_groups[-1]["params"]):
+        try:
+            self._check_params_of(self.param_groups[-1], len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_params_of(self, group: dict[str, Any], number: int) -> None:
+        """Raise for parameters that no step could update."""
+        for index, param in enumerate(group["params"]):
             if torch.nn.parameter.is_lazy(param):
                 continue  # a lazy module gives it shape and memory of its own in the first forward pass
             if param.is_neg() and param.numel() > 1 and param.is_contiguous():
-                name = _name(self.param_groups.pop(), len(self.param_groups), index)
+                name = _name(group, number, index)
                 raise RuntimeError(f"{name} is a lazily negated view of another tensor. Use resolve_neg().")
 
     @staticmethod
@@ -168,7 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
-        for option, value in _options_of(type(self)).items():  # a pickle of an older onepass
+        for option, value in options_of(type(self)).items():  # a pickle of an older onepass
             defaults.setdefault(option, value)
         old_groups: Iterable[dict[str, Any]] = (
             self.param_groups if loading is not None else [{}] * len(state["param_groups"])
@@ -212,6 +220,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
             del self._loading
+
+    def _saved_state(self, states: dict[str, Any]) -> dict[str, Any]:
+        """The states of a parameter as torch's namesake has them."""
+        return states
 
     def _restore_precision(self, state: dict[str, Any], loading: dict[str, Any]) -> None:
         """Take states anew from the loaded dict where the base class cast them to less than state_dtype."""
@@ -416,10 +428,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 made.append((param, name))
 
 
-def _options_of(cls: type) -> dict[str, Any]:
-    """Options of an optimizer of this package with their defaults. What a user's subclass takes besides is its own."""
-    ours = next(base for base in cls.__mro__ if base.__module__.startswith(f"{__package__}."))
-    parameters = inspect.signature(ours).parameters.values()
+def options_of(cls: type) -> dict[str, Any]:
+    """Options of an optimizer of this package, or of torch, with their defaults. What a subclass takes besides is its own."""
+    packages = (f"{__package__}.", "torch.optim.")
+    known = next(base for base in cls.__mro__ if base.__module__.startswith(packages))
+    parameters = inspect.signature(known).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 

@@ -90,10 +90,13 @@ class SparseAdam(FusedOptimizer):
                     )
         return super()._gather(fresh)
 
+    def _saved_state(self, states: dict[str, Any]) -> dict[str, Any]:
+        """torch's SparseAdam counts the steps in a Python int."""
+        return {**states, "step": int(states["step"])} if "step" in states else states
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, whose SparseAdam counts the steps in a Python int."""
+        """As torch's, with int counts."""
         saved = super().state_dict()
-        for index, state in saved["state"].items():
-            if "step" in state:
-                saved["state"][index] = {**state, "step": int(state["step"])}
+        for index, states in saved["state"].items():
+            saved["state"][index] = self._saved_state(states)
         return saved

@@ -1,0 +1,179 @@
+"""From a live optimizer of torch.optim to ours and back, in the middle of training."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from .._mend import state_dtype
+from ._base import FusedOptimizer, options_of
+from ._states import params_of
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .nadam import NAdam
+from .rmsprop import RMSprop
+from .rprop import Rprop
+from .sgd import SGD
+from .sparse_adam import SparseAdam
+
+_OURS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
+    getattr(torch.optim, cls.__name__): cls for cls in (SGD, Adam, AdamW, NAdam, RMSprop, Rprop, Adagrad, SparseAdam)
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+# What to do about an option that torch.optim does not have; the others are other forms of a rule.
+_ADVICE = {
+    "max_norm": "Clip by torch.nn.utils.clip_grad_norm_ before each step and set it to None in the groups.",
+    "normalize_grads": "Divide the gradients by their norm before each step and set it to False in the groups.",
+    "fused_unscale": "Set it to False in the groups; a GradScaler then unscales before the step.",
+}
+
+
+def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
+    """Make the optimizer of this package that goes on where one of torch.optim stands.
+
+    State, groups, options, parameter names and hooks are taken over, not copied: from here on the old optimizer is not to
+    be stepped. The groups are the same dicts in the same list, so that a scheduler made for the old one is still heard,
+    until load_state_dict() gives the new one groups of its own; `scheduler.optimizer = optimizer` makes that last.
+
+    Args:
+        optimizer: a torch.optim SGD, Adam, AdamW, NAdam, RMSprop, Rprop, Adagrad or SparseAdam, between two steps. foreach,
+            fused and capturable may have any value.
+
+    Raises:
+        TypeError: another optimizer, or a subclass of these, whose step may be another one.
+        RuntimeError, ValueError: an option or a state that this package does not take, differentiable=True among them.
+        After an error the old optimizer is as it was.
+    """
+    cls = _counterpart(optimizer, _OURS, "from_torch() takes", "torch.optim")
+    _check_representable(optimizer, options_of(type(optimizer)), options_of(cls).keys(), "onepass.optim")
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    content: dict[Any, Any] = optimizer.state
+    for param, states in content.items():
+        if not isinstance(param, Tensor):  # anything that a user keeps there
+            state[param] = states
+            continue
+        known = {name: _widened(param, value) for name, value in states.items() if value is not None}
+        if known:
+            state[param] = known
+    ours: FusedOptimizer = cls.__new__(cls)
+    ours.__setstate__({"defaults": dict(optimizer.defaults), "state": state, "param_groups": groups})
+    for number, group in enumerate(groups):
+        ours._check_params_of(group, number)
+    _hand_over(optimizer, ours, set())
+    return ours
+
+
+def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
+    """Make the optimizer of torch.optim that goes on where one of this package stands; the way back of from_torch().
+
+    State, groups, options, parameter names and hooks are taken over as there. States of 16-bit parameters, which are float32
+    here, are rounded to the parameter's dtype, as torch keeps them.
+
+    Raises:
+        TypeError: a subclass, a wrapper, or no optimizer of this package.
+        ValueError: an option that torch.optim does not have; or with its own text, one that it does not take. After an error
+            the old optimizer is as it was.
+    """
+    cls = _counterpart(optimizer, _THEIRS, "to_torch() takes", "onepass.optim")
+    has, taken = options_of(type(optimizer)), options_of(cls).keys()
+    _check_representable(optimizer, has, taken, "torch.optim")
+    for group in optimizer.param_groups:
+        if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
+            raise ValueError(
+                f"torch.optim.{cls.__name__} does not take capturable=True for parameters on the CPU, where it has no effect "
+                f"here. Set it to False in the groups."
+            )
+    dropped = has.keys() - taken
+    theirs: torch.optim.Optimizer
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate parameters")
+        groups = [_named(group, dropped) for group in optimizer.param_groups]
+        theirs = cls(groups, **{name: value for name, value in optimizer.defaults.items() if name in taken})
+    if theirs.state:  # Adagrad of torch makes all states at once
+        for group in optimizer.param_groups:
+            for param in params_of([group]):
+                optimizer._make_state(group, param, [])
+    theirs.load_state_dict(_packed(optimizer, dropped))
+    for name in optimizer.scalar_states.keys() - {
+        "step"
+    }:  # loading casts NAdam's mu_product: its steps would be others
+        for param in params_of(optimizer.param_groups):
+            if name in theirs.state.get(param, {}):
+                theirs.state[param][name] = optimizer.state[param][name]
+    _hand_over(optimizer, theirs, dropped)
+    return theirs
+
+
+def _counterpart(optimizer: Any, table: dict[Any, Any], who: str, module: str) -> Any:
+    found = table.get(type(optimizer))
+    if found is not None:
+        return found
+    names = ", ".join(sorted(cls.__name__ for cls in table))
+    name = type(optimizer).__name__
+    if hasattr(optimizer, "base_optimizer"):
+        advice = f". Convert what is in the {name}: optimizer.base_optimizer = ...(optimizer.base_optimizer)"
+    elif isinstance(optimizer, tuple(table)):
+        advice = ", a subclass of them, whose step may be another one. Give its state_dict() to the optimizer you want"
+    else:
+        advice = ""
+    raise TypeError(f"{who} {names} of {module}; {name} came{advice}")
+
+
+def _widened(param: Tensor, value: Any) -> Any:
+    """A state as this package keeps it: float32 beside 16-bit parameters."""
+    is_state = isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
+    return value.to(state_dtype(param.dtype)) if is_state and param.is_floating_point() and param.dim() else value
+
+
+def _check_representable(
+    optimizer: torch.optim.Optimizer, has: dict[str, Any], taken: Collection[str], to: str
+) -> None:
+    """Raise for an option, of those that the optimizer has, that the other package lacks, unless it changes nothing."""
+    for group in optimizer.param_groups:
+        for option, default in has.items():
+            value = group.get(option, default)
+            if option not in taken and value != default:
+                advice = _ADVICE.get(option, "There is no such form of the rule there.")
+                raise ValueError(f"{to}.{type(optimizer).__name__} has no {option}, which is {value!r} here. {advice}")
+
+
+def _named(group: dict[str, Any], dropped: set[str]) -> dict[str, Any]:
+    """A group as torch's constructor takes it."""
+    options = {name: value for name, value in group.items() if name not in dropped and name != "param_names"}
+    names = group.get("param_names")
+    return {**options, "params": list(zip(names, group["params"], strict=True) if names else group["params"])}
+
+
+def _packed(optimizer: FusedOptimizer, dropped: set[str]) -> dict[str, Any]:
+    """What state_dict() gives without hooks, and without some options."""
+    params = params_of(optimizer.param_groups)
+    index = {id(param): i for i, param in enumerate(params)}
+    groups = []
+    for group in optimizer.param_groups:
+        options = {name: value for name, value in group.items() if name not in dropped}
+        groups.append({**options, "params": [index[id(param)] for param in group["params"]]})
+    states = {i: optimizer._saved_state(optimizer.state[p]) for i, p in enumerate(params) if optimizer.state.get(p)}
+    content: dict[Any, Any] = optimizer.state
+    others = {key: value for key, value in content.items() if not isinstance(key, Tensor)}
+    return {"state": {**states, **others}, "param_groups": groups}
+
+
+def _hand_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer, dropped: set[str]) -> None:
+    """Nothing is refused from here on: the groups, with the options of the new optimizer, the defaults and the hooks."""
+    for group, complete in zip(old.param_groups, new.param_groups, strict=True):
+        for option in dropped:
+            group.pop(option, None)
+        group.update({option: value for option, value in complete.items() if option not in group})
+    new.param_groups = old.param_groups
+    for option, value in old.defaults.items():  # a wrapper around the old optimizer may have its own among them
+        if option not in dropped:
+            new.defaults.setdefault(option, value)
+    _compat.share_hooks(old, new)
