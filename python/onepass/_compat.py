@@ -182,6 +182,13 @@ def in_transform() -> bool:
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _is_non_strict_export() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_non_strict_export)
+"""Whether torch.export is tracing; in torch without that question, whether it is without torch._dynamo."""
+
 active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many TorchDispatchModes are active."""
 

@@ -18,7 +18,7 @@ from .._native import batch_norm as native
 from . import _formula
 from ._batch_norm_autograd import Running, apply, dense, is_channels_last, operator, operator_apply
 from ._checks import batch_norm_operands, check_batch_size
-from ._dispatch import FORMULA, KERNEL, plain_or_none, route, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, TORCH, plain_or_none, route, wants_grad, wide
 
 
 def batch_norm(
@@ -127,6 +127,10 @@ def apply_batch_norm(
     slope: float | None,
 ) -> Tensor:
     """momentum may be a tensor where it is being traced."""
+    way = route(x, weight, bias, residual, running_mean, running_var)
+    if way == TORCH:
+        running = running_mean, running_var
+        return _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
     if training:
         check_batch_size(x)
     batch_norm_operands(x, running_mean, running_var, weight, bias, residual, training, momentum, eps)
@@ -135,9 +139,8 @@ def apply_batch_norm(
         weight = weight.reshape(-1)
     if bias is not None and bias.dim() != 1:
         bias = bias.reshape(-1)
-    way = route(x, weight, bias, residual, *running)
     if way == FORMULA or x.numel() == 0:
-        return _formula.batch_norm(x, running, weight, bias, residual, training, float(momentum), eps, slope)
+        return _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
     if (
         x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous()
     ):  # [N, L, C] in memory: channels_last with a width of 1
@@ -174,6 +177,29 @@ def apply_batch_norm(
     if running[0] is not None:
         var = (stats[1].square().reciprocal() - eps).clamp(min=0)
         update_running(running, stats[0], var, x.numel() // x.shape[1], momentum)
+    return y
+
+
+def _by_formula(
+    x: Tensor,
+    running: Running,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    slope: float | None,
+) -> Tensor:
+    mean, var = running
+    if not isinstance(momentum, Tensor):
+        return _formula.batch_norm(x, running, weight, bias, residual, training, momentum, eps, slope)
+    if not training or mean is None or var is None:
+        return _formula.batch_norm(x, running, weight, bias, residual, training, 0.0, eps, slope)
+    batch = torch.zeros_like(mean), torch.zeros_like(var)  # momentum 1 leaves the batch's own
+    y = _formula.batch_norm(x, batch, weight, bias, residual, training, 1.0, eps, slope)
+    for statistic, value in zip((mean, var), batch, strict=True):
+        statistic.lerp_(value, momentum.to(value.dtype))
     return y
 
 

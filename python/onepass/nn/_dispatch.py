@@ -4,11 +4,15 @@ A call takes the shortest way to the kernel, unless somebody has to see it. NOTE
 
 1. A torch.func transform is active, also in what torch.compile is tracing: the formula in torch operations, which every
    transform and every nesting of them takes.
-2. torch.compile or torch.export is tracing: the operator.
-3. Forward-mode AD, or torch.jit.trace: the formula.
-4. A tensor with a meaning of its own (subclass, fake, meta), an active dispatch mode, a device without kernels: the
+2. torch.export or torch.jit.trace: torch's own function, which whoever gets the program knows: ONNX, TensorRT, AOTInductor,
+   C++. It needs no onepass where it runs.
+3. torch.compile is tracing: the operator.
+4. Forward-mode AD: the formula.
+5. A tensor with a meaning of its own (subclass, fake, meta), an active dispatch mode, a device without kernels: the
    operator, which subclasses and modes see and devices refuse by name.
-5. Otherwise: the kernel.
+6. Otherwise: the kernel.
+
+Before all of them public functions ask who overrides torch's functions (__torch_function__), as torch's own do.
 """
 
 from __future__ import annotations
@@ -21,22 +25,32 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _native
-from .._compat import active_dispatch_modes, in_transform, innermost_transform, is_batched_gradient, jit_tracing
+from .._compat import (
+    active_dispatch_modes,
+    in_transform,
+    innermost_transform,
+    is_batched_gradient,
+    is_exporting,
+    jit_tracing,
+)
 
 KERNEL: Final = 0
 OPERATOR: Final = 1
 FORMULA: Final = 2
+TORCH: Final = 3
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _HAS_CUDA = _native.has_cuda
 
 
 def route(first: Tensor, *others: Tensor | None) -> int:
-    """KERNEL, OPERATOR or FORMULA for a call with these tensors, all on one device."""
+    """KERNEL, OPERATOR, FORMULA or TORCH for a call with these tensors, all on one device."""
     if is_compiling():
-        return FORMULA if in_transform() else OPERATOR
-    if innermost_transform() is not None or forward_ad._current_level >= 0 or jit_tracing() is not None:
+        return FORMULA if in_transform() else TORCH if is_exporting() else OPERATOR
+    if innermost_transform() is not None or forward_ad._current_level >= 0:
         return FORMULA
+    if jit_tracing() is not None:
+        return TORCH
     if type(first) not in _PLAIN or active_dispatch_modes():
         return OPERATOR
     for tensor in others:
@@ -50,7 +64,7 @@ def route_back(gradient: Tensor) -> int:
     batch of gradients (is_grads_batched=True)."""
     if torch.is_grad_enabled() or is_batched_gradient(gradient):
         return FORMULA
-    return route(gradient)
+    return min(route(gradient), FORMULA)
 
 
 def seen(way: int) -> int:

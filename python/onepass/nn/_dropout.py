@@ -14,7 +14,7 @@ from .. import _compat, _native
 from .._native import layers as native
 from . import _formula
 from ._checks import check_dropout_input, check_in_place, check_p, check_seed, check_tensor
-from ._dispatch import FORMULA, KERNEL, plain, route, route_back, seen, wants_grad
+from ._dispatch import FORMULA, KERNEL, TORCH, plain, route, route_back, seen, wants_grad
 from ._library import define
 
 
@@ -68,22 +68,31 @@ def dropout(
     if not training and not inverted and p != 0:
         check_dropout_input(input)
         return input.mul_(1 - p) if inplace else input * (1 - p)
-    if not training or p == 0 or input.numel() == 0:
+    if not training or p == 0:
+        return input
+    way = route(input)
+    if way == TORCH and seed is None and generator is None:
+        return _formula.dropout_by_torch(input, p, inverted, inplace)
+    if _compat.jit_tracing() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record a dropout with a seed or a generator: the mask would be that of this shape and "
+            "this call for ever. Trace it without them, or use torch.export, which takes a seed."
+        )
+    if input.numel() == 0:
         return input
     check_dropout_input(input)
     if inplace and not is_compiling():
         check_in_place(input)
     seeded = seed_tensor(seed, generator, input.device)
-    way = route(input)
     if way == KERNEL:
         y = _on_kernel(input, seeded, p, inverted, inplace)
-    elif way == FORMULA:
+    elif way in (FORMULA, TORCH):
         y = _formula.dropout(input, mask_operator(seeded, input.shape, p, False), p, inverted)
     else:
         y = _operator(input.contiguous(), seeded, p, inverted, wants_grad(input) and keeps_mask(input))[0]
     if inplace:
         return y if y is input else input.copy_(y)
-    if way == FORMULA or input.is_contiguous():
+    if way in (FORMULA, TORCH) or input.is_contiguous():
         return y
     like = torch.empty_like(input)  # the mask goes by logical order, the result by the input's order in memory
     return y if like.is_contiguous() else like.copy_(y)

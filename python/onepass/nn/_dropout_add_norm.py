@@ -13,10 +13,10 @@ from .. import _compat
 from .._native import layers as native
 from . import _formula
 from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
-from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, seen, wants_grad, wide
-from ._dropout import fake_mask, keeps_mask, mask_operator, seed_tensor
+from ._dispatch import FORMULA, KERNEL, TORCH, plain, plain_or_none, route, route_back, seen, wants_grad, wide
+from ._dropout import dropout, fake_mask, keeps_mask, mask_operator, seed_tensor
 from ._library import define, given, wanted
-from ._norm import default_eps, fake_affine_gradient
+from ._norm import default_eps, fake_affine_gradient, layer_norm, rms_norm
 
 
 def dropout_add_layer_norm(
@@ -63,9 +63,15 @@ def dropout_add_layer_norm(
             inverted=inverted,
         )
         return overridden
+    way = route(input, residual, weight, bias)
+    if way == TORCH:
+        total = _dropout_add_by_torch(input, residual, p, training, seed, generator, inverted)
+        return layer_norm(total, normalized_shape, weight, bias, eps), total
     input, residual = _operands(input, residual)
     size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
-    return _dropout_add_norm(input, residual, weight, bias, size, eps, False, p, training, seed, generator, inverted)
+    return _dropout_add_norm(
+        way, input, residual, weight, bias, size, eps, False, p, training, seed, generator, inverted
+    )
 
 
 def dropout_add_rms_norm(
@@ -98,10 +104,16 @@ def dropout_add_rms_norm(
             inverted=inverted,
         )
         return overridden
+    way = route(input, residual, weight)
+    if way == TORCH:
+        total = _dropout_add_by_torch(input, residual, p, training, seed, generator, inverted)
+        return rms_norm(total, normalized_shape, weight, eps), total
     input, residual = _operands(input, residual)
     size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
     eps = default_eps(input) if eps is None else eps
-    return _dropout_add_norm(input, residual, weight, None, size, eps, True, p, training, seed, generator, inverted)
+    return _dropout_add_norm(
+        way, input, residual, weight, None, size, eps, True, p, training, seed, generator, inverted
+    )
 
 
 def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +125,20 @@ def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return input, residual
 
 
+def _dropout_add_by_torch(
+    x: Tensor,
+    residual: Tensor,
+    p: float,
+    training: bool,
+    seed: int | None,
+    generator: Generator | None,
+    inverted: bool,
+) -> Tensor:
+    return residual + dropout(x, p, training, seed=seed, generator=generator, inverted=inverted)
+
+
 def _dropout_add_norm(
+    way: int,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -132,7 +157,6 @@ def _dropout_add_norm(
     if not training and not inverted:
         x = x * (1 - p)
     seeded = seed_tensor(seed, generator, x.device) if training and p > 0 else None
-    way = route(x, residual, weight, bias)
     if way == FORMULA or x.numel() == 0:
         keep = None if seeded is None else mask_operator(seeded, x.shape, p, False)
         total = _formula.dropout_add(x, residual, keep, p, inverted)

@@ -62,6 +62,28 @@ def norm_backward(
     return dx, dweight, dbias
 
 
+def norm_by_torch(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> Tensor:
+    """The same by torch's own function, which makes its own checks; input and weights of one dtype for it."""
+    affine = [t.expand(shape) if t is not None and t.dim() == 0 else t for t in (weight, bias)]
+    dtype = x.dtype if all(t is None or t.dtype == x.dtype for t in affine) else wide(x.dtype)
+    weight, bias = (None if t is None else _as(dtype, t) for t in affine)
+    h = _as(dtype, x)
+    y = F.rms_norm(h, tuple(shape), weight, eps) if rms else F.layer_norm(h, tuple(shape), weight, bias, eps)
+    return _as(x.dtype, y)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """No operation where the dtype is the same: tools look for patterns of operations."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
@@ -73,6 +95,14 @@ def dropout_scale(p: float, inverted: bool) -> float:
 def dropout(x: Tensor, keep: Tensor, p: float, inverted: bool) -> Tensor:
     """x where `keep`, scaled, else 0."""
     return torch.where(keep, x.to(wide(x.dtype)) * dropout_scale(p, inverted), 0).to(x.dtype)
+
+
+def dropout_by_torch(x: Tensor, p: float, inverted: bool, inplace: bool = False) -> Tensor:
+    """The same by torch's own function, which draws the mask."""
+    if inverted:
+        return F.dropout(x, p, True, inplace)
+    y = torch.where(torch.rand_like(x, dtype=torch.float32) >= p, x, 0)
+    return x.copy_(y) if inplace else y
 
 
 def dropout_add(x: Tensor, residual: Tensor, keep: Tensor | None, p: float, inverted: bool) -> Tensor:
@@ -115,13 +145,13 @@ def batch_norm(
 ) -> Tensor:
     """torch's own batch_norm, which may update running statistics inside a transform; none of ours may."""
     dtype = wide(x.dtype)
-    mean, var, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (*running, weight, bias))
-    z = F.batch_norm(x.to(dtype), mean, var, weight, bias, training, momentum, eps)
+    mean, var, weight, bias = (None if t is None else _as(dtype, t) for t in (*running, weight, bias))
+    z = F.batch_norm(_as(dtype, x), mean, var, weight, bias, training, momentum, eps)
     if training:
         for statistic, updated in zip(running, (mean, var), strict=True):
             if statistic is not None and updated is not None and updated is not statistic:
                 statistic.copy_(updated)
-    return activation(z, residual, slope).to(x.dtype)
+    return _as(x.dtype, activation(z, residual, slope))
 
 
 def batch_norm_backward(

@@ -14,7 +14,7 @@ from .._native import is_usual_norm
 from .._native import layers as native
 from . import _formula
 from ._checks import norm_operands
-from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route, route_back, wide
+from ._dispatch import FORMULA, KERNEL, TORCH, plain, plain_or_none, route, route_back, wide
 from ._library import define, given, wanted
 
 
@@ -82,12 +82,15 @@ def _norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
-    if route(x, weight, bias) == KERNEL and is_usual_norm(x, normalized_shape, weight, bias, eps):
+    way = route(x, weight, bias)
+    if way == KERNEL and is_usual_norm(x, normalized_shape, weight, bias, eps):
         return _on_kernel(x, weight, bias, normalized_shape[0], cast(float, eps), rms)
+    if way == TORCH:
+        eps = default_eps(x) if eps is None else eps
+        return _formula.norm_by_torch(x, normalized_shape, weight, bias, eps, rms)
     size, weight, bias = norm_operands(function, x, normalized_shape, weight, bias, eps)
     if eps is None:
         eps = default_eps(x)
-    way = route(x, weight, bias)
     if way == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, size, eps, rms)
     if way == KERNEL:

@@ -1,10 +1,14 @@
-"""What tools that take a model apart find in our layers: torch.fx finds leaves."""
+"""What tools that take a model apart find in our layers: fx meets leaves, TorchScript meets torch's source."""
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from torch import nn
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 def as_leaf(module: nn.Module, *inputs: object) -> Any:
@@ -40,3 +44,12 @@ def _as_torchs(module: nn.Module) -> nn.Module:
     twin: nn.Module = object.__new__(base)
     twin.__dict__ = module.__dict__
     return twin
+
+
+def scripted(forward: Forward) -> Forward:
+    """torch's forward as a method `_scripted`: TorchScript compiles methods under the name their function has."""
+    copy = types.FunctionType(
+        forward.__code__, forward.__globals__, "_scripted", forward.__defaults__, forward.__closure__
+    )
+    copy.__annotations__ = forward.__annotations__
+    return cast(Forward, copy)

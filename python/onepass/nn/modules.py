@@ -11,14 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
+from .._compat import jit_tracing
 from . import functional as F
 from ._batch_norm import activation_slope, apply_batch_norm, is_counted
 from ._checks import check_p
 from ._sync_batch_norm import sync_batch_norm, world_of
-from ._tools import as_leaf
+from ._tools import as_leaf, scripted
 
 
 def _as_leaf(module: nn.Module, *inputs: object) -> Tensor | None:
@@ -27,22 +29,44 @@ def _as_leaf(module: nn.Module, *inputs: object) -> Tensor | None:
     return node
 
 
+def _scripted_dropout(input: Tensor, p: float, training: bool, inverted: bool) -> Tensor:
+    """Dropout where TorchScript compiles a module of ours."""
+    if inverted:
+        return nn.functional.dropout(input, p, training)
+    if training:
+        return torch.where(torch.rand_like(input, dtype=torch.float32) >= p, input, 0)
+    return input * (1 - p)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm; see functional.layer_norm. weight and bias may be replaced by 0-d parameters."""
 
+    # TorchScript compiles what follows `if not is_scripting()`; of the rest it needs syntax that it knows.
+    _scripted = scripted(nn.LayerNorm.forward)
+
     def forward(self, input: Tensor) -> Tensor:
-        if has_torch_function_unary(input) and (node := _as_leaf(self, input)) is not None:
-            return node
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if not is_scripting():
+            if has_torch_function_unary(input):
+                node = _as_leaf(self, input)
+                if node is not None:
+                    return node
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return self._scripted(input)
 
 
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm; see functional.rms_norm. weight may be replaced by a 0-d parameter."""
 
+    _scripted = scripted(nn.RMSNorm.forward)
+
     def forward(self, x: Tensor) -> Tensor:
-        if has_torch_function_unary(x) and (node := _as_leaf(self, x)) is not None:
-            return node
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if not is_scripting():
+            if has_torch_function_unary(x):
+                node = _as_leaf(self, x)
+                if node is not None:
+                    return node
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return self._scripted(x)
 
 
 class Dropout(nn.Dropout):
@@ -54,6 +78,8 @@ class Dropout(nn.Dropout):
     """
 
     inverted = True
+    __constants__ = [*nn.Dropout.__constants__, "inverted"]  # noqa: RUF012
+    _scripted = scripted(nn.Dropout.forward)
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, inverted: bool = True) -> None:
         super().__init__(p, inplace)
@@ -61,9 +87,13 @@ class Dropout(nn.Dropout):
             self.inverted = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if has_torch_function_unary(input) and (node := _as_leaf(self, input)) is not None:
-            return node
-        return F.dropout(input, self.p, self.training, self.inplace, inverted=self.inverted)
+        if not is_scripting():
+            if has_torch_function_unary(input):
+                node = _as_leaf(self, input)
+                if node is not None:
+                    return node
+            return F.dropout(input, self.p, self.training, self.inplace, inverted=self.inverted)
+        return self._scripted(input) if self.inverted else _scripted_dropout(input, self.p, self.training, False)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.inverted else ", inverted=False")
@@ -95,19 +125,24 @@ class DropoutAddLayerNorm(LayerNorm):
         self.p, self.inverted = p, inverted
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if has_torch_function_variadic(input, residual) and (node := _as_leaf(self, input, residual)) is not None:
-            return cast("tuple[Tensor, Tensor]", node)
-        return F.dropout_add_layer_norm(
-            input,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            self.p,
-            self.training,
-            inverted=self.inverted,
-        )
+        if not is_scripting():
+            if has_torch_function_variadic(input, residual):
+                node = _as_leaf(self, input, residual)
+                if node is not None:
+                    return cast("tuple[Tensor, Tensor]", node)
+            return F.dropout_add_layer_norm(
+                input,
+                residual,
+                self.normalized_shape,
+                self.weight,
+                self.bias,
+                self.eps,
+                self.p,
+                self.training,
+                inverted=self.inverted,
+            )
+        sum = residual + _scripted_dropout(input, self.p, self.training, self.inverted)
+        return self._scripted(sum), sum
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}" + ("" if self.inverted else ", inverted=False")
@@ -138,18 +173,23 @@ class DropoutAddRMSNorm(RMSNorm):
         self.p, self.inverted = p, inverted
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if has_torch_function_variadic(input, residual) and (node := _as_leaf(self, input, residual)) is not None:
-            return cast("tuple[Tensor, Tensor]", node)
-        return F.dropout_add_rms_norm(
-            input,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            self.p,
-            self.training,
-            inverted=self.inverted,
-        )
+        if not is_scripting():
+            if has_torch_function_variadic(input, residual):
+                node = _as_leaf(self, input, residual)
+                if node is not None:
+                    return cast("tuple[Tensor, Tensor]", node)
+            return F.dropout_add_rms_norm(
+                input,
+                residual,
+                self.normalized_shape,
+                self.weight,
+                self.eps,
+                self.p,
+                self.training,
+                inverted=self.inverted,
+            )
+        sum = residual + _scripted_dropout(input, self.p, self.training, self.inverted)
+        return self._scripted(sum), sum
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}" + ("" if self.inverted else ", inverted=False")
@@ -207,7 +247,7 @@ def _overridden(
 
 def _cumulative_momentum(batches: Tensor) -> float | Tensor:
     """1 / (this batch's number): the running statistics are the mean over all batches."""
-    if torch.compiler.is_compiling():  # a number would end the graph
+    if is_compiling() or jit_tracing() is not None:  # a number would end the graph, or stay in the trace
         return (batches + 1).to(torch.float32).reciprocal()
     return 1 / (int(batches) + 1)
 
@@ -215,22 +255,34 @@ def _cumulative_momentum(batches: Tensor) -> float | Tensor:
 class BatchNorm1d(nn.BatchNorm1d):
     """torch.nn.BatchNorm1d: input [N, C] or [N, C, L]; see functional.batch_norm."""
 
+    _scripted = scripted(nn.BatchNorm1d.forward)
+
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        if not is_scripting():
+            return _forward(self, input)
+        return self._scripted(input)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """torch.nn.BatchNorm2d: input [N, C, H, W]; see functional.batch_norm."""
 
+    _scripted = scripted(nn.BatchNorm2d.forward)
+
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        if not is_scripting():
+            return _forward(self, input)
+        return self._scripted(input)
 
 
 class BatchNorm3d(nn.BatchNorm3d):
     """torch.nn.BatchNorm3d: input [N, C, D, H, W]; see functional.batch_norm."""
 
+    _scripted = scripted(nn.BatchNorm3d.forward)
+
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        if not is_scripting():
+            return _forward(self, input)
+        return self._scripted(input)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -240,8 +292,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     break under torch.compile.
     """
 
+    _scripted = scripted(nn.SyncBatchNorm.forward)
+
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        if not is_scripting():
+            return _forward(self, input)
+        return self._scripted(input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -274,7 +330,14 @@ class _Activation(_BatchNorm):
         self.activation, self.negative_slope = activation, negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _forward(self, input, residual, activation_slope(self.activation, self.negative_slope))
+        if not is_scripting():
+            return _forward(self, input, residual, activation_slope(self.activation, self.negative_slope))
+        y: Tensor = self._scripted(input)  # type: ignore[operator]
+        if residual is not None:
+            y = y + residual
+        if self.activation is None:
+            return y
+        return nn.functional.leaky_relu(y, 0.0 if self.activation == "relu" else self.negative_slope)
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
