@@ -341,27 +341,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         if clip.needs_norm and plan.has_subclasses():
             clip.reduce = reduce_sharded(self.param_groups)
         self._check_capture(plan)
-        made: list[tuple[Tensor, str]] = []
-        fresh: set[Tensor] = set()
+        made: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
             if missing:  # parameters met for the first time; everything was checked before their states are made
-                needs_fresh = {id(group): self._needs_fresh(group) for group in self.param_groups}
-                for group, index in missing:
-                    self._make_state(group, group["params"][index], made)
-                    if needs_fresh[id(group)]:
-                        fresh.add(group["params"][index])
-                plan, menders, missing = self._gather(fresh)
+                made = [(group["params"][i], self._new_states(group, group["params"][i])) for group, i in missing]
+                for param, states in made:
+                    self.state[param].update(states)
+                plan, menders, missing = self._gather(self._fresh_params(missing))
                 if missing:
                     raise RuntimeError("the optimizer's state changed while it was being made")
             norm = _native.update(plan, menders, clip)
         except BaseException:
-            for param, name in [] if plan.has_run() else made:
-                del self.state[param][name]
-                if not self.state[param]:
-                    del self.state[param]
+            if not plan.has_run():
+                self._take_back(made)
             raise
         if norm is not None:
             self._grad_norm = norm
+
+    def _fresh_params(self, missing: list[tuple[dict[str, Any], int]]) -> set[Tensor]:
+        """Those among them whose rule has to know that their states are new."""
+        needs_fresh = {id(group): self._needs_fresh(group) for group in self.param_groups}
+        return {group["params"][index] for group, index in missing if needs_fresh[id(group)]}
+
+    def _take_back(self, made: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Remove states made for a step that did not take place."""
+        for param, states in made:
+            of_param = self.state.get(param, {})
+            for name in states:
+                of_param.pop(name, None)
+            if not of_param:
+                self.state.pop(param, None)
 
     def _check_capture(self, plan: Any) -> None:
         """A CUDA graph that replays a step whose number the host counts would repeat that one step."""
@@ -408,24 +417,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replace_state(self, group: dict[str, Any], index: int, name: str, tensor: Tensor) -> None:
         self.state[group["params"][index]][name] = tensor
 
-    def _make_state(self, group: dict[str, Any], param: Tensor, made: list[tuple[Tensor, str]]) -> None:
-        """New states, as tensors like the parameter: same strides, and a DTensor for a DTensor."""
-        state = self.state[param]
-        for name, value in self.scalar_states.items():
-            if state.get(name) is None:
-                state[name] = self._scalar_tensor(group, param, value)
-                made.append((param, name))
+    def _new_states(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """The states that a parameter lacks, as tensors like it: same strides, and a DTensor for a DTensor."""
+        known = self.state.get(param, {})
+        new = {
+            name: self._scalar_tensor(group, param, value)
+            for name, value in self.scalar_states.items()
+            if known.get(name) is None
+        }
         for name in self._state_names(group):
-            if state.get(name) is None:
+            if known.get(name) is None:
                 value = self._initial_value(group, name)
-                state[name] = torch.full_like(
+                new[name] = torch.full_like(
                     param,
                     complex(value, value) if param.is_complex() else value,  # complex numbers are pairs of reals
                     dtype=state_dtype(param.dtype),
                     memory_format=torch.preserve_format,
                     requires_grad=False,
                 )
-                made.append((param, name))
+        return new
 
 
 def options_of(cls: type) -> dict[str, Any]:

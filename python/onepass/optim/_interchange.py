@@ -100,7 +100,8 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     if theirs.state:  # Adagrad of torch makes all states at once
         for group in optimizer.param_groups:
             for param in params_of([group]):
-                optimizer._make_state(group, param, [])
+                new = optimizer._new_states(group, param)
+                optimizer.state[param].update(new)
     theirs.load_state_dict(_packed(optimizer, dropped))
     for name in optimizer.scalar_states.keys() - {
         "step"

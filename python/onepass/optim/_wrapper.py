@@ -142,7 +142,13 @@ class Wrapper(torch.optim.Optimizer):
         state_dict = _compat.begin_load(self, state_dict)
         self._check_loaded(state_dict["param_groups"])
         own, rest = self._split(state_dict)
-        self.base_optimizer.load_state_dict({**state_dict, "state": rest})
+        before = self.param_groups
+        try:
+            self.base_optimizer.load_state_dict({**state_dict, "state": rest})
+        except BaseException:
+            if self.param_groups is not before:  # a hook raised after everything had been loaded
+                self._set_kept_state(own)
+            raise
         self._set_kept_state(own)
         _compat.end_load(self)
 

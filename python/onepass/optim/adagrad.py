@@ -81,10 +81,11 @@ class Adagrad(FusedOptimizer):
 
     def share_memory(self) -> None:
         """Move the states `sum` to shared memory, for processes that train together (Hogwild); made where they are missing."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                self._make_state(group, param, [])
-                self.state[param]["sum"].share_memory_()
+        params = [(group, param) for group in self.param_groups for param in group["params"]]
+        made = [(param, self._new_states(group, param)) for group, param in params]
+        for param, states in made:
+            self.state[param].update(states)
+            self.state[param]["sum"].share_memory_()
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
