@@ -1,6 +1,7 @@
 """Optimizers at the edges of their use: lazy parameters, no groups, subclasses, numbers of any kind, a scaler elsewhere."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -28,19 +29,18 @@ def lazy_model() -> torch.nn.Module:
 @EVERY_RULE
 def test_lazy_parameters(rule, form):
     """Taken before the first forward pass, and stepped like others after it. (torch's Adagrad alone refuses them.)"""
+    if form == "named" and "param_names" not in inspect.getsource(torch.optim.Optimizer):
+        pytest.skip("this torch has no named parameters")
 
-    def train(cls, lazy: bool):
+    def train(cls):
         model, x = lazy_model(), torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-        if not lazy:
-            model(x)
         params = list(model.parameters())
         first = {"list": params, "named": list(model.named_parameters()), "group": [{"params": params}]}
         optimizer = cls(first.get(form, params[:1]), **rule.usual)
         if form == "added":
             optimizer.add_param_group({"params": params[1:]})
-        if lazy:
-            optimizer.step()  # nothing has a gradient yet
-            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()  # nothing has a gradient yet
+        optimizer.load_state_dict(optimizer.state_dict())
         for _ in range(3):
             optimizer.zero_grad()
             torch.manual_seed(2)
@@ -48,10 +48,10 @@ def test_lazy_parameters(rule, form):
             optimizer.step()
         return model, optimizer
 
-    (model, optimizer), (twin, _) = train(rule.ours, True), train(rule.theirs, rule.theirs is not torch.optim.Adagrad)
-    # A lazy layer draws its weights in the first forward pass; both runs did so from the same seed.
+    model, optimizer = train(rule.ours)
     if rule.theirs is not torch.optim.Adagrad:
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        # A lazy layer draws its weights in the first forward pass; both runs do so from the same seed.
+        for (name, p), q in zip(model.named_parameters(), train(rule.theirs)[0].parameters(), strict=True):
             assert_close(p, q, 1e-5, name)
     assert all(optimizer.state[p] for p in model.parameters())
 

@@ -16,6 +16,7 @@ from rules import RULES, loss_of
 from sparse import SPARSE, some_rows
 from support import ARITHMETIC, HALF, arithmetic_dtype, assert_close, assert_same, bits, parameter, rounding, snapshot
 
+TAKES_NAMES = "param_names" in inspect.getsource(torch.optim.Optimizer)  # torch >= 2.6
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
@@ -34,7 +35,7 @@ class Uninterrupted:
         self.seed = 0
 
     def groups_of(self, model) -> list[dict]:
-        named = list(model.named_parameters())
+        named = list(model.named_parameters()) if TAKES_NAMES else list(model.parameters())
         return [{"params": named[:2], "lr": 0.05, "mine": "first"}, {"params": named[2:]}]
 
     def train(self, steps: int, tolerance: float | None = None) -> None:
@@ -115,7 +116,8 @@ def test_every_case_of_the_rule(rule):
     for case in rule.cases:
         clips = case.get("max_norm") is not None or case.get("normalize_grads") or case.get("fused_unscale")
         theirs = rule.to_torch(case)
-        if theirs is None or clips or case.get("capturable"):
+        known = theirs is not None and theirs.keys() <= inspect.signature(rule.theirs).parameters.keys()
+        if not known or clips or case.get("capturable"):
             continue
         both = Uninterrupted(rule, theirs)
         both.train(2)
@@ -235,7 +237,7 @@ def test_nothing_is_copied(rule):
     assert all(a is b for a, b in zip(groups, dicts, strict=True))
     assert [group["lr"] for group in groups] == lrs
     assert groups[1]["lr"] is lrs[1]
-    assert groups[0]["param_names"] == ["0.weight", "0.bias"]
+    assert groups[0].get("param_names") == (["0.weight", "0.bias"] if TAKES_NAMES else None)
     assert groups[0]["mine"] == "first"
     assert {s.data_ptr() for states in ours.state.values() for s in states.values() if s.dim()} == memory
     theirs = to_torch(ours)

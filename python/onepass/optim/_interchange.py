@@ -97,6 +97,9 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate parameters")
         groups = [_named(group, dropped) for group in optimizer.param_groups]
         theirs = cls(groups, **{name: value for name, value in optimizer.defaults.items() if name in taken})
+    dropped |= {
+        "decoupled_weight_decay"
+    } - theirs.defaults.keys()  # what AdamW is, said in its groups by newer torch only
     if theirs.state:  # Adagrad of torch makes all states at once
         for group in optimizer.param_groups:
             for param in params_of([group]):
@@ -172,7 +175,7 @@ def _hand_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer, dropped: 
     for group, complete in zip(old.param_groups, new.param_groups, strict=True):
         for option in dropped:
             group.pop(option, None)
-        group.update({option: value for option, value in complete.items() if option not in group})
+        group.update({option: value for option, value in complete.items() if option not in group.keys() | dropped})
     new.param_groups = old.param_groups
     for option, value in old.defaults.items():  # a wrapper around the old optimizer may have its own among them
         if option not in dropped:
