@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -74,8 +76,6 @@ def assert_async(condition: Tensor) -> None:
 
 def dtensor_type() -> type | None:
     """The DTensor class if something in this process has imported it (without it there can be no instance)."""
-    import sys
-
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "DTensor"):
@@ -199,9 +199,29 @@ is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_ba
 """Whether a gradient is a batch of them: torch.autograd.grad(is_grads_batched=True) has a vmap of its own."""
 
 
-def in_backward() -> bool:
-    """Whether this runs inside of backward(), as what activation checkpointing computes a second time does."""
-    return torch._C._current_graph_task_id() != -1
+def is_recomputing() -> bool:
+    """Whether activation checkpointing runs this a second time, inside of a backward.
+
+    A hook may run a forward of its own there, which is none, so the callers tell. They are torch.utils.checkpoint's
+    recompute_fn or, for its reentrant form and those of other libraries, the backward of a CheckpointFunction; but not
+    where that has come to backpropagate through what it has computed, when hooks run again.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name, caller = frame.f_code.co_name, frame.f_back
+        if name == "recompute_fn" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        if caller is not None and caller.f_code.co_name == "backward" and frame.f_code is not _BACKPROPAGATE:
+            function = type(caller.f_locals.get("ctx")).__name__
+            if function.startswith("CheckpointFunction"):
+                return True
+        frame = caller
+    return False
+
+
+_BACKPROPAGATE = torch.autograd.backward.__code__
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from .. import _C
 from . import _stream, is_on_cuda
 
 __all__ = [
+    "TINY",
     "affine_gradients",
     "arithmetic",
     "dropout",
@@ -57,8 +58,8 @@ def _mask_for(x: Tensor) -> Tensor:
     return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
 
 
-# Below this many elements making a row's statistics anew in backward is quicker than a tensor that keeps them.
-_TINY = 8192
+# Up to this many elements on a CPU making a row's statistics anew in backward is quicker than a tensor that keeps them.
+TINY = 0 if _C.cuda_on_host else 8192
 
 
 def norm(
@@ -81,7 +82,7 @@ def norm_for_backward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The same for norm_backward: stats are None where it is quicker without."""
-    stats = None if x.is_cpu and x.numel() <= _TINY and not _C.cuda_on_host else _row_stats(x, size)
+    stats = None if x.is_cpu and x.numel() <= TINY else _row_stats(x, size)
     return _norm(x, weight, bias, stats, size, eps, rms), stats
 
 

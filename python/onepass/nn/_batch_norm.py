@@ -2,8 +2,12 @@
 
 NOTE: [running statistics]
 Eager training updates them in the kernel that computes the batch's. Operators write to nothing, so that compilers may
-move and repeat them: there the update is torch operations after the operator. Nothing is updated inside of a backward:
-what runs a forward there is activation checkpointing, and the batch has been counted. (torch counts it twice.)
+move and repeat them: there the update is torch operations after the operator. The count of batches rises right after the
+statistics have changed, so that nothing that fails in between leaves one without the other. Where activation
+checkpointing runs a forward a second time nothing is updated: the batch has been counted. (torch counts it twice.)
+
+Autograd saves the same number of tensors on every way, for checkpointing may take another one the second time: the update
+is nothing that it records. For the same reason dispatch modes see the same operations both times, except for the writes.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _compat
 from .._native import batch_norm as native
 from . import _formula
-from ._batch_norm_autograd import Running, apply, dense, is_channels_last, operator, operator_apply
+from ._batch_norm_autograd import Running, apply, count, dense, is_channels_last, operator, operator_apply
 from ._checks import batch_norm_operands, check_batch_size
 from ._dispatch import FORMULA, KERNEL, TORCH, plain_or_none, route, wants_grad, wide
 
@@ -111,7 +115,7 @@ def activation_slope(activation: str | None, negative_slope: float) -> float | N
 
 def is_counted() -> bool:
     """Whether a batch in training counts for the running statistics, see NOTE: [running statistics]."""
-    return is_compiling() or not _compat.in_backward()
+    return is_compiling() or not _compat.is_recomputing()
 
 
 def apply_batch_norm(
@@ -125,28 +129,36 @@ def apply_batch_norm(
     momentum: float | Tensor,
     eps: float,
     slope: float | None,
+    batches: Tensor | None = None,
 ) -> Tensor:
-    """momentum may be a tensor where it is being traced."""
+    """momentum may be a tensor where it is being traced. batches: the count that rises with the running statistics."""
+    y: Tensor
     way = route(x, weight, bias, residual, running_mean, running_var)
     if way == TORCH:
         running = running_mean, running_var
-        return _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
+        y = _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
+        count(batches)
+        return y
     if training:
         check_batch_size(x)
     batch_norm_operands(x, running_mean, running_var, weight, bias, residual, training, momentum, eps)
-    running = (running_mean, running_var) if not training or is_counted() else (None, None)
+    counted = not training or is_counted()
+    running = (running_mean, running_var) if counted else (None, None)
+    batches = batches if counted else None
     if weight is not None and weight.dim() != 1:
         weight = weight.reshape(-1)
     if bias is not None and bias.dim() != 1:
         bias = bias.reshape(-1)
     if way == FORMULA or x.numel() == 0:
-        return _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
+        y = _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
+        count(batches)
+        return y
     if (
         x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous()
     ):  # [N, L, C] in memory: channels_last with a width of 1
         residual = None if residual is None else residual.unsqueeze(-1)
         return apply_batch_norm(
-            x.unsqueeze(-1), *running, weight, bias, residual, training, momentum, eps, slope
+            x.unsqueeze(-1), running_mean, running_var, weight, bias, residual, training, momentum, eps, slope, batches
         ).squeeze(-1)
     channels_last = is_channels_last(x)
     if way == KERNEL:
@@ -154,29 +166,29 @@ def apply_batch_norm(
         weight, bias = plain_or_none(weight), plain_or_none(bias)
     operands = x, residual, weight, bias
     if not training:
-        y: Tensor
         if way != KERNEL:
             y = operator_apply(*operands, _constant_statistics(running, eps, wide(x.dtype)), slope, channels_last)
             return y
         if not _is_plain(running, written=False):
             running = _plain_copy(running[0], x), _plain_copy(running[1], x)
         if wants_grad(*operands):
-            y = apply(*operands, training, running, 0.0, eps, slope, channels_last)
+            y = apply(*operands, training, running, None, 0.0, eps, slope, channels_last)
         else:
             y, _ = native.batch_norm_running(x, *operands[2:], residual, *running, eps, slope)
         return y
     if way == KERNEL and _is_plain(running, written=True):
         momentum = float(momentum)
         if wants_grad(*operands):
-            y = apply(*operands, training, running, momentum, eps, slope, channels_last)
+            y = apply(*operands, training, running, batches, momentum, eps, slope, channels_last)
         else:
             y, _ = native.batch_norm(x, *operands[2:], residual, *running, momentum, eps, slope)
+            count(batches)
         _compat.increment_version([statistic for statistic in running if statistic is not None])
         return y
     y, stats = operator(*operands, eps, slope, channels_last)
-    if running[0] is not None:
-        var = (stats[1].square().reciprocal() - eps).clamp(min=0)
-        update_running(running, stats[0], var, x.numel() // x.shape[1], momentum)
+    if running_mean is not None:
+        _update_by_operator(running_mean, running_var, stats, eps, x.numel() // x.shape[1], momentum, counted)
+    count(batches)
     return y
 
 
@@ -231,9 +243,27 @@ def _plain_copy(statistic: Tensor | None, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_running(running: Running, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | Tensor) -> None:
-    """running <- (1 - momentum) * running + momentum * the batch's; `var` is the biased variance of `count` values."""
-    for statistic, value in zip(running, (mean, var * (count / (count - 1))), strict=True):
+def _update_by_operator(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: Tensor,
+    eps: float,
+    values: int,
+    momentum: float | Tensor,
+    counted: bool,
+) -> None:
+    var = (stats[1].square().reciprocal() - eps).clamp(min=0)
+    update_running((running_mean, running_var), stats[0], var, values, momentum, counted)
+
+
+@torch.no_grad()
+def update_running(
+    running: Running, mean: Tensor, var: Tensor, values: int | Tensor, momentum: float | Tensor, counted: bool = True
+) -> None:
+    """running <- (1 - momentum) * running + momentum * the batch's; `var` is the biased variance of `values` values."""
+    for statistic, value in zip(running, (mean, var * (values / (values - 1))), strict=True):
         if statistic is not None:
             weight = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
-            statistic.lerp_(value.to(statistic.dtype).reshape(statistic.shape), weight)
+            updated = statistic.lerp(value.to(statistic.dtype).reshape(statistic.shape), weight)
+            if counted:
+                statistic.copy_(updated)

@@ -18,6 +18,12 @@ from ._norm import fake_affine_gradient
 Running = tuple[Tensor | None, Tensor | None]
 
 
+def count(batches: Tensor | None) -> None:
+    """One more batch in the running statistics."""
+    if batches is not None:
+        batches.add_(1)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """The order in memory that x has or, where it is not dense, comes nearest to."""
     return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
@@ -50,6 +56,7 @@ class _BatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         training: bool,
         running: Running,
+        batches: Tensor | None,
         momentum: float,
         eps: float,
         slope: float | None,
@@ -57,6 +64,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         if training:
             y, stats = native.batch_norm(x, weight, bias, residual, *running, momentum, eps, slope)
+            count(batches)
         else:
             y, stats = native.batch_norm_running(x, weight, bias, residual, *running, eps, slope)
         _save(ctx, x, weight, stats, y, eps, slope, channels_last, training)
@@ -64,7 +72,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, route_back(dy)), *(None,) * 6
+        return *_gradients(ctx, dy, route_back(dy)), *(None,) * 7
 
 
 apply = _compat.applier(_BatchNorm)

@@ -43,6 +43,11 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _HAS_CUDA = _native.has_cuda
 
 
+def is_exact(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is its value: it is no subclass, such as the fake ones of compilers."""
+    return type(tensor) in _PLAIN
+
+
 def route(first: Tensor, *others: Tensor | None) -> int:
     """KERNEL, OPERATOR, FORMULA or TORCH for a call with these tensors, all on one device."""
     if is_compiling():

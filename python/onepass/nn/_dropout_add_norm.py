@@ -65,7 +65,7 @@ def dropout_add_layer_norm(
         return overridden
     way = route(input, residual, weight, bias)
     if way == TORCH:
-        total = _dropout_add_by_torch(input, residual, p, training, seed, generator, inverted)
+        total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     input, residual = _operands(input, residual)
     size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
@@ -106,7 +106,7 @@ def dropout_add_rms_norm(
         return overridden
     way = route(input, residual, weight)
     if way == TORCH:
-        total = _dropout_add_by_torch(input, residual, p, training, seed, generator, inverted)
+        total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return rms_norm(total, normalized_shape, weight, eps), total
     input, residual = _operands(input, residual)
     size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
@@ -123,18 +123,6 @@ def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(input.dtype, residual.dtype)
         return input.to(dtype), residual.to(dtype)
     return input, residual
-
-
-def _dropout_add_by_torch(
-    x: Tensor,
-    residual: Tensor,
-    p: float,
-    training: bool,
-    seed: int | None,
-    generator: Generator | None,
-    inverted: bool,
-) -> Tensor:
-    return residual + dropout(x, p, training, seed=seed, generator=generator, inverted=inverted)
 
 
 def _dropout_add_norm(

@@ -14,7 +14,7 @@ from .._native import is_usual_norm
 from .._native import layers as native
 from . import _formula
 from ._checks import norm_operands
-from ._dispatch import FORMULA, KERNEL, TORCH, plain, plain_or_none, route, route_back, wide
+from ._dispatch import FORMULA, KERNEL, TORCH, is_exact, plain, plain_or_none, route, route_back, wide
 from ._library import define, given, wanted
 
 
@@ -168,7 +168,9 @@ def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, *rest = inputs
-    ctx.save_for_backward(x, weight, output[1])
+    # What checkpointing computes a second time may go straight to the kernel, and has to save as many tensors.
+    is_tiny = is_exact(x) and x.is_cpu and x.numel() <= native.TINY
+    ctx.save_for_backward(x, weight, None if is_tiny else output[1])
     ctx.rest = tuple(rest)
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import _compat
 from .._native import batch_norm as native
 from ._batch_norm import is_counted, update_running
-from ._batch_norm_autograd import Running, dense, is_channels_last
+from ._batch_norm_autograd import Running, count, dense, is_channels_last
 from ._checks import batch_norm_operands
 from ._dispatch import KERNEL, plain_or_none, route, wide
 
@@ -36,6 +36,7 @@ def sync_batch_norm(
     momentum: float | Tensor,
     eps: float,
     group: Any,
+    batches: Tensor | None = None,
 ) -> Tensor:
     """batch_norm in training over the batches of all processes of `group`, every one of which must call it.
 
@@ -58,6 +59,7 @@ def sync_batch_norm(
         eps,
         group,
         channels_last,
+        batches,
     )  # type: ignore[no-untyped-call]
     return y
 
@@ -74,21 +76,23 @@ class _SyncBatchNorm(torch.autograd.Function):
         eps: float,
         group: Any,
         channels_last: bool,
+        batches: Tensor | None,
     ) -> Tensor:
-        mean, var, count = _merged_moments(x, group)
+        mean, var, values = _merged_moments(x, group)
         if is_counted():
-            counted = (count > 0) * torch.full_like(count, momentum)  # 0 where all batches are empty
-            update_running(running, mean, var, count.clamp(min=2), counted)
+            counted = (values > 0) * torch.full_like(values, momentum)  # 0 where all batches are empty
+            update_running(running, mean, var, values.clamp(min=2), counted)
+            count(batches)
         dtype = wide(x.dtype)
         stats = torch.stack((mean, torch.rsqrt(var + eps), mean - mean.to(dtype))).to(dtype)
-        ctx.save_for_backward(x, weight, stats, count)
+        ctx.save_for_backward(x, weight, stats, values)
         ctx.rest = group, channels_last
         return native.batch_norm_apply(x, stats, weight, bias, None, None) if x.numel() else torch.empty_like(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats, count = ctx.saved_tensors
+        x, weight, stats, values = ctx.saved_tensors
         group, channels_last = ctx.rest
         want = ctx.needs_input_grad
         x, dy = dense(x, channels_last), dense(dy, channels_last)
@@ -99,11 +103,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         if want[0]:
             means = sums.to(torch.float64, copy=True)
             distributed.all_reduce(means, group=group)
-            means = (means / count).to(stats.dtype)
+            means = (means / values).to(stats.dtype)
             dx = torch.empty_like(x)
             if not empty:
                 dx, _ = native.batch_norm_backward_apply(dy, x, None, weight, stats, means, 1.0, None, (True, False))
-        return dx, dweight if want[1] else None, dbias if want[2] else None, *(None,) * 5
+        return dx, dweight if want[1] else None, dbias if want[2] else None, *(None,) * 6
 
 
 def _merged_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:

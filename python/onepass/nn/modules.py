@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from .._compat import jit_tracing
 from . import functional as F
 from ._batch_norm import activation_slope, apply_batch_norm, is_counted
+from ._batch_norm_autograd import count
 from ._checks import check_p
 from ._sync_batch_norm import sync_batch_norm, world_of
 from ._tools import as_leaf, scripted
@@ -208,23 +209,21 @@ def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, 
     running_mean, running_var, batches = module.running_mean, module.running_var, module.num_batches_tracked
     if training and not module.track_running_stats:
         running_mean = running_var = batches = None
-    if not training or batches is None or not is_counted():
+    if not training:
         batches = None
-    elif momentum is None:
+    if momentum is None and batches is not None:
         momentum = _cumulative_momentum(batches)
     momentum = 0.0 if momentum is None else momentum
     operands = input, running_mean, running_var, module.weight, module.bias
     group = world_of(module, input) if training and isinstance(module, SyncBatchNorm) else None
     if group is not None:
-        y = sync_batch_norm(*operands, momentum, module.eps, group)
-    else:
-        by_batch = training or (running_mean is None and running_var is None)
-        if has_torch_function_variadic(*operands, residual):
-            y = _overridden(module, operands, residual, by_batch, momentum)
-        else:
-            y = apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope)
-    if batches is not None:
-        batches.add_(1)
+        return sync_batch_norm(*operands, momentum, module.eps, group, batches)
+    by_batch = training or (running_mean is None and running_var is None)
+    if not has_torch_function_variadic(*operands, residual):
+        return apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope, batches)
+    y = _overridden(module, operands, residual, by_batch, momentum)
+    if is_counted():
+        count(batches)
     return y
 
 
