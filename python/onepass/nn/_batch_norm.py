@@ -21,7 +21,8 @@ from .. import _compat
 from .._native import batch_norm as native
 from . import _formula
 from ._batch_norm_autograd import Running, apply, count, dense, is_channels_last, operator, operator_apply
-from ._checks import batch_norm_operands, check_batch_size
+from ._batch_norm_checks import batch_norm_operands, check_batch_size
+from ._checks import number
 from ._dispatch import FORMULA, KERNEL, TORCH, plain_or_none, route, wants_grad, wide
 
 
@@ -106,11 +107,12 @@ def batch_norm_activation(
 def activation_slope(activation: str | None, negative_slope: float) -> float | None:
     if activation not in (None, "relu", "leaky_relu"):
         raise ValueError(f'activation has to be "relu", "leaky_relu" or None, but got {activation!r}')
+    negative_slope = number("leaky_relu", "negative_slope", 2, negative_slope)
     if not negative_slope >= 0:
         raise ValueError(
             f"negative_slope has to be >= 0, but got {negative_slope}: backward reads the sign of the result"
         )
-    return None if activation is None else 0.0 if activation == "relu" else float(negative_slope)
+    return None if activation is None else 0.0 if activation == "relu" else negative_slope
 
 
 def is_counted() -> bool:
@@ -141,7 +143,7 @@ def apply_batch_norm(
         return y
     if training:
         check_batch_size(x)
-    batch_norm_operands(x, running_mean, running_var, weight, bias, residual, training, momentum, eps)
+    momentum, eps = batch_norm_operands(x, running_mean, running_var, weight, bias, residual, training, momentum, eps)
     counted = not training or is_counted()
     running = (running_mean, running_var) if counted else (None, None)
     batches = batches if counted else None

@@ -39,13 +39,14 @@ OPERATOR: Final = 1
 FORMULA: Final = 2
 TORCH: Final = 3
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_EXACT = frozenset((Tensor, torch.nn.Parameter))
+_EXACT_OR_NONE = _EXACT | {type(None)}
 _HAS_CUDA = _native.has_cuda
 
 
 def is_exact(tensor: Tensor) -> bool:
     """Whether a tensor's memory is its value: it is no subclass, such as the fake ones of compilers."""
-    return type(tensor) in _PLAIN
+    return type(tensor) in _EXACT
 
 
 def route(first: Tensor, *others: Tensor | None) -> int:
@@ -56,10 +57,10 @@ def route(first: Tensor, *others: Tensor | None) -> int:
         return FORMULA
     if jit_tracing() is not None:
         return TORCH
-    if type(first) not in _PLAIN or active_dispatch_modes():
+    if type(first) not in _EXACT or active_dispatch_modes():
         return OPERATOR
     for tensor in others:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in _EXACT_OR_NONE:
             return OPERATOR
     return KERNEL if first.is_cpu or (_HAS_CUDA and first.is_cuda) else OPERATOR
 

@@ -63,8 +63,7 @@ def dropout(
         )
         return overridden
     check_tensor("dropout", "input", 1, input)
-    check_p(p)
-    check_seed(seed, generator)
+    p, seed = check_p(p), check_seed(seed, generator)
     if not training and not inverted and p != 0:
         check_dropout_input(input)
         return input.mul_(1 - p) if inplace else input * (1 - p)
@@ -109,9 +108,8 @@ def dropout_mask(
 
     Raises: ValueError, TypeError as dropout.
     """
-    check_p(p)
-    check_seed(seed, None)
-    seeded = seed_tensor(seed, None, device)
+    p = check_p(p)
+    seeded = seed_tensor(check_seed(seed, None), None, device)
     if route(seeded) == KERNEL:
         return native.dropout_mask(tuple(shape), p, seeded, packed, seeded.device)
     mask: Tensor = mask_operator(seeded, tuple(shape), p, packed)

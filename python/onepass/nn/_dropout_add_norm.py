@@ -16,7 +16,7 @@ from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operan
 from ._dispatch import FORMULA, KERNEL, TORCH, plain, plain_or_none, route, route_back, seen, wants_grad, wide
 from ._dropout import dropout, fake_mask, keeps_mask, mask_operator, seed_tensor
 from ._library import define, given, wanted
-from ._norm import default_eps, fake_affine_gradient, layer_norm, rms_norm
+from ._norm import fake_affine_gradient, layer_norm, rms_norm
 
 
 def dropout_add_layer_norm(
@@ -68,7 +68,7 @@ def dropout_add_layer_norm(
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     input, residual = _operands(input, residual)
-    size, weight, bias = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
+    size, weight, bias, eps = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
     return _dropout_add_norm(
         way, input, residual, weight, bias, size, eps, False, p, training, seed, generator, inverted
     )
@@ -109,8 +109,7 @@ def dropout_add_rms_norm(
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return rms_norm(total, normalized_shape, weight, eps), total
     input, residual = _operands(input, residual)
-    size, weight, _ = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
-    eps = default_eps(input) if eps is None else eps
+    size, weight, _, eps = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
     return _dropout_add_norm(
         way, input, residual, weight, None, size, eps, True, p, training, seed, generator, inverted
     )
@@ -140,8 +139,7 @@ def _dropout_add_norm(
     generator: Generator | None,
     inverted: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_p(p)
-    check_seed(seed, generator)
+    p, seed = check_p(p), check_seed(seed, generator)
     if not training and not inverted:
         x = x * (1 - p)
     seeded = seed_tensor(seed, generator, x.device) if training and p > 0 else None

@@ -13,7 +13,7 @@ from .. import _compat
 from .._native import is_usual_norm
 from .._native import layers as native
 from . import _formula
-from ._checks import norm_operands
+from ._checks import default_eps, norm_operands
 from ._dispatch import FORMULA, KERNEL, TORCH, is_exact, plain, plain_or_none, route, route_back, wide
 from ._library import define, given, wanted
 
@@ -69,10 +69,6 @@ def rms_norm(
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, True)
 
 
-def default_eps(input: Tensor) -> float:
-    return torch.finfo(wide(input.dtype)).eps
-
-
 def _norm(
     function: str,
     x: Tensor,
@@ -88,9 +84,7 @@ def _norm(
     if way == TORCH:
         eps = default_eps(x) if eps is None else eps
         return _formula.norm_by_torch(x, normalized_shape, weight, bias, eps, rms)
-    size, weight, bias = norm_operands(function, x, normalized_shape, weight, bias, eps)
-    if eps is None:
-        eps = default_eps(x)
+    size, weight, bias, eps = norm_operands(function, x, normalized_shape, weight, bias, eps)
     if way == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, size, eps, rms)
     if way == KERNEL:

@@ -12,7 +12,7 @@ from .. import _compat
 from .._native import batch_norm as native
 from ._batch_norm import is_counted, update_running
 from ._batch_norm_autograd import Running, count, dense, is_channels_last
-from ._checks import batch_norm_operands
+from ._batch_norm_checks import batch_norm_operands
 from ._dispatch import KERNEL, plain_or_none, route, wide
 
 
@@ -43,7 +43,7 @@ def sync_batch_norm(
     Raises: as batch_norm; RuntimeError inside of torch.func transforms, forward-mode AD and for tensor subclasses.
     """
     running = running_mean, running_var
-    batch_norm_operands(x, *running, weight, bias, None, True, momentum, eps)
+    momentum, eps = batch_norm_operands(x, *running, weight, bias, None, True, momentum, eps)
     if route(x, weight, bias, *running) != KERNEL:
         raise RuntimeError(
             "SyncBatchNorm exchanges statistics between processes: not for torch.func transforms, forward-mode AD, tensor "
