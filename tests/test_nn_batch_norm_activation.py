@@ -1,6 +1,8 @@
 """batch_norm_activation: BatchNorm, + residual, ReLU or leaky ReLU, against float64 and against torch's three calls."""
 
+import copy
 import math
+import pickle
 
 import onepass
 import pytest
@@ -166,3 +168,82 @@ def test_refuses():
     with pytest.raises(ValueError, match="activation"):
         onepass.nn.BatchNormAct2d(4, activation="tanh")
     assert [bits(r) for r in running] == before
+
+
+# ---- functions that rebuild a BatchNorm ------------------------------------------------------------------------------
+
+ACTIVATED = {
+    1: onepass.nn.BatchNormAct1d,
+    2: onepass.nn.BatchNormAct2d,
+    3: onepass.nn.BatchNormAct3d,
+}
+
+
+@pytest.mark.parametrize("dims", ACTIVATED)
+@pytest.mark.parametrize("options", [{}, {"activation": "leaky_relu", "negative_slope": 0.3}, {"activation": None}])
+def test_synchronising_keeps_activation_and_residual(dims, options):
+    model = torch.nn.Sequential(torch.nn.Identity(), ACTIVATED[dims](4, eps=0.1, momentum=None, **options))
+    x, residual = torch.randn(2, 3, 4, *(5,) * dims).unbind()
+    model(x)
+    twin = copy.deepcopy(model)
+    synced = onepass.nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=None)
+    assert type(synced[1]) is onepass.nn.SyncBatchNormAct
+    assert synced[1].weight is model[1].weight
+    for training in (True, False):
+        for module in (synced.train(training), twin.train(training)):
+            module.requires_grad_(False)
+        assert torch.equal(synced[1](x, residual), twin[1](x, residual))
+        assert torch.equal(synced(x), twin(x))
+    for (name, came), expected in zip(synced.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(came, expected), name
+
+
+def test_a_root_is_synchronised():
+    bn = onepass.nn.BatchNormAct1d(4).eval()
+    synced = onepass.nn.SyncBatchNorm.convert_sync_batchnorm(bn)
+    assert type(synced) is onepass.nn.SyncBatchNormAct
+    assert not synced.training
+
+
+def fold_linear(bn):
+    return torch.nn.utils.fusion.fuse_linear_bn_eval(torch.nn.Linear(3, 4).eval(), bn)
+
+
+REBUILDERS = {
+    "convert_sync_batchnorm": torch.nn.SyncBatchNorm.convert_sync_batchnorm,
+    "convert_sync_batchnorm of a model": lambda bn: torch.nn.SyncBatchNorm.convert_sync_batchnorm(
+        torch.nn.Sequential(bn)
+    ),
+    "fuse_conv_bn_eval": lambda bn: torch.nn.utils.fusion.fuse_conv_bn_eval(torch.nn.Conv2d(3, 4, 1).eval(), bn),
+    "fuse_linear_bn_eval": fold_linear,
+}
+
+
+@pytest.mark.parametrize("name", REBUILDERS)
+@pytest.mark.parametrize("kind", [*ACTIVATED.values(), onepass.nn.SyncBatchNormAct])
+def test_torchs_functions_are_refused_by_name(kind, name):
+    """They would make the same numbers without the activation, silently; of the layers that are torch's they may."""
+    with pytest.raises(RuntimeError, match=rf"^{name.split()[0]} would drop the activation .*{kind.__name__}"):
+        REBUILDERS[name](kind(4).eval())
+    REBUILDERS[name](onepass.nn.BatchNorm2d(4).eval())
+
+
+def test_folding_by_hand():
+    """What the error says to do."""
+    conv, bn = torch.nn.Conv2d(3, 4, 1), onepass.nn.BatchNormAct2d(4)
+    x = torch.randn(2, 3, 5, 5)
+    bn(conv(x))
+    folded = copy.deepcopy(conv)
+    folded.weight, folded.bias = torch.nn.utils.fusion.fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    assert_close(folded(x).relu(), bn.eval()(conv(x)), 1e-5, "folded")
+
+
+def test_eps_is_an_attribute():
+    bn = onepass.nn.BatchNormAct1d(4, eps=0.5)
+    bn.eps = 0.25
+    for module in (bn, copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
+        assert module.eps == 0.25
+        assert "eps=0.25" in repr(module)
+        assert torch.equal(module(torch.ones(3, 4)), torch.zeros(3, 4))

@@ -1,5 +1,7 @@
 """SyncBatchNorm on two processes: BatchNorm of the whole batch, however it is divided."""
 
+import copy
+
 import onepass
 import pytest
 import torch
@@ -149,6 +151,31 @@ def from_ours() -> None:
     assert bits(means[0]) == bits(means[1]), "the ranks' statistics differ"
 
 
+def with_activation() -> None:
+    """A converted BatchNormAct: activation and residual of the whole batch's BatchNorm, in every division."""
+    torch.manual_seed(0)
+    for parts in PARTS:
+        for activation, slope in (("relu", 0.01), ("leaky_relu", 0.2), (None, 0.01)):
+            for with_residual in (False, True):
+                what = f"{parts}, {activation}, residual: {with_residual}"
+                x, residual, dy = torch.randn(3, sum(parts), CHANNELS, 2, dtype=torch.float64)
+                whole = onepass.nn.BatchNormAct1d(CHANNELS, activation=activation, negative_slope=slope).double()
+                sync = onepass.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+                assert type(sync) is onepass.nn.SyncBatchNormAct
+                results = []
+                for module, cut in ((sync, lambda t: mine(t, parts)), (whole, lambda t: t)):  # noqa: B023
+                    inputs = [cut(t).clone().requires_grad_() for t in ((x, residual) if with_residual else (x,))]
+                    y = module(*inputs)
+                    y.backward(cut(dy))
+                    results.append([y, *(t.grad for t in inputs)])
+                for i, (came, expected) in enumerate(zip(*results, strict=True)):
+                    assert_close(came, mine(expected, parts), 1e-12, f"result {i}, {what}")
+                for (name, p), q in zip(sync.named_parameters(), whole.parameters(), strict=True):
+                    assert_close(summed(p.grad), q.grad, 1e-11, f"gradient of {name}, {what}")
+                for (name, b), c in zip(sync.named_buffers(), whole.buffers(), strict=True):
+                    assert_close(b, c, 1e-12, f"{name}, {what}")
+
+
 def a_group_of_one() -> None:
     """A process group of its own: nothing is exchanged with the other rank."""
     groups = [dist.new_group([rank]) for rank in range(2)]
@@ -160,7 +187,16 @@ def a_group_of_one() -> None:
 
 def work() -> None:
     """In one pair of processes: starting them takes longer than the work."""
-    for part in (division, options, large_mean, low_precision, averaged_gradients, from_ours, a_group_of_one):
+    for part in (
+        division,
+        options,
+        large_mean,
+        low_precision,
+        averaged_gradients,
+        from_ours,
+        with_activation,
+        a_group_of_one,
+    ):
         try:
             part()
         except BaseException as error:

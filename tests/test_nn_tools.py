@@ -92,7 +92,7 @@ def test_script(name, training):
     file.seek(0)
     scripted = torch.jit.load(file)
     assert "torch.ops.onepass" not in scripted.code
-    assert type(layer).__module__ == "onepass.nn.modules", "scripting changed the layer"
+    assert type(layer).__module__.startswith("onepass.nn."), "scripting changed the layer"
     assert_same_layer(name, training, scripted, inputs[1])
 
 

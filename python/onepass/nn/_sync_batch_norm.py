@@ -33,18 +33,20 @@ def sync_batch_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     momentum: float | Tensor,
     eps: float,
+    slope: float | None,
     group: Any,
-    batches: Tensor | None = None,
+    batches: Tensor | None,
 ) -> Tensor:
-    """batch_norm in training over the batches of all processes of `group`, every one of which must call it.
+    """apply_batch_norm in training over the batches of all processes of `group`, every one of which must call it.
 
     Raises: as batch_norm; RuntimeError inside of torch.func transforms, forward-mode AD and for tensor subclasses.
     """
     running = running_mean, running_var
-    momentum, eps = batch_norm_operands(x, *running, weight, bias, None, True, momentum, eps)
-    if route(x, weight, bias, *running) != KERNEL:
+    momentum, eps = batch_norm_operands(x, *running, weight, bias, residual, True, momentum, eps)
+    if route(x, weight, bias, residual, *running) != KERNEL:
         raise RuntimeError(
             "SyncBatchNorm exchanges statistics between processes: not for torch.func transforms, forward-mode AD, tensor "
             "subclasses and devices without kernels"
@@ -52,11 +54,13 @@ def sync_batch_norm(
     channels_last = is_channels_last(x)
     y: Tensor = _SyncBatchNorm.apply(
         dense(x, channels_last),
+        None if residual is None else dense(residual, channels_last),
         plain_or_none(weight),
         plain_or_none(bias),
         running,
         float(momentum),
         eps,
+        slope,
         group,
         channels_last,
         batches,
@@ -69,11 +73,13 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         running: Running,
         momentum: float,
         eps: float,
+        slope: float | None,
         group: Any,
         channels_last: bool,
         batches: Tensor | None,
@@ -85,29 +91,34 @@ class _SyncBatchNorm(torch.autograd.Function):
             count(batches)
         dtype = wide(x.dtype)
         stats = torch.stack((mean, torch.rsqrt(var + eps), mean - mean.to(dtype))).to(dtype)
-        ctx.save_for_backward(x, weight, stats, values)
-        ctx.rest = group, channels_last
-        return native.batch_norm_apply(x, stats, weight, bias, None, None) if x.numel() else torch.empty_like(x)
+        y = native.batch_norm_apply(x, stats, weight, bias, residual, slope) if x.numel() else torch.empty_like(x)
+        ctx.save_for_backward(x, None if slope is None else y, weight, stats, values)
+        ctx.rest = group, channels_last, slope
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats, values = ctx.saved_tensors
-        group, channels_last = ctx.rest
+        x, y, weight, stats, values = ctx.saved_tensors
+        group, channels_last, slope = ctx.rest
         want = ctx.needs_input_grad
         x, dy = dense(x, channels_last), dense(dy, channels_last)
+        y = None if y is None else dense(y, channels_last)
         empty = x.numel() == 0
-        sums = torch.zeros_like(stats[:2]) if empty else native.batch_norm_backward_sums(dy, x, None, stats, None)
+        sums = torch.zeros_like(stats[:2]) if empty else native.batch_norm_backward_sums(dy, x, y, stats, slope)
         dbias, dweight = sums  # this process's: averaging gradients is DistributedDataParallel's
-        dx = None
+        dx: Tensor | None = None
+        dresidual: Tensor | None = dy
+        means = sums
         if want[0]:
             means = sums.to(torch.float64, copy=True)
             distributed.all_reduce(means, group=group)
             means = (means / values).to(stats.dtype)
             dx = torch.empty_like(x)
-            if not empty:
-                dx, _ = native.batch_norm_backward_apply(dy, x, None, weight, stats, means, 1.0, None, (True, False))
-        return dx, dweight if want[1] else None, dbias if want[2] else None, *(None,) * 6
+        if not empty and (want[0] or want[1]):
+            dx, dresidual = native.batch_norm_backward_apply(dy, x, y, weight, stats, means, 1.0, slope, want[:2])
+        gradients = dx, dresidual, dweight, dbias
+        return *(g if wanted else None for g, wanted in zip(gradients, want, strict=False)), *(None,) * 7
 
 
 def _merged_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
-def as_leaf(module: nn.Module, *inputs: object) -> Any:
+def as_leaf(module: nn.Module, *inputs: object) -> Tensor | None:
     """The node that stands for a call of `module` while torch.fx traces, or None: there is no trace, or it goes inside.
 
     Tracers keep a module whole if its class comes from torch.nn; of ours they ask what it is made of. So the layer asks
     the tracer what it would do with torch's own, and records what the tracer would.
     """
+    if is_compiling():
+        return None
     from torch.fx import Proxy
 
     tracer = next((value.tracer for value in inputs if isinstance(value, Proxy)), None)
@@ -27,7 +31,8 @@ def as_leaf(module: nn.Module, *inputs: object) -> Any:
     if not tracer.is_leaf_module(_as_torchs(module), path):  # type: ignore[attr-defined]
         return None
     arguments = tuple(value for value in inputs if value is not None)
-    return tracer.create_proxy("call_module", path, arguments, {})
+    node: Any = tracer.create_proxy("call_module", path, arguments, {})
+    return cast(Tensor, node)
 
 
 def _runs_our_forward(module: nn.Module) -> bool:
@@ -53,3 +58,35 @@ def scripted(forward: Forward) -> Forward:
     )
     copy.__annotations__ = forward.__annotations__
     return cast(Forward, copy)
+
+
+# Functions that make another module of a BatchNorm's numbers, as if they were all of it.
+_REBUILDERS = {"convert_sync_batchnorm", "convert_syncbn_model", "fuse_conv_bn_eval", "fuse_linear_bn_eval"}
+
+
+class GuardedEps:
+    """The attribute eps, which every such function reads, of a module that it would take an activation from.
+
+    No property: TorchScript would compile it.
+    """
+
+    def __get__(self, module: nn.Module | None, kind: type) -> Any:
+        if module is None:
+            return self
+        if not is_compiling():
+            caller = sys._getframe(1)
+            _refuse_to_be_rebuilt(module, caller.f_code.co_name, caller.f_globals.get("__name__", ""))
+        return module.__dict__["eps"]
+
+    def __set__(self, module: nn.Module, value: float) -> None:
+        module.__dict__["eps"] = value
+
+
+def _refuse_to_be_rebuilt(module: nn.Module, function: str, where: str) -> None:
+    if function not in _REBUILDERS or where.startswith("onepass."):
+        return
+    raise RuntimeError(
+        f"{function} would drop the activation and the residual of {type(module).__name__}. To synchronise it between "
+        f"processes use onepass.nn.SyncBatchNorm.convert_sync_batchnorm; to fold it into a convolution use "
+        f"torch.nn.utils.fusion.fuse_conv_bn_weights and leave the activation behind the convolution."
+    )

@@ -1,4 +1,4 @@
-"""The layers as modules: torch.nn's classes with another forward.
+"""LayerNorm, RMSNorm and dropout as modules: torch.nn's classes with another forward. BatchNorm: batch_norm_modules.py.
 
 Constructors, parameters, buffers, repr and state_dicts are torch.nn's. A class that replaces one of torch.nn adds nothing
 to an instance, so that convert() can change the class of one in place.
@@ -10,24 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.jit import is_scripting  # type: ignore[attr-defined]
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
-from .._compat import jit_tracing
 from . import functional as F
-from ._batch_norm import activation_slope, apply_batch_norm, is_counted
-from ._batch_norm_autograd import count
 from ._checks import check_p
-from ._sync_batch_norm import sync_batch_norm, world_of
 from ._tools import as_leaf, scripted
-
-
-def _as_leaf(module: nn.Module, *inputs: object) -> Tensor | None:
-    """What torch.fx takes for the result where it keeps the module whole."""
-    node: Tensor | None = None if is_compiling() else as_leaf(module, *inputs)
-    return node
 
 
 def _scripted_dropout(input: Tensor, p: float, training: bool, inverted: bool) -> Tensor:
@@ -48,7 +36,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
             if has_torch_function_unary(input):
-                node = _as_leaf(self, input)
+                node = as_leaf(self, input)
                 if node is not None:
                     return node
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -63,7 +51,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not is_scripting():
             if has_torch_function_unary(x):
-                node = _as_leaf(self, x)
+                node = as_leaf(self, x)
                 if node is not None:
                     return node
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -90,7 +78,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
             if has_torch_function_unary(input):
-                node = _as_leaf(self, input)
+                node = as_leaf(self, input)
                 if node is not None:
                     return node
             return F.dropout(input, self.p, self.training, self.inplace, inverted=self.inverted)
@@ -128,7 +116,7 @@ class DropoutAddLayerNorm(LayerNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not is_scripting():
             if has_torch_function_variadic(input, residual):
-                node = _as_leaf(self, input, residual)
+                node = as_leaf(self, input, residual)
                 if node is not None:
                     return cast("tuple[Tensor, Tensor]", node)
             return F.dropout_add_layer_norm(
@@ -176,7 +164,7 @@ class DropoutAddRMSNorm(RMSNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not is_scripting():
             if has_torch_function_variadic(input, residual):
-                node = _as_leaf(self, input, residual)
+                node = as_leaf(self, input, residual)
                 if node is not None:
                     return cast("tuple[Tensor, Tensor]", node)
             return F.dropout_add_rms_norm(
@@ -194,168 +182,3 @@ class DropoutAddRMSNorm(RMSNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}" + ("" if self.inverted else ", inverted=False")
-
-
-# --- BatchNorm --------------------------------------------------------------------------------------------------------
-
-
-def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
-    """What every BatchNorm here does: normalise by the batch's statistics or the running ones, then count the batch."""
-    if has_torch_function_variadic(input, residual) and (node := _as_leaf(module, input, residual)) is not None:
-        return node
-    module._check_input_dim(input)  # type: ignore[no-untyped-call]
-    training = module.training
-    momentum: float | Tensor | None = module.momentum
-    running_mean, running_var, batches = module.running_mean, module.running_var, module.num_batches_tracked
-    if training and not module.track_running_stats:
-        running_mean = running_var = batches = None
-    if not training:
-        batches = None
-    if momentum is None and batches is not None:
-        momentum = _cumulative_momentum(batches)
-    momentum = 0.0 if momentum is None else momentum
-    operands = input, running_mean, running_var, module.weight, module.bias
-    group = world_of(module, input) if training and isinstance(module, SyncBatchNorm) else None
-    if group is not None:
-        return sync_batch_norm(*operands, momentum, module.eps, group, batches)
-    by_batch = training or (running_mean is None and running_var is None)
-    if not has_torch_function_variadic(*operands, residual):
-        return apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope, batches)
-    y = _overridden(module, operands, residual, by_batch, momentum)
-    if is_counted():
-        count(batches)
-    return y
-
-
-def _overridden(
-    module: _BatchNorm,
-    operands: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    by_batch: bool,
-    momentum: float | Tensor,
-) -> Tensor:
-    """The call for modes and tensor subclasses that override torch's functions: they see functional's."""
-    options: dict[str, Any] = {"training": by_batch, "momentum": momentum, "eps": module.eps}
-    function: Any = F.batch_norm
-    if isinstance(module, _Activation):
-        function = F.batch_norm_activation
-        options |= {"activation": module.activation, "negative_slope": module.negative_slope, "residual": residual}
-    y: Tensor = handle_torch_function(function, (*operands, residual), *operands, **options)
-    return y
-
-
-def _cumulative_momentum(batches: Tensor) -> float | Tensor:
-    """1 / (this batch's number): the running statistics are the mean over all batches."""
-    if is_compiling() or jit_tracing() is not None:  # a number would end the graph, or stay in the trace
-        return (batches + 1).to(torch.float32).reciprocal()
-    return 1 / (int(batches) + 1)
-
-
-class BatchNorm1d(nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d: input [N, C] or [N, C, L]; see functional.batch_norm."""
-
-    _scripted = scripted(nn.BatchNorm1d.forward)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return _forward(self, input)
-        return self._scripted(input)
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d: input [N, C, H, W]; see functional.batch_norm."""
-
-    _scripted = scripted(nn.BatchNorm2d.forward)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return _forward(self, input)
-        return self._scripted(input)
-
-
-class BatchNorm3d(nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d: input [N, C, D, H, W]; see functional.batch_norm."""
-
-    _scripted = scripted(nn.BatchNorm3d.forward)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return _forward(self, input)
-        return self._scripted(input)
-
-
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm: in training, mean and variance are those of the batches of all processes together.
-
-    On CPUs too, over gloo. Batches may differ in size and be empty. Not twice differentiable where it synchronises; a graph
-    break under torch.compile.
-    """
-
-    _scripted = scripted(nn.SyncBatchNorm.forward)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return _forward(self, input)
-        return self._scripted(input)
-
-    @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """torch.nn.SyncBatchNorm.convert_sync_batchnorm, to this class."""
-        converted: nn.Module = super().convert_sync_batchnorm(module, process_group)  # type: ignore[no-untyped-call]
-        for child in converted.modules():
-            if type(child) is nn.SyncBatchNorm:
-                child.__class__ = cls
-        return converted
-
-
-class _Activation(_BatchNorm):
-    """What the BatchNormAct classes have in common."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        activation: str | None = "relu",
-        negative_slope: float = 0.01,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        activation_slope(activation, negative_slope)
-        self.activation, self.negative_slope = activation, negative_slope
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not is_scripting():
-            return _forward(self, input, residual, activation_slope(self.activation, self.negative_slope))
-        y: Tensor = self._scripted(input)  # type: ignore[operator]
-        if residual is not None:
-            y = y + residual
-        if self.activation is None:
-            return y
-        return nn.functional.leaky_relu(y, 0.0 if self.activation == "relu" else self.negative_slope)
-
-    def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        shown = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shown}, activation={self.activation}{slope}"
-
-
-class BatchNormAct1d(_Activation, BatchNorm1d):
-    """activation(BatchNorm1d(input) + residual), residual optional; see functional.batch_norm_activation.
-
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch.nn.BatchNorm1d.
-        activation, negative_slope: as for functional.batch_norm_activation.
-    """
-
-
-class BatchNormAct2d(_Activation, BatchNorm2d):
-    """activation(BatchNorm2d(input) + residual), residual optional. Arguments as for BatchNormAct1d."""
-
-
-class BatchNormAct3d(_Activation, BatchNorm3d):
-    """activation(BatchNorm3d(input) + residual), residual optional. Arguments as for BatchNormAct1d."""
