@@ -69,6 +69,10 @@ def increment_version(tensors: Sequence[Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+expect: Callable[[bool | torch.SymBool, Callable[[], str]], None] = torch._check
+"""expect(condition, message): RuntimeError with message() unless the condition holds. It may be of symbolic sizes."""
+
+
 def assert_async(condition: Tensor) -> None:
     """An assertion on the tensor's device, which nothing waits for; as torch's own kernels check indices."""
     torch._assert_async(condition)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _compat
 from .._native import batch_norm as native
 from . import _formula
+from . import _operator_checks as checks
 from ._dispatch import FORMULA, KERNEL, plain, plain_or_none, route_back, seen, wide
 from ._library import define, given, wanted
 from ._norm import fake_affine_gradient
@@ -153,7 +154,7 @@ def _kernel_apply(
     channels_last: bool,
 ) -> Any:
     x, residual = dense(x, channels_last), _dense_or_none(residual, channels_last)
-    return native.batch_norm_apply(x, stats, plain_or_none(weight), plain_or_none(bias), residual, slope)
+    return native.batch_norm_apply(x, plain(stats), plain_or_none(weight), plain_or_none(bias), residual, slope)
 
 
 def _fake_apply(x: Tensor, residual: Any, weight: Any, bias: Any, stats: Any, slope: Any, channels_last: bool) -> Any:
@@ -177,7 +178,7 @@ def _kernel_backward(
     want: Sequence[bool],
 ) -> Any:
     dy, x, y = dense(dy, channels_last), dense(x, channels_last), _dense_or_none(y, channels_last)
-    return given(native.batch_norm_backward(dy, x, y, plain_or_none(weight), stats, slope, training, want), x)
+    return given(native.batch_norm_backward(dy, x, y, plain_or_none(weight), plain(stats), slope, training, want), x)
 
 
 def _fake_backward(
@@ -200,6 +201,7 @@ operator = define(
     "batch_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float? slope, bool channels_last)"
     " -> (Tensor y, Tensor stats)",
+    checks.batch_norm,
     _kernel,
     _fake,
     _setup_context,
@@ -208,6 +210,7 @@ operator = define(
 operator_apply = define(
     "batch_norm_apply",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, float? slope, bool channels_last) -> Tensor",
+    checks.batch_norm_apply,
     _kernel_apply,
     _fake_apply,
     _setup_context_apply,
@@ -217,6 +220,7 @@ _operator_backward = define(
     "batch_norm_backward",
     "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor stats, float? slope, bool training, bool channels_last, "
     "bool[] want) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    checks.batch_norm_backward,
     _kernel_backward,
     _fake_backward,
 )

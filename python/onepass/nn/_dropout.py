@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .. import _compat, _native
 from .._native import layers as native
 from . import _formula
+from . import _operator_checks as checks
 from ._checks import check_dropout_input, check_in_place, check_p, check_seed, check_tensor
 from ._dispatch import FORMULA, KERNEL, TORCH, plain, route, route_back, seen, wants_grad
 from ._library import define
@@ -182,7 +183,7 @@ def _gradient(ctx: Any, dy: Tensor, way: int) -> Tensor:
 
 
 def _kernel(x: Tensor, seed: Tensor, p: float, inverted: bool, keep_mask: bool) -> tuple[Tensor, Tensor]:
-    return native.dropout(plain(x), p, seed, inverted, keep_mask)
+    return native.dropout(plain(x), p, plain(seed), inverted, keep_mask)
 
 
 def _fake(x: Tensor, seed: Tensor, p: float, inverted: bool, keep_mask: bool) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _kernel_backward(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:
-    return native.dropout_backward(plain(dy), p, seed, inverted, mask)
+    return native.dropout_backward(plain(dy), p, plain(seed), inverted, plain(mask))
 
 
 def _fake_backward(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> Tensor:
@@ -207,7 +208,7 @@ def _fake_backward(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: b
 
 
 def _kernel_mask(seed: Tensor, shape: Sequence[int], p: float, packed: bool) -> Tensor:
-    return native.dropout_mask(tuple(shape), p, seed, packed, seed.device)
+    return native.dropout_mask(tuple(shape), p, plain(seed), packed, seed.device)
 
 
 def _fake_mask(seed: Tensor, shape: Sequence[int], p: float, packed: bool) -> Tensor:
@@ -218,6 +219,7 @@ def _fake_mask(seed: Tensor, shape: Sequence[int], p: float, packed: bool) -> Te
 _operator = define(
     "dropout",
     "(Tensor x, Tensor seed, float p, bool inverted, bool keep_mask) -> (Tensor y, Tensor mask)",
+    checks.dropout,
     _kernel,
     _fake,
     _setup_context,
@@ -226,11 +228,16 @@ _operator = define(
 _operator_backward = define(
     "dropout_backward",
     "(Tensor dy, Tensor seed, Tensor mask, float p, bool inverted) -> Tensor",
+    checks.dropout_backward,
     _kernel_backward,
     _fake_backward,
 )
 mask_operator = define(
-    "dropout_mask", "(Tensor seed, SymInt[] shape, float p, bool packed) -> Tensor", _kernel_mask, _fake_mask
+    "dropout_mask",
+    "(Tensor seed, SymInt[] shape, float p, bool packed) -> Tensor",
+    checks.dropout_mask,
+    _kernel_mask,
+    _fake_mask,
 )
 
 

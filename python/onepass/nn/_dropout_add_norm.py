@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _compat
 from .._native import layers as native
 from . import _formula
+from . import _operator_checks as checks
 from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
 from ._dispatch import FORMULA, KERNEL, TORCH, plain, plain_or_none, route, route_back, seen, wants_grad, wide
 from ._dropout import dropout, fake_mask, keeps_mask, mask_operator, seed_tensor
@@ -264,7 +265,7 @@ def _kernel(
 ) -> Any:
     weight, bias = plain_or_none(weight), plain_or_none(bias)
     return native.dropout_add_norm(
-        plain(x), plain(residual), weight, bias, size, eps, rms, p, seed, inverted, keep_mask
+        plain(x), plain(residual), weight, bias, size, eps, rms, p, plain_or_none(seed), inverted, keep_mask
     )
 
 
@@ -300,13 +301,13 @@ def _kernel_backward(
         plain_or_none(dsum),
         plain(total),
         plain_or_none(weight),
-        stats,
+        plain(stats),
         size,
         rms,
         p,
-        seed,
+        plain_or_none(seed),
         inverted,
-        mask,
+        plain(mask),
         tuple(want),
     )
     return given(gradients, total)
@@ -323,6 +324,7 @@ _operator = define(
     "dropout_add_norm",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, SymInt size, float eps, bool rms, float p, "
     "bool inverted, bool keep_mask) -> (Tensor y, Tensor sum, Tensor stats, Tensor mask)",
+    checks.dropout_add_norm,
     _kernel,
     _fake,
     _setup_context,
@@ -332,6 +334,7 @@ _operator_backward = define(
     "dropout_add_norm_backward",
     "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor stats, Tensor? seed, Tensor mask, SymInt size, bool rms, "
     "float p, bool inverted, bool[] want) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    checks.dropout_add_norm_backward,
     _kernel_backward,
     _fake_backward,
 )

@@ -14,6 +14,7 @@ from .. import _native
 def define(
     name: str,
     schema: str,
+    check: Callable[..., None],
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     setup_context: Callable[..., Any] | None = None,
@@ -23,18 +24,27 @@ def define(
 
     Args:
         schema: "(arguments) -> results". No argument is written to, no result shares memory with one.
+        check: raises for arguments that the kernel cannot take; called with them before `kernel` and before `fake`.
         kernel: computes it, whatever the strides of its arguments.
         fake: the results' shapes, strides and dtypes, by tensors without memory.
         setup_context, backward: as torch.library.register_autograd has them; without: no gradients.
     """
     full = f"onepass::{name}"
     torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(full, "cpu", kernel)
-    torch.library.impl(full, "cuda", kernel if _native.has_cuda else _refuse_cuda)
-    torch.library.register_fake(full, fake)
+    torch.library.impl(full, "cpu", _checked(check, kernel))
+    torch.library.impl(full, "cuda", _checked(check, kernel) if _native.has_cuda else _refuse_cuda)
+    torch.library.register_fake(full, _checked(check, fake))
     if backward is not None:
         torch.library.register_autograd(full, backward, setup_context=setup_context)
     return getattr(torch.ops.onepass, name).default
+
+
+def _checked(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        check(*args)
+        return function(*args)
+
+    return checked
 
 
 def _refuse_cuda(*args: Any) -> Any:

@@ -13,6 +13,7 @@ from .. import _compat
 from .._native import is_usual_norm
 from .._native import layers as native
 from . import _formula
+from . import _operator_checks as checks
 from ._checks import default_eps, norm_operands
 from ._dispatch import FORMULA, KERNEL, TORCH, is_exact, plain, plain_or_none, route, route_back, wide
 from ._library import define, given, wanted
@@ -171,7 +172,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _kernel_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
 ) -> Any:
-    gradients = native.norm_backward(plain(dy), plain(x), plain_or_none(weight), stats, size, 0.0, rms, tuple(want))
+    gradients = native.norm_backward(
+        plain(dy), plain(x), plain_or_none(weight), plain(stats), size, 0.0, rms, tuple(want)
+    )
     return given(gradients, x)
 
 
@@ -193,6 +196,7 @@ def fake_affine_gradient(x: Tensor, weight: Tensor | None, size: int) -> Tensor:
 _operator = define(
     "norm",
     "(Tensor x, Tensor? weight, Tensor? bias, SymInt size, float eps, bool rms) -> (Tensor y, Tensor stats)",
+    checks.norm,
     _kernel,
     _fake,
     _setup_context,
@@ -202,6 +206,7 @@ _operator_backward = define(
     "norm_backward",
     "(Tensor dy, Tensor x, Tensor? weight, Tensor stats, SymInt size, bool rms, bool[] want)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    checks.norm_backward,
     _kernel_backward,
     _fake_backward,
 )
