@@ -163,3 +163,105 @@ def test_transformer_layers():
         assert_close(layer.train(train)(x), twin.train(train)(x), 1e-12, f"training={train}")
     with torch.no_grad():
         assert_close(layer.eval()(x), twin.eval()(x), 1e-12, "fast path")
+
+
+def test_parametrized_modules():
+    """Swapped like others, and each by itself: copies of a module share the class that torch made for it."""
+    norm = torch.nn.utils.parametrizations.weight_norm(torch.nn.LayerNorm([2, 6]))
+    twin, x = copy.deepcopy(norm), torch.randn(3, 2, 6)
+    expected = norm(x)
+    for _ in range(2):
+        onepass.convert(norm)
+        assert isinstance(norm, onepass.nn.LayerNorm)
+        assert not isinstance(twin, onepass.nn.LayerNorm), "the copy was converted too"
+        assert_close(norm(x), expected, 1e-6, "converted")
+        assert type(norm).__name__ == "ParametrizedLayerNorm"
+    assert_close(copy.deepcopy(norm)(x), expected, 1e-6, "a copy of the converted")
+    onepass.restore(norm)
+    assert not isinstance(norm, onepass.nn.LayerNorm)
+    assert_close(norm(x), expected, 1e-6, "restored")
+    onepass.convert(norm)
+    torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert type(norm) is onepass.nn.LayerNorm
+    assert_close(norm(x), expected, 1e-6, "without parametrization")
+
+
+# ---- restore ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restore_undoes(kind):
+    """The very class, the same objects, settings, hooks and numbers."""
+    module = KINDS[kind]()
+    if kind != "Dropout":
+        for p in module.parameters():
+            p.requires_grad_(False)
+    module.extra, module.training = "kept", False
+    before, attributes = repr(module), {key: value for key, value in vars(module).items() if key != "training"}
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    seen = []
+    module.register_forward_hook(lambda m, args, out: seen.append(type(m)))
+    restored = onepass.restore(onepass.convert(module))
+    assert restored is module
+    assert type(restored) is getattr(torch.nn, kind)
+    assert repr(restored) == before
+    assert not restored.training
+    assert all(vars(restored)[key] is value for key, value in attributes.items())
+    assert all(p is parameters[name] for name, p in restored.named_parameters())
+    assert all(b is buffers[name] for name, b in restored.named_buffers())
+    assert onepass.restore(restored) is restored, "a second call"
+    if kind == "Dropout":
+        restored(torch.ones(3))
+        assert seen == [torch.nn.Dropout]
+
+
+def test_restore_of_a_model(caplog):
+    model, twin = Net(), None
+    twin = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, logger="onepass"):
+        onepass.restore(onepass.convert(model))
+    assert [type(m) for m in model.modules()] == [type(m) for m in twin.modules()]
+    assert model.shared is model.first[1] is model.second["norm"]
+    assert "restored second.rms: torch.nn.RMSNorm" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    x = torch.randn(5, 6)
+    assert torch.equal(model(x), twin(x))
+    for (name, came), expected in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(came, expected), name
+
+
+class OfOurs(onepass.nn.LayerNorm):
+    pass
+
+
+LEFT = {
+    "DropoutAddLayerNorm": (lambda: onepass.nn.DropoutAddLayerNorm(6), "torch.nn has no such layer"),
+    "DropoutAddRMSNorm": (lambda: onepass.nn.DropoutAddRMSNorm(6), "torch.nn has no such layer"),
+    "BatchNormAct1d": (lambda: onepass.nn.BatchNormAct1d(6), "torch.nn has no such layer"),
+    "SyncBatchNormAct": (lambda: onepass.nn.SyncBatchNormAct(6), "torch.nn has no such layer"),
+    "Dropout": (lambda: onepass.nn.Dropout(0.5, inverted=False), "torch.nn has no such layer"),
+    "OfOurs": (lambda: OfOurs(6), "a subclass of ours"),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_restore_leaves_what_torch_does_not_have(kind, caplog):
+    """And says so, for the tool that made somebody call it will stumble over it."""
+    make, reason = LEFT[kind]
+    model = torch.nn.Sequential(make(), onepass.nn.RMSNorm(6))
+    before = type(model[0])
+    with caplog.at_level(logging.WARNING, logger="onepass"):
+        onepass.restore(model)
+    assert type(model[0]) is before
+    assert type(model[1]) is torch.nn.RMSNorm
+    assert caplog.messages == [f"left 0: {kind}, {reason}"]
+
+
+def test_restore_leaves_a_forward_of_its_own(caplog):
+    norm = onepass.nn.LayerNorm(6)
+    norm.forward = lambda x: x + 1
+    with caplog.at_level(logging.WARNING, logger="onepass"):
+        assert type(onepass.restore(norm)) is onepass.nn.LayerNorm
+    assert caplog.messages == ["left the model itself: LayerNorm, its forward was replaced on the instance"]
+    with pytest.raises(TypeError, match=r"restore\(\): argument 'model' must be a torch\.nn\.Module, not Tensor"):
+        onepass.restore(torch.ones(3))

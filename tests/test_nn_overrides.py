@@ -250,6 +250,9 @@ def test_fusion_of_convolutions():
     expected = model(x)
     onepass.convert(model)
     assert_close(fx_optimization.fuse(model)(x), expected, 1e-5, "fused as it is")
+    folded = fx_optimization.fuse(onepass.restore(model))
+    assert [type(m) for m in folded.children()] == [nn.Conv2d]
+    assert_close(folded(x), expected, 1e-5, "folded")
 
 
 def as_tuple(value):

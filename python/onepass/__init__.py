@@ -2,6 +2,6 @@
 
 from . import nn, optim
 from ._config import __version__, has_cuda, show_config
-from ._convert import convert
+from ._convert import convert, restore
 
-__all__ = ["__version__", "convert", "has_cuda", "nn", "optim", "show_config"]
+__all__ = ["__version__", "convert", "has_cuda", "nn", "optim", "restore", "show_config"]

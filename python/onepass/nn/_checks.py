@@ -41,9 +41,11 @@ def scalar_name(dtype: torch.dtype) -> str:
 
 
 def not_implemented(kernel: str, dtype: torch.dtype) -> NoReturn:
+    is_quantized = str(dtype).startswith(("torch.qint", "torch.quint"))
+    hint = " Quantization needs torch's layers: onepass.restore(model) gives them back." if is_quantized else ""
     raise NotImplementedError(
         f"\"{kernel}\" not implemented for '{scalar_name(dtype)}': input has dtype {dtype}; float32, float64, bfloat16 and "
-        f"float16 are supported."
+        f"float16 are supported.{hint}"
     )
 
 
