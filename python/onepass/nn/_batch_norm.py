@@ -107,7 +107,8 @@ def batch_norm_activation(
 def activation_slope(activation: str | None, negative_slope: float) -> float | None:
     if activation not in (None, "relu", "leaky_relu"):
         raise ValueError(f'activation has to be "relu", "leaky_relu" or None, but got {activation!r}')
-    negative_slope = number("leaky_relu", "negative_slope", 2, negative_slope)
+    if type(negative_slope) is not float:
+        negative_slope = number("leaky_relu", "negative_slope", 2, negative_slope)
     if not negative_slope >= 0:
         raise ValueError(
             f"negative_slope has to be >= 0, but got {negative_slope}: backward reads the sign of the result"

@@ -47,7 +47,7 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
         return y
-    return _norm("layer_norm", input, normalized_shape, weight, bias, eps, False)
+    return row_norm("layer_norm", input, normalized_shape, weight, bias, eps, False)
 
 
 def rms_norm(
@@ -67,10 +67,10 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         y: Tensor = handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
         return y
-    return _norm("rms_norm", input, normalized_shape, weight, None, eps, True)
+    return row_norm("rms_norm", input, normalized_shape, weight, None, eps, True)
 
 
-def _norm(
+def row_norm(
     function: str,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -79,6 +79,7 @@ def _norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
+    """layer_norm, or rms_norm with rms, where nobody overrides it."""
     way = route(x, weight, bias)
     if way == KERNEL and is_usual_norm(x, normalized_shape, weight, bias, eps):
         return _on_kernel(x, weight, bias, normalized_shape[0], cast(float, eps), rms)

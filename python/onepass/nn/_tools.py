@@ -73,20 +73,19 @@ class GuardedEps:
     def __get__(self, module: nn.Module | None, kind: type) -> Any:
         if module is None:
             return self
-        if not is_compiling():
-            caller = sys._getframe(1)
-            _refuse_to_be_rebuilt(module, caller.f_code.co_name, caller.f_globals.get("__name__", ""))
+        if not is_compiling() and sys._getframe(1).f_code.co_name in _REBUILDERS:
+            _refuse_to_be_rebuilt(module, sys._getframe(1))
         return module.__dict__["eps"]
 
     def __set__(self, module: nn.Module, value: float) -> None:
         module.__dict__["eps"] = value
 
 
-def _refuse_to_be_rebuilt(module: nn.Module, function: str, where: str) -> None:
-    if function not in _REBUILDERS or where.startswith("onepass."):
+def _refuse_to_be_rebuilt(module: nn.Module, caller: types.FrameType) -> None:
+    if caller.f_globals.get("__name__", "").startswith("onepass."):
         return
     raise RuntimeError(
-        f"{function} would drop the activation and the residual of {type(module).__name__}. To synchronise it between "
+        f"{caller.f_code.co_name} would drop the activation and the residual of {type(module).__name__}. To synchronise it between "
         f"processes use onepass.nn.SyncBatchNorm.convert_sync_batchnorm; to fold it into a convolution use "
         f"torch.nn.utils.fusion.fuse_conv_bn_weights and leave the activation behind the convolution."
     )

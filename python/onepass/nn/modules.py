@@ -15,6 +15,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 
 from . import functional as F
 from ._checks import check_p
+from ._norm import row_norm
 from ._tools import as_leaf, scripted
 
 
@@ -39,7 +40,10 @@ class LayerNorm(nn.LayerNorm):
                 node = as_leaf(self, input)
                 if node is not None:
                     return node
-            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+            weight, bias = self.weight, self.bias
+            if has_torch_function_variadic(input, weight, bias):
+                return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+            return row_norm("layer_norm", input, self.normalized_shape, weight, bias, self.eps, False)
         return self._scripted(input)
 
 
@@ -54,7 +58,10 @@ class RMSNorm(nn.RMSNorm):
                 node = as_leaf(self, x)
                 if node is not None:
                     return node
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            weight = self.weight
+            if has_torch_function_variadic(x, weight):
+                return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+            return row_norm("rms_norm", x, self.normalized_shape, weight, None, self.eps, True)
         return self._scripted(x)
 
 
