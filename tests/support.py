@@ -1,6 +1,7 @@
 """Dtypes, tolerances, and comparisons that say what was expected and what came."""
 
 import numpy as np
+import pytest
 import torch
 
 HALF = (torch.bfloat16, torch.float16)
@@ -10,6 +11,22 @@ DTYPES = (torch.float32, torch.float64, *HALF)
 def parameter(values: torch.Tensor) -> torch.nn.Parameter:
     """A parameter that keeps the memory and the strides of `values`."""
     return torch.nn.Parameter(values.detach())
+
+
+def _has_named_parameters() -> bool:
+    try:
+        torch.optim.SGD([("weight", parameter(torch.zeros(1)))], lr=0.1)
+    except TypeError:
+        return False
+    return True
+
+
+has_named_parameters = _has_named_parameters()
+"""Whether torch.optim takes pairs of a name and a parameter, and keeps the names."""
+
+needs_named_parameters = pytest.mark.skipif(
+    not has_named_parameters, reason="this torch.optim takes no named parameters"
+)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,13 +4,19 @@ import inspect
 
 import pytest
 import torch
+from reference.adam import torch_has_decoupled
 from rules import RULES, BesideReference
 from support import assert_same, parameter, snapshot
 
 OF_ALL = ["max_norm", "normalize_grads", "fused_unscale"]
 OURS = {
     "SGD": ["lr_in_velocity", *OF_ALL],
-    "Adam": ["bias_correction", "eps_inside_sqrt", *OF_ALL],
+    "Adam": [
+        *([] if torch_has_decoupled else ["decoupled_weight_decay"]),
+        "bias_correction",
+        "eps_inside_sqrt",
+        *OF_ALL,
+    ],
     "AdamW": ["bias_correction", "eps_inside_sqrt", *OF_ALL],
     "NAdam": OF_ALL,
     "RMSprop": ["eps_inside_sqrt", *OF_ALL],

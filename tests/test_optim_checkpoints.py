@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from rules import RULES, BesideReference, BesideTorch
-from support import HALF, assert_same, parameter, snapshot
+from support import HALF, assert_same, needs_named_parameters, parameter, snapshot
 
 CASES = {
     "SGD": [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}],
@@ -201,6 +201,7 @@ def test_copies_go_on_alone(rule, how, clipped):
     assert_same(snapshot(other), snapshot(optimizer), f"{how} against the original")
 
 
+@needs_named_parameters
 @EVERY_RULE
 def test_param_names_are_kept(rule):
     model = torch.nn.Linear(5, 3)

@@ -1,7 +1,6 @@
 """Optimizers at the edges of their use: lazy parameters, no groups, subclasses, numbers of any kind, a scaler elsewhere."""
 
 import copy
-import inspect
 import io
 import pickle
 
@@ -12,7 +11,7 @@ import torch
 from onepass import _native
 from onepass.optim import Adam, AdamW
 from rules import RULES
-from support import assert_close, assert_same, bits, parameter, snapshot
+from support import assert_close, assert_same, bits, needs_named_parameters, parameter, snapshot
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
@@ -25,12 +24,10 @@ def lazy_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Tanh(), torch.nn.LazyLinear(2))
 
 
-@pytest.mark.parametrize("form", ["list", "named", "group", "added"])
+@pytest.mark.parametrize("form", ["list", pytest.param("named", marks=needs_named_parameters), "group", "added"])
 @EVERY_RULE
 def test_lazy_parameters(rule, form):
     """Taken before the first forward pass, and stepped like others after it. (torch's Adagrad alone refuses them.)"""
-    if form == "named" and "param_names" not in inspect.getsource(torch.optim.Optimizer):
-        pytest.skip("this torch has no named parameters")
 
     def train(cls):
         model, x = lazy_model(), torch.randn(8, 3, generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from rules import RULES
-from support import assert_same, parameter, snapshot
+from support import assert_same, has_named_parameters, parameter, snapshot
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
@@ -43,15 +43,21 @@ WRONG = [(key, kwargs) for key, rule in RULES.items() for kwargs in ARGUMENTS if
 WRONG += [(key, {"betas": (0.9, torch.tensor(0.9))}) for key in ("Adam", "AdamW")]
 
 
+def error_of(optimizer_class, kwargs) -> Exception | None:
+    try:
+        optimizer_class([parameter(torch.zeros(2))], **kwargs)
+    except Exception as error:  # of any type: the test compares them
+        return error
+    return None
+
+
 @pytest.mark.parametrize(("key", "kwargs"), WRONG, ids=str)
 def test_wrong_arguments_are_torchs_errors(key, kwargs):
     """The type and the beginning of the text are what torch says to the same arguments."""
-    errors = []
-    for optimizer_class in (RULES[key].theirs, RULES[key].ours):
-        with pytest.raises(Exception) as caught:  # noqa: PT011 - the type is what the test is about
-            optimizer_class([parameter(torch.zeros(2))], **kwargs)
-        errors.append(caught.value)
-    theirs, ours = errors
+    theirs, ours = (error_of(cls, kwargs) for cls in (RULES[key].theirs, RULES[key].ours))
+    if theirs is None or "Boolean value of Tensor" in str(theirs):  # older torch checks no tensors
+        assert isinstance(ours, ValueError), f"a ValueError expected, came {ours!r}"
+        return
     assert isinstance(ours, type(theirs)), f"expected {theirs!r}, came {ours!r}"
     assert str(ours).startswith(str(theirs)), f"expected {theirs}, came {ours}"
 
@@ -135,7 +141,8 @@ def test_checkpoint_of_other_shapes(rule):
     """Refused when loaded or at the next step; the parameters stay."""
     params, others = good_parameters(), good_parameters((5, 3, 8, 7))
     names = ["first.weight", "first.bias", "second.weight", "bad.weight"]
-    optimizer = rule.ours(list(zip(names, params, strict=True)), **rule.usual)
+    who = names[3] if has_named_parameters else "parameter 3 of group 0"
+    optimizer = rule.ours(list(zip(names, params, strict=True)) if has_named_parameters else params, **rule.usual)
     saving = rule.ours(others, **rule.usual)
     for o in (optimizer, saving):
         o.step()
@@ -145,7 +152,7 @@ def test_checkpoint_of_other_shapes(rule):
         optimizer.load_state_dict(saving.state_dict())
         optimizer.step()
 
-    with pytest.raises((RuntimeError, ValueError), match=re.escape("bad.weight")):
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(who)):
         load_and_step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)), "parameters were written"
 

@@ -1,7 +1,5 @@
 """A parameter listed twice, and two parameters over one memory: as torch's loop updates them, one after the other."""
 
-import inspect
-
 import pytest
 import torch
 from rules import RULES
@@ -16,9 +14,7 @@ def cases():
     for name, rule in RULES.items():
         for number, case in enumerate((rule.usual, *rule.cases, *([dampened] if name == "SGD" else []))):
             clips = case.get("max_norm") is not None or case.get("normalize_grads") or case.get("fused_unscale")
-            theirs = rule.to_torch(case)
-            known = theirs is not None and theirs.keys() <= inspect.signature(rule.theirs).parameters.keys()
-            if known and not clips and not case.get("capturable"):
+            if rule.to_torch(case) is not None and not clips and not case.get("capturable"):
                 yield pytest.param(rule, case, id=f"{name}-{number}")
 
 

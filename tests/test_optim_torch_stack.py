@@ -116,9 +116,24 @@ def test_wrapped_step(rule):
 # ---- groups and gradients --------------------------------------------------------------------------------------------
 
 
+def adagrad_steps_an_added_group() -> bool:
+    """Older torch makes Adagrad's states in the constructor alone."""
+    p, q = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.Adagrad([p])
+    optimizer.add_param_group({"params": [q]})
+    q.grad = torch.ones(1)
+    try:
+        optimizer.step()
+    except KeyError:
+        return False
+    return True
+
+
 @EVERY_RULE
 def test_add_param_group_in_training(rule, device):
     """The new group starts at step 1 while the old one goes on: different counts in one step."""
+    if rule.theirs is torch.optim.Adagrad and not adagrad_steps_an_added_group():
+        pytest.skip("this torch's Adagrad takes no group that is added")
     both = BesideTorch(rule, device=device)
     both.train(4)
     for model, optimizer in ((both.model, both.ours), (both.twin, both.theirs)):

@@ -155,6 +155,10 @@ def share_hooks(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
     cast(Any, old)._opt_called = True
 
 
+ADAMW_IS_AN_ADAM = issubclass(torch.optim.AdamW, torch.optim.Adam)
+"""In older torch it is a class of its own, with sentences of its own."""
+
+
 def is_capturing() -> bool:
     """Whether the current CUDA stream records a graph."""
     return cast(Any, torch.cuda).is_initialized() and torch.cuda.is_current_stream_capturing()

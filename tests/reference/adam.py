@@ -1,8 +1,10 @@
 """Adam (Kingma & Ba 2015, alg. 1), AMSGrad, and AdamW (decoupled decay, Loshchilov & Hutter 2019)."""
 
+import inspect
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
 
@@ -71,9 +73,17 @@ CASES = pairwise(PRODUCT)
 ADAMW_CASES = pairwise(every({k: v for k, v in OPTIONS.items() if k != "decoupled_weight_decay"}, valid))
 
 
+torch_has_decoupled = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
+"""Whether torch's Adam has the option; in older ones AdamW alone decouples."""
+
+
 def to_torch(case: Case) -> Case | None:
     """torch clips outside the step: the caller does it with `max_norm`; torch's capturable is for accelerators only."""
     if case.get("eps_inside_sqrt") or case.get("normalize_grads") or not case.get("bias_correction", True):
         return None
     ours = ("eps_inside_sqrt", "normalize_grads", "bias_correction", "max_norm", "fused_unscale", "capturable")
+    if not torch_has_decoupled:
+        if case.get("decoupled_weight_decay"):
+            return None
+        ours += ("decoupled_weight_decay",)
     return {key: value for key, value in case.items() if key not in ours}

@@ -95,11 +95,9 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     theirs: torch.optim.Optimizer
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate parameters")
-        groups = [_named(group, dropped) for group in optimizer.param_groups]
+        groups = [_nameless(group, dropped) for group in optimizer.param_groups]
         theirs = cls(groups, **{name: value for name, value in optimizer.defaults.items() if name in taken})
-    dropped |= {
-        "decoupled_weight_decay"
-    } - theirs.defaults.keys()  # what AdamW is, said in its groups by newer torch only
+    dropped |= {"decoupled_weight_decay"} - theirs.defaults.keys()  # which older torch does not keep for its AdamW
     if theirs.state:  # Adagrad of torch makes all states at once
         for group in optimizer.param_groups:
             for param in params_of([group]):
@@ -149,11 +147,10 @@ def _check_representable(
                 raise ValueError(f"{to}.{type(optimizer).__name__} has no {option}, which is {value!r} here. {advice}")
 
 
-def _named(group: dict[str, Any], dropped: set[str]) -> dict[str, Any]:
-    """A group as torch's constructor takes it."""
+def _nameless(group: dict[str, Any], dropped: set[str]) -> dict[str, Any]:
+    """A group as the constructor of every torch takes it; loading brings the names of the parameters."""
     options = {name: value for name, value in group.items() if name not in dropped and name != "param_names"}
-    names = group.get("param_names")
-    return {**options, "params": list(zip(names, group["params"], strict=True) if names else group["params"])}
+    return {**options, "params": list(group["params"])}
 
 
 def _packed(optimizer: FusedOptimizer, dropped: set[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .. import _compat
 from ._base import FusedOptimizer, check, check_scalar
 
 
@@ -110,6 +111,8 @@ class AdamW(Adam):
     As Adam, with w <- w * (1 - lr * weight_decay) before the update in place of weight decay in the gradient.
     Source: Loshchilov & Hutter 2019. Arguments, state and errors as Adam; weight_decay is 1e-2 by default.
     """
+
+    sparse_text = Adam.sparse_text if _compat.ADAMW_IS_AN_ADAM else "AdamW does not support sparse gradients"
 
     def __init__(
         self,
