@@ -84,8 +84,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """The same seed before every test, the thread count as it was after it."""
+    """The same seed before every test, the thread count as it was after it; denormals, whatever ran before.
+
+    Older torch compiles with -ffast-math: loading what inductor made lets the processor flush denormals to zero from then on.
+    """
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
