@@ -152,20 +152,17 @@ def test_export(name, training, strict):
         assert_same_layer(name, training, copy.deepcopy(each.module()), inputs[1])
 
 
-EXPECTED = {
-    "LayerNorm": "aten.layer_norm.default",
-    "RMSNorm": "aten.rms_norm.default",
-    "BatchNorm1d": "aten.batch_norm.default",
-    "Dropout": "aten.dropout.default",
-}
-
-
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm1d", "Dropout"])
 def test_exported_operators_are_those_that_tools_look_for(name):
-    """One each and nothing around it, as exported from torch's layer."""
-    layer, inputs = make(name, True)
-    layer.num_batches_tracked = None
-    assert operators(torch.export.export(layer, inputs[0], strict=False)) == [EXPECTED[name]]
+    """Those that torch's layer is exported as, one and nothing around it if torch has such a one."""
+    if name == "RMSNorm" and not onepass._compat.RMS_NORM_TAKES_SYMBOLS:
+        pytest.skip("this torch exports its own rms_norm for one size of batch, which ours is not to be")
+    come, expected = [], []
+    for lib, found in ((ours, come), (nn, expected)):
+        layer = getattr(lib, name)(*([] if name == "Dropout" else [C]))
+        layer.num_batches_tracked = None
+        found += operators(torch.export.export(layer, (torch.ones(4, C),), strict=False))
+    assert come == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -215,6 +212,8 @@ def trained() -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
     """A converted model as a library that knows nothing of onepass."""
+    if not hasattr(torch._inductor, "aoti_compile_and_package"):
+        pytest.skip("this torch packs no such library")
     model, x = trained()
     expected = model(x).detach()
     program = torch.export.export(onepass.convert(model), (x,))

@@ -190,12 +190,22 @@ def in_transform() -> bool:
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_non_strict_export() -> bool:
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+def _is_exporting() -> bool:
+    """The export that traces without torch._dynamo says so; the other one is an attribute of what torch._dynamo is tracing."""
+    if torch.compiler.is_compiling():
+        return True
+    symbolic_convert = sys.modules.get("torch._dynamo.symbolic_convert")
+    tracer = getattr(getattr(symbolic_convert, "tls", None), "current_tx", None)
+    return bool(getattr(tracer, "export", False))
 
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_non_strict_export)
-"""Whether torch.export is tracing; in torch without that question, whether it is without torch._dynamo."""
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined] # runs as it is, while torch._dynamo traces
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_exporting)
+"""Whether torch.export is tracing; torch has the question since 2.7."""
+
+RMS_NORM_TAKES_SYMBOLS = "SymInt" in str(torch._C._jit_get_schemas_for_operator("aten::rms_norm"))
+"""Whether torch's rms_norm is traced for every shape; that of 2.4 for the one that it sees."""
 
 active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many TorchDispatchModes are active."""

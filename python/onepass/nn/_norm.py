@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
@@ -83,6 +84,8 @@ def row_norm(
     way = route(x, weight, bias)
     if way == KERNEL and is_usual_norm(x, normalized_shape, weight, bias, eps):
         return _on_kernel(x, weight, bias, normalized_shape[0], cast(float, eps), rms)
+    if way == TORCH and rms and is_compiling() and not _compat.RMS_NORM_TAKES_SYMBOLS:
+        way = FORMULA  # or the exported program would take one size of batch
     if way == TORCH:
         eps = default_eps(x) if eps is None else eps
         return _formula.norm_by_torch(x, normalized_shape, weight, bias, eps, rms)
