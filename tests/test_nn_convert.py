@@ -106,7 +106,8 @@ def test_hooks_are_kept():
     norm.register_forward_hook(lambda m, args, out: seen.append("forward"))
     norm.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
     handle = norm.register_forward_hook(lambda m, args, out: seen.append("removed"))
-    norm.register_state_dict_post_hook(lambda m, state, prefix, meta: seen.append("state"))
+    register = getattr(norm, "register_state_dict_post_hook", norm._register_state_dict_hook)  # its name in older torch
+    register(lambda m, state, prefix, meta: seen.append("state"))
     norm.weight.register_hook(lambda g: seen.append("weight"))
     onepass.convert(model)
     handle.remove()
