@@ -10,19 +10,14 @@ import torch.distributed as dist
 from onepass.optim import SAM, SGD, Adam, Lookahead
 from processes import run
 from support import assert_close
-from test_optim_distributed import make_model, pytestmark, whole  # noqa: F401
+from test_optim_distributed import fully_shard, make_model, needs_fully_shard, pytestmark, whole  # noqa: F401
 from test_optim_sam import recipe
 
 if dist.is_available():
     import torch.distributed.checkpoint as dcp
+    from test_optim_distributed import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-
-    try:
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    except ImportError:
-        pytest.skip("this torch has no public FSDP2 and DTensor", allow_module_level=True)
 
 
 def train(model, optimizer, steps: int, seed: int = 1, own_batch: bool = False) -> None:
@@ -159,13 +154,14 @@ def no_sync() -> None:
 
 
 def all_of_it() -> None:
-    sharded()
     tensor_parallel()
     ddp()
     no_sync()
+    if fully_shard is not None:
+        sharded()
 
 
-@pytest.mark.parametrize("work", [sharded, tensor_parallel, ddp, no_sync])
+@pytest.mark.parametrize("work", [pytest.param(sharded, marks=needs_fully_shard), tensor_parallel, ddp, no_sync])
 def test_one_process(work):
     run(1, work)
 
