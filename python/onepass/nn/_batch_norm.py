@@ -148,10 +148,7 @@ def apply_batch_norm(
     counted = not training or is_counted()
     running = (running_mean, running_var) if counted else (None, None)
     batches = batches if counted else None
-    if weight is not None and weight.dim() != 1:
-        weight = weight.reshape(-1)
-    if bias is not None and bias.dim() != 1:
-        bias = bias.reshape(-1)
+    weight, bias = _flat(weight), _flat(bias)
     if way == FORMULA or x.numel() == 0:
         y = _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
         count(batches)
@@ -169,16 +166,7 @@ def apply_batch_norm(
         weight, bias = plain_or_none(weight), plain_or_none(bias)
     operands = x, residual, weight, bias
     if not training:
-        if way != KERNEL:
-            y = operator_apply(*operands, _constant_statistics(running, eps, wide(x.dtype)), slope, channels_last)
-            return y
-        if not _is_plain(running, written=False):
-            running = _plain_copy(running[0], x), _plain_copy(running[1], x)
-        if wants_grad(*operands):
-            y = apply(*operands, training, running, None, 0.0, eps, slope, channels_last)
-        else:
-            y, _ = native.batch_norm_running(x, *operands[2:], residual, *running, eps, slope)
-        return y
+        return _by_running_statistics(way, operands, running, eps, slope, channels_last)
     if way == KERNEL and _is_plain(running, written=True):
         momentum = float(momentum)
         if wants_grad(*operands):
@@ -192,6 +180,32 @@ def apply_batch_norm(
     if running_mean is not None:
         _update_by_operator(running_mean, running_var, stats, eps, x.numel() // x.shape[1], momentum, counted)
     count(batches)
+    return y
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() == 1 else tensor.reshape(-1)
+
+
+def _by_running_statistics(
+    way: int,
+    operands: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    running: Running,
+    eps: float,
+    slope: float | None,
+    channels_last: bool,
+) -> Tensor:
+    y: Tensor
+    x, residual, weight, bias = operands
+    if way != KERNEL:
+        y = operator_apply(*operands, _constant_statistics(running, eps, wide(x.dtype)), slope, channels_last)
+        return y
+    if not _is_plain(running, written=False):
+        running = _plain_copy(running[0], x), _plain_copy(running[1], x)
+    if wants_grad(*operands):
+        y = apply(*operands, False, running, None, 0.0, eps, slope, channels_last)
+    else:
+        y, _ = native.batch_norm_running(x, weight, bias, residual, *running, eps, slope)
     return y
 
 

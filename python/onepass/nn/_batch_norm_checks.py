@@ -32,7 +32,10 @@ def batch_norm_operands(
     momentum: float | Tensor,
     eps: float,
 ) -> tuple[float | Tensor, float]:
-    """momentum and eps as floats, the first also as a tensor. Raises for operands that do not go together, in the order in which torch asks."""
+    """momentum and eps as floats, momentum also as a tensor.
+
+    Raises for operands that do not go together, in the order in which torch asks.
+    """
     usual = (
         residual is None
         and type(momentum) is float
@@ -69,26 +72,32 @@ def batch_norm_operands(
             raise RuntimeError(f"{name} must be defined in evaluation mode")
     if input.dim() < 2:
         _refuse_few_dimensions(input, running_mean)
-    channels = input.shape[1]
     for name, (_, tensor) in operands.items():
-        if tensor is None:
-            continue
-        if tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        check_device(name, tensor, input)
-        if name.startswith("running"):
-            _check_statistic(name, tensor, input)
+        if tensor is not None:
+            _check_of_channels(name, tensor, input)
     if input.dtype not in FLOATS:
         not_implemented("batch_norm", input.dtype)
     check_affine_dtypes(input, weight, bias)
     if residual is not None:
-        check_alike("residual", residual, input)
-        if residual.dtype != input.dtype:
-            raise RuntimeError(
-                f"expected scalar type {scalar_name(input.dtype)} but found {scalar_name(residual.dtype)}: residual and "
-                f"input need one dtype."
-            )
+        _check_residual(residual, input)
     return momentum, eps
+
+
+def _check_of_channels(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.numel() != input.shape[1]:
+        raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
+    check_device(name, tensor, input)
+    if name.startswith("running"):
+        _check_statistic(name, tensor, input)
+
+
+def _check_residual(residual: Tensor, input: Tensor) -> None:
+    check_alike("residual", residual, input)
+    if residual.dtype != input.dtype:
+        raise RuntimeError(
+            f"expected scalar type {scalar_name(input.dtype)} but found {scalar_name(residual.dtype)}: residual and input "
+            f"need one dtype."
+        )
 
 
 def _refuse_few_dimensions(input: Tensor, running_mean: Tensor | None) -> NoReturn:

@@ -51,17 +51,8 @@ def dropout(
         RuntimeError: an integer input; a generator of another device; in place on a leaf that requires grad.
     """
     if has_torch_function_unary(input):
-        overridden: Tensor = handle_torch_function(
-            dropout,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            seed=seed,
-            generator=generator,
-            inverted=inverted,
-        )
+        options: dict[str, Any] = {"p": p, "training": training, "inplace": inplace, "inverted": inverted}
+        overridden: Tensor = handle_torch_function(dropout, (input,), input, **options, seed=seed, generator=generator)
         return overridden
     check_tensor("dropout", "input", 1, input)
     p, seed = check_p(p), check_seed(seed, generator)
@@ -83,7 +74,10 @@ def dropout(
     check_dropout_input(input)
     if inplace and not is_compiling():
         check_in_place(input)
-    seeded = seed_tensor(seed, generator, input.device)
+    return _dropout(way, input, seed_tensor(seed, generator, input.device), p, inverted, inplace)
+
+
+def _dropout(way: int, input: Tensor, seeded: Tensor, p: float, inverted: bool, inplace: bool) -> Tensor:
     if way == KERNEL:
         y = _on_kernel(input, seeded, p, inverted, inplace)
     elif way in (FORMULA, TORCH):
