@@ -7,7 +7,7 @@ A call takes the shortest way to the kernel, unless somebody has to see it. NOTE
 2. torch.export or torch.jit.trace: torch's own function, which whoever gets the program knows: ONNX, TensorRT, AOTInductor,
    C++. It needs no onepass where it runs.
 3. torch.compile is tracing: the operator.
-4. Forward-mode AD: the formula.
+4. Forward-mode AD with a tangent among the tensors: the formula.
 5. A tensor with a meaning of its own (subclass, fake, meta), an active dispatch mode, a device without kernels: the
    operator, which subclasses and modes see and devices refuse by name.
 6. Otherwise: the kernel.
@@ -17,7 +17,8 @@ Before all of them public functions ask who overrides torch's functions (__torch
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def route(first: Tensor, *others: Tensor | None) -> int:
     """KERNEL, OPERATOR, FORMULA or TORCH for a call with these tensors, all on one device."""
     if is_compiling():
         return FORMULA if in_transform() else TORCH if is_exporting() else OPERATOR
-    if innermost_transform() is not None or forward_ad._current_level >= 0:
+    if innermost_transform() is not None or (forward_ad._current_level >= 0 and _has_tangent(first, *others)):
         return FORMULA
     if jit_tracing() is not None:
         return TORCH
@@ -63,6 +64,11 @@ def route(first: Tensor, *others: Tensor | None) -> int:
         if type(tensor) not in _EXACT_OR_NONE:
             return OPERATOR
     return KERNEL if first.is_cpu or (_HAS_CUDA and first.is_cuda) else OPERATOR
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    return any(isinstance(t, Tensor) and unpack(t).tangent is not None for t in tensors)
 
 
 def route_back(gradient: Tensor) -> int:
