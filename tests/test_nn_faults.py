@@ -7,6 +7,7 @@ import pickle
 import onepass
 import pytest
 import torch
+from onepass._native import batch_norm as native
 from support import assert_close, assert_same, bits
 from torch import nn
 from torch.nn.utils import parametrize
@@ -151,6 +152,26 @@ def test_memory_that_runs_out(name, monkeypatch):
         assert_same(content(layer), untouched, f"{name} after torch.{function} failed")
     layer(torch.randn(2, C))
     assert int(layer.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "BatchNorm" in name and "statistics" not in name])
+def test_an_interrupted_kernel(name, grad, monkeypatch):
+    """Python raises KeyboardInterrupt when the kernel that was running returns: the batch is in the statistics and counts."""
+    layer = LAYERS[name]()
+    fresh = copy.deepcopy(layer)
+    kernel = native.batch_norm
+
+    def interrupted(*arguments):
+        kernel(*arguments)
+        raise KeyboardInterrupt
+
+    with torch.set_grad_enabled(grad):
+        fresh(*inputs_of(layer))
+        monkeypatch.setattr(native, "batch_norm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer(*inputs_of(layer))
+    assert_same(content(layer), content(fresh), name)
 
 
 # --- parametrizations -------------------------------------------------------------------------------------------------

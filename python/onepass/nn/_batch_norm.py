@@ -2,8 +2,8 @@
 
 NOTE: [running statistics]
 Eager training updates them in the kernel that computes the batch's. Operators write to nothing, so that compilers may
-move and repeat them: there the update is torch operations after the operator. The count of batches rises right after the
-statistics have changed, so that nothing that fails in between leaves one without the other. Where activation
+move and repeat them: there the update is torch operations after the operator. The count of batches rises where the
+statistics change, so that nothing that fails in between leaves one without the other. Where activation
 checkpointing runs a forward a second time nothing is updated: the batch has been counted. (torch counts it twice.)
 
 Autograd saves the same number of tensors on every way, for checkpointing may take another one the second time: the update
@@ -20,7 +20,16 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _compat
 from .._native import batch_norm as native
 from . import _formula
-from ._batch_norm_autograd import Running, apply, count, dense, is_channels_last, operator, operator_apply
+from ._batch_norm_autograd import (
+    Running,
+    apply,
+    count,
+    dense,
+    is_channels_last,
+    normalise_and_count,
+    operator,
+    operator_apply,
+)
 from ._batch_norm_checks import batch_norm_operands, check_batch_size
 from ._checks import number
 from ._dispatch import FORMULA, KERNEL, TORCH, plain_or_none, route, wants_grad, wide
@@ -172,8 +181,7 @@ def apply_batch_norm(
         if wants_grad(*operands):
             y = apply(*operands, training, running, batches, momentum, eps, slope, channels_last)
         else:
-            y, _ = native.batch_norm(x, *operands[2:], residual, *running, momentum, eps, slope)
-            count(batches)
+            y, _ = normalise_and_count(x, *operands[2:], residual, running, batches, momentum, eps, slope)
         _compat.increment_version([statistic for statistic in running if statistic is not None])
         return y
     y, stats = operator(*operands, eps, slope, channels_last)

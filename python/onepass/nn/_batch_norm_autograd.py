@@ -25,6 +25,30 @@ def count(batches: Tensor | None) -> None:
         batches.add_(1)
 
 
+def normalise_and_count(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Running,
+    batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The kernel of training, and one more batch.
+
+    The count comes first: a Ctrl-C while the kernel runs is raised after it, when the running statistics have changed.
+    """
+    count(batches)
+    try:
+        return native.batch_norm(x, weight, bias, residual, *running, momentum, eps, slope)
+    except Exception:  # no memory for the result: they have not
+        if batches is not None:
+            batches.sub_(1)
+        raise
+
+
 def is_channels_last(x: Tensor) -> bool:
     """The order in memory that x has or, where it is not dense, comes nearest to."""
     return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
@@ -64,8 +88,7 @@ class _BatchNorm(torch.autograd.Function):
         channels_last: bool,
     ) -> Tensor:
         if training:
-            y, stats = native.batch_norm(x, weight, bias, residual, *running, momentum, eps, slope)
-            count(batches)
+            y, stats = normalise_and_count(x, weight, bias, residual, running, batches, momentum, eps, slope)
         else:
             y, stats = native.batch_norm_running(x, weight, bias, residual, *running, eps, slope)
         _save(ctx, x, weight, stats, y, eps, slope, channels_last, training)
