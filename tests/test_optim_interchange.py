@@ -447,7 +447,7 @@ def test_options_that_torch_lacks(name, options):
     assert optimizer.state_dict()["param_groups"] == groups
     optimizer.step()
     for group in optimizer.param_groups:
-        group[option] = onepass.optim._base.options_of(type(optimizer))[option]
+        group[option] = onepass.optim._options.options_of(type(optimizer))[option]
     to_torch(optimizer).step()
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,30 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
-from .._mend import Mender, state_dtype
+from .._mend import Mender
 from ._distributed import reduce_sharded
+from ._options import as_python_number, check, check_params, check_scalar, name_of, options_of
+from ._parameter_states import Wanted, check_states, full_state, restore_precision, scalar_tensor
 
 # Options of every optimizer here beside its own; all are kept in the param groups.
 _SHARED = ("max_norm", "normalize_grads", "fused_unscale")
-
-
-def check(ok: bool, text: str, value: object) -> None:
-    """Raise torch.optim's ValueError for a hyper-parameter out of range; NaN is out of every range."""
-    if not ok:
-        raise ValueError(f"{text}: {value}")
-
-
-def check_scalar(name: str, value: float | Tensor) -> None:
-    """A hyper-parameter given as a tensor must have one element."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element")
-
-
-def as_python_number(value: Any) -> Any:
-    """A number of NumPy's as Python's own, in a tuple too: torch.load(weights_only=True) takes no other. All else as it is."""
-    if isinstance(value, tuple):
-        return tuple(map(as_python_number, value))
-    return value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -150,19 +132,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._check_agreement(other, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            self._check_params_of(self.param_groups[-1], len(self.param_groups) - 1)
+            check_params(self.param_groups[-1], len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
-
-    def _check_params_of(self, group: dict[str, Any], number: int) -> None:
-        """Raise for parameters that no step could update."""
-        for index, param in enumerate(group["params"]):
-            if torch.nn.parameter.is_lazy(param):
-                continue  # a lazy module gives it shape and memory of its own in the first forward pass
-            if param.is_neg() and param.numel() > 1 and param.is_contiguous():
-                name = _name(group, number, index)
-                raise RuntimeError(f"{name} is a lazily negated view of another tensor. Use resolve_neg().")
 
     @staticmethod
     def _check_agreement(group: dict[str, Any], other: dict[str, Any]) -> None:
@@ -178,9 +151,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults = state.get("defaults") or self.defaults
         for option, value in options_of(type(self)).items():  # a pickle of an older onepass
             defaults.setdefault(option, value)
-        old_groups: Iterable[dict[str, Any]] = (
-            self.param_groups if loading is not None else [{}] * len(state["param_groups"])
-        )
+        old_groups = [{}] * len(state["param_groups"]) if loading is None else self.param_groups
         for group, old in zip(state["param_groups"], old_groups, strict=True):
             for option, value in {**defaults, **old}.items():
                 group.setdefault(option, value)
@@ -190,11 +161,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for other in state["param_groups"][:1]:
                 self._check_agreement(other, group)
         if loading is not None:
-            self._restore_precision(state, loading)
+            restore_precision(state, loading, self.scalar_states)
         for number, group in enumerate(state["param_groups"]):
             self._check_loaded(group, number, state["state"])
-        if "_grad_norm" not in self.__dict__:
-            self._grad_norm = None
+        self.__dict__.setdefault("_grad_norm", None)
         super().__setstate__(state)
         if loading is not None:  # for groups that are added later
             for group in self.param_groups[:1]:
@@ -209,11 +179,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         # The base class casts states to the parameter's dtype and then calls __setstate__, which repairs that from here.
         loading: dict[str, Any] = {}
-
-        def see(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:  # runs after the user's own hooks
-            loading.update(loaded)
-
-        handle = self.register_load_state_dict_pre_hook(see)
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, loaded: loading.update(loaded)
+        )  # after the user's own
         self._loading = loading
         try:
             super().load_state_dict(state_dict)
@@ -225,69 +193,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The states of a parameter as torch's namesake has them."""
         return states
 
-    def _restore_precision(self, state: dict[str, Any], loading: dict[str, Any]) -> None:
-        """Take states anew from the loaded dict where the base class cast them to less than state_dtype."""
-        ids = [i for group in loading["param_groups"] for i in group["params"]]
-        params = [p for group in state["param_groups"] for p in group["params"]]
-        for i, param in zip(ids, params, strict=True):
-            loaded, kept = loading["state"].get(i), state["state"].get(param)
-            if not isinstance(loaded, dict) or not isinstance(kept, dict) or not param.is_floating_point():
-                continue
-            for name, value in loaded.items():
-                if not isinstance(value, Tensor) or not value.is_floating_point():
-                    continue
-                if (
-                    name in self.scalar_states
-                ):  # also mu_product, which a cast to the parameter's dtype makes another number
-                    kept[name] = value
-                    continue
-                dtype = state_dtype(param.dtype) if value.dim() > 0 or param.dim() == 0 else value.dtype
-                if kept[name].dtype != dtype:
-                    kept[name] = value.to(device=param.device, dtype=dtype)
-
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
-        """The states of this optimizer, all of them, with the parameters' shapes; the step count where it has to live."""
-        names = self._state_names(group)
+        """Check the loaded states of a group's parameters, and put 0-d ones where they have to live."""
+        wanted = Wanted(
+            type(self).__name__,
+            self._state_names(group),
+            tuple(self.scalar_states),
+            frozenset([*self._all_state_names(), *self.scalar_states]),
+            _native.foreign_states(self.rule),
+            self._may_lack,
+        )
         for index, param in enumerate(group["params"]):
-            of_param = state.get(param)
-            if not of_param:
-                continue
-            who = _name(group, number, index)
-            wanted = [*names, *self.scalar_states]
-            missing = [n for n in wanted if of_param.get(n) is None and not self._may_lack(n)]
-            foreign = _native.foreign_states(self.rule) & of_param.keys()
-            if missing or foreign or not {*self._all_state_names(), *self.scalar_states} & of_param.keys():
-                raise ValueError(
-                    f"{who}: the loaded state has {sorted(map(str, of_param))}, {type(self).__name__} needs {wanted}. Is it of "
-                    f"another optimizer?"
-                )
-            for name in names:
-                value = of_param.get(name)
-                if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
-                    came = (
-                        f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-                    )
-                    raise ValueError(
-                        f"{who}: the loaded state '{name}' has {came}, the parameter has shape {tuple(param.shape)}. The state "
-                        f"belongs to another model."
-                    )
-            for name in self.scalar_states:
-                value = of_param[name]
-                if isinstance(value, Tensor) and value.numel() != 1:
-                    raise ValueError(
-                        f"{who}: the loaded state '{name}' has shape {tuple(value.shape)}; one number is expected."
-                    )
-                of_param[name] = self._scalar_tensor(group, param, value)
+            states = state.get(param)
+            if states:
+                check_states(name_of(group, number, index), param, states, wanted)
+                for name in self.scalar_states:
+                    states[name] = self._scalar_tensor(group, param, states[name])
 
     def _scalar_tensor(self, group: dict[str, Any], param: Tensor, value: float | Tensor) -> Tensor:
-        """A 0-d state where it has to live: on the CPU, or beside the parameter for CUDA graphs and fused_unscale."""
-        on_device = param.is_cuda and (group.get("capturable") or group["fused_unscale"])
-        device = param.device if on_device else torch.device("cpu")
-        dtype = torch.float32 if on_device else _compat.default_scalar_dtype()
-        if isinstance(value, Tensor):
-            keep = value.dtype in (torch.float32, torch.float64) and not on_device
-            return value.to(device=device, dtype=value.dtype if keep else dtype)
-        return torch.tensor(float(value), dtype=dtype, device=device)
+        return scalar_tensor(param, value, on_device=bool(group.get("capturable") or group["fused_unscale"]))
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -390,7 +314,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             states = self._state_names(group)
             device_scalars = bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
             mender = Mender(
-                partial(_name, group, number),
+                partial(name_of, group, number),
                 states,
                 _native.cuda_kernels,
                 self._sparse_refusal(group),
@@ -420,33 +344,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_states(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """The states that a parameter lacks, as tensors like it: same strides, and a DTensor for a DTensor."""
         known = self.state.get(param, {})
-        new = {
-            name: self._scalar_tensor(group, param, value)
-            for name, value in self.scalar_states.items()
-            if known.get(name) is None
+        scalars = [(name, value) for name, value in self.scalar_states.items() if known.get(name) is None]
+        lacking = [name for name in self._state_names(group) if known.get(name) is None]
+        return {
+            **{name: self._scalar_tensor(group, param, value) for name, value in scalars},
+            **{name: full_state(param, self._initial_value(group, name)) for name in lacking},
         }
-        for name in self._state_names(group):
-            if known.get(name) is None:
-                value = self._initial_value(group, name)
-                new[name] = torch.full_like(
-                    param,
-                    complex(value, value) if param.is_complex() else value,  # complex numbers are pairs of reals
-                    dtype=state_dtype(param.dtype),
-                    memory_format=torch.preserve_format,
-                    requires_grad=False,
-                )
-        return new
-
-
-def options_of(cls: type) -> dict[str, Any]:
-    """Options of an optimizer of this package, or of torch, with their defaults. What a subclass takes besides is its own."""
-    packages = (f"{__package__}.", "torch.optim.")
-    known = next(base for base in cls.__mro__ if base.__module__.startswith(packages))
-    parameters = inspect.signature(known).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def _name(group: dict[str, Any], number: int, index: int) -> str:
-    """What error messages call a parameter: its name where the optimizer was given named parameters."""
-    names = group.get("param_names")
-    return f"parameter '{names[index]}'" if names else f"parameter {index} of group {number}"

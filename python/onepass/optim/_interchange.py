@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import _compat
 from .._mend import state_dtype
-from ._base import FusedOptimizer, options_of
-from ._states import params_of
+from ._base import FusedOptimizer
+from ._options import check_params, options_of
+from ._wrapper_states import params_of
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .nadam import NAdam
@@ -66,7 +67,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
     ours: FusedOptimizer = cls.__new__(cls)
     ours.__setstate__({"defaults": dict(optimizer.defaults), "state": state, "param_groups": groups})
     for number, group in enumerate(groups):
-        ours._check_params_of(group, number)
+        check_params(group, number)
     _hand_over(optimizer, ours, set())
     return ours
 

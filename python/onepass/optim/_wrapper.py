@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _compat, _native
 from .._mend import Mender, state_dtype
-from ._base import _name, as_python_number
-from ._states import State, States, WeakStates, params_of
+from ._options import as_python_number, name_of
+from ._wrapper_states import State, States, WeakStates, params_of
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -192,7 +192,7 @@ def names_of(groups: list[dict[str, Any]], params: list[Tensor]) -> Callable[[in
 
     @functools.cache
     def names() -> dict[int, str]:
-        return {id(p): _name(g, n, i) for n, g in enumerate(groups) for i, p in enumerate(g["params"])}
+        return {id(p): name_of(g, n, i) for n, g in enumerate(groups) for i, p in enumerate(g["params"])}
 
     return lambda index: names().get(id(params[index]), "a parameter of no group")
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat
-from ._base import FusedOptimizer, check, check_scalar
+from ._base import FusedOptimizer
+from ._options import check, check_scalar
 
 
 class Adam(FusedOptimizer):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _compat, _native
 from .._mend import Mender
-from ._base import check, check_scalar
-from ._states import State, params_of
+from ._options import check, check_scalar
 from ._wrapper import Wrapper, gather, kept_copy, restore
+from ._wrapper_states import State, params_of
 
 
 class Lookahead(Wrapper):

@@ -12,10 +12,10 @@ from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
 from .._mend import Mender, state_dtype
-from ._base import check, check_scalar
 from ._distributed import reduce_sharded
-from ._states import State, params_of
+from ._options import check, check_scalar
 from ._wrapper import Wrapper, gather, restore
+from ._wrapper_states import State, params_of
 
 
 class SAM(Wrapper):

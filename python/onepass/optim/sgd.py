@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._base import FusedOptimizer, check, check_scalar
+from ._base import FusedOptimizer
+from ._options import check, check_scalar
 
 
 class SGD(FusedOptimizer):

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._base import FusedOptimizer, _name, check, check_scalar
+from ._base import FusedOptimizer
+from ._options import check, check_scalar, name_of
 
 
 class SparseAdam(FusedOptimizer):
@@ -86,7 +87,7 @@ class SparseAdam(FusedOptimizer):
                 if param.grad is not None and not param.grad.is_sparse:
                     raise RuntimeError(
                         f"SparseAdam does not support dense gradients, please consider Adam instead "
-                        f"({_name(group, number, index)})"
+                        f"({name_of(group, number, index)})"
                     )
         return super()._gather(fresh)
 
