@@ -88,6 +88,7 @@ def interrupted(call, line: int) -> bool:
         return True
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(True)  # Python may be interrupted at the end of a `with`, before the mode is set back
     return False
 
 
@@ -203,12 +204,9 @@ def test_sam_by_hand_interrupted_in_any_line(half):
     assert line > 20
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
-@EVERY_OPTIMIZER
-def test_interrupted_by_a_signal(make):
-    """The same from outside, wherever torch or Python is at that moment."""
+def interrupt_by_signals(name: str) -> None:
     params = parameters()
-    optimizer = make(params)
+    optimizer = MAKE[name](params)
     closure = bowl(params, optimizer)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     interrupts = 0
@@ -220,6 +218,7 @@ def test_interrupted_by_a_signal(make):
                     optimizer.step(closure)
             except KeyboardInterrupt:
                 interrupts += 1
+                torch.set_grad_enabled(True)
             assert not getattr(optimizer, "is_perturbed", False)
             assert_whole_states(params, optimizer, f"interrupt {i}")
     finally:
@@ -232,6 +231,19 @@ def test_interrupted_by_a_signal(make):
     assert max(counts) < optimizer.param_groups[0].get("lookahead_step", 1)
     assert all(p.isfinite().all() for p in params)
     assert_goes_on(params, optimizer, "after 40 interrupts")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
+def test_interrupted_by_signals():
+    """The same from outside, wherever torch or Python is at that moment; in a process of its own, with its modes."""
+    child = python(
+        """
+        from test_optim_faults import MAKE, interrupt_by_signals
+        for name in MAKE:
+            interrupt_by_signals(name)
+        """
+    )
+    assert child.returncode == 0, child.stderr
 
 
 # ---- exceptions of the user's code -----------------------------------------------------------------------------------

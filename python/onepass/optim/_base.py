@@ -271,7 +271,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 made = [(group["params"][i], self._new_states(group, group["params"][i])) for group, i in missing]
                 for param, states in made:
                     self.state[param].update(states)
-                plan, menders, missing = self._gather(self._fresh_params(missing))
+                plan, menders, missing = self._gather(self._fresh_params(missing) or None)
                 if missing:
                     raise RuntimeError("the optimizer's state changed while it was being made")
             norm = _native.update(plan, menders, clip)
