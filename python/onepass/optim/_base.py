@@ -158,8 +158,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if loading is not None:  # how this process scales its losses is not the checkpoint's to say
                 group["fused_unscale"] = old["fused_unscale"]
             self._check_options(group)
-            for other in state["param_groups"][:1]:
-                self._check_agreement(other, group)
+            self._check_agreement(state["param_groups"][0], group)
         if loading is not None:
             restore_precision(state, loading, self.scalar_states)
         for number, group in enumerate(state["param_groups"]):
