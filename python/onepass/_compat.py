@@ -78,14 +78,38 @@ def assert_async(condition: Tensor) -> None:
     torch._assert_async(condition)
 
 
-def dtensor_type() -> type | None:
-    """The DTensor class if something in this process has imported it (without it there can be no instance)."""
+def _dtensor_module() -> Any:
+    """The module of DTensor if something in this process has imported it (without it there can be no instance)."""
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "DTensor"):
-            found: type = module.DTensor
-            return found
+            return module
     return None
+
+
+def dtensor_type() -> type | None:
+    """The DTensor class, or None where there can be no instance."""
+    found: type | None = getattr(_dtensor_module(), "DTensor", None)
+    return found
+
+
+def placement_types() -> tuple[Any, Any, Any]:
+    """Replicate, Shard and Partial, in a process that has DTensors."""
+    module = _dtensor_module()
+    return module.Replicate, module.Shard, module.Partial
+
+
+def broadcast_from_first(tensor: Tensor, mesh: Any, dim: int) -> Tensor:
+    """The tensor of the first process along a dimension of a device mesh; compilers see through it."""
+    from torch.distributed import _functional_collectives as collectives
+
+    group = mesh.get_group(dim)
+    wait: Callable[[Tensor], Tensor] = collectives.wait_tensor
+    return wait(collectives.broadcast(tensor, 0, group))
+
+
+# What torch.compile takes for constant while it traces; see in_transform.
+dtensor_type._dynamo_marked_constant = placement_types._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def local_of(dtensor: Any) -> Tensor:

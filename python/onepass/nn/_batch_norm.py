@@ -32,7 +32,9 @@ from ._batch_norm_autograd import (
 )
 from ._batch_norm_checks import batch_norm_operands, check_batch_size
 from ._checks import number
-from ._dispatch import FORMULA, KERNEL, TORCH, plain_or_none, route, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, plain_or_none, route, wants_grad, wide
+from ._nested import refuse_nested
+from ._sharding import batch_norm_on_parts, holds_parts
 
 
 def batch_norm(
@@ -151,6 +153,19 @@ def apply_batch_norm(
         y = _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
         count(batches)
         return y
+    if way == OPERATOR and holds_parts(x, weight, bias, residual, running_mean, running_var):
+        y = batch_norm_on_parts(
+            lambda x, residual, weight, bias, mean, var: apply_batch_norm(
+                x, mean, var, weight, bias, residual, training, momentum, eps, slope, batches
+            ),
+            {"input": x, "residual": residual},
+            {"weight": weight, "bias": bias},
+            {"running_mean": running_mean, "running_var": running_var},
+            training,
+        )
+        return y
+    if isinstance(x, Tensor) and x.is_nested:
+        refuse_nested("batch_norm", "input")
     if training:
         check_batch_size(x)
     momentum, eps = batch_norm_operands(x, running_mean, running_var, weight, bias, residual, training, momentum, eps)

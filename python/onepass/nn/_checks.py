@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import wide
+from ._nested import refuse_nested
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _HALF = frozenset((torch.bfloat16, torch.float16))
@@ -58,6 +59,8 @@ def check_tensor(function: str, name: str, position: int, value: object) -> None
         raise TypeError(
             f"{function}(): argument '{name}' (position {position}) must be Tensor, not {type(value).__name__}"
         )
+    if value.is_nested and value.layout is torch.strided:
+        refuse_nested(function, name)
 
 
 def number(function: str, name: str, position: int, value: object) -> float:
@@ -224,7 +227,7 @@ def check_p(p: float) -> float:
 
 
 def check_dropout_input(input: Tensor) -> None:
-    if input.layout is not torch.strided:
+    if input.layout is not torch.strided and not input.is_nested:
         raise RuntimeError(f"dropout(): argument 'input' has the layout {input.layout}; a dense tensor is expected")
     if input.dtype in FLOATS:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from .._native import layers as native
 from . import _formula
 from . import _operator_checks as checks
 from ._checks import check_dropout_input, check_in_place, check_p, check_seed, check_tensor
-from ._dispatch import FORMULA, KERNEL, TORCH, plain, route, route_back, seen, wants_grad
+from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, plain, route, route_back, seen, wants_grad
 from ._library import define
+from ._sharding import holds_parts, opener, seed_of_part, whole_mask
 
 
 def dropout(
@@ -74,10 +75,14 @@ def dropout(
     check_dropout_input(input)
     if inplace and not is_compiling():
         check_in_place(input)
-    return _dropout(way, input, seed_tensor(seed, generator, input.device), p, inverted, inplace)
+    seeded = seed_tensor(seed, generator, input.device)
+    if way == OPERATOR and (open_up := opener(input)) is not None:
+        y = _on_held(open_up, input, seeded, seed is not None, p, inverted)
+        return input.copy_(y) if inplace else y
+    return _by_seed(way, input, seeded, p, inverted, inplace)
 
 
-def _dropout(way: int, input: Tensor, seeded: Tensor, p: float, inverted: bool, inplace: bool) -> Tensor:
+def _by_seed(way: int, input: Tensor, seeded: Tensor, p: float, inverted: bool, inplace: bool) -> Tensor:
     if way == KERNEL:
         y = _on_kernel(input, seeded, p, inverted, inplace)
     elif way in (FORMULA, TORCH):
@@ -90,6 +95,28 @@ def _dropout(way: int, input: Tensor, seeded: Tensor, p: float, inverted: bool, 
         return y
     like = torch.empty_like(input)  # the mask goes by logical order, the result by the input's order in memory
     return y if like.is_contiguous() else like.copy_(y)
+
+
+def _on_held(
+    open_up: Callable[..., Any], input: Tensor, seeded: Tensor, is_given: bool, p: float, inverted: bool
+) -> Tensor:
+    """dropout of what the input holds; see NOTE: [layers on DTensors] for the masks."""
+    y: Tensor
+    if is_given and holds_parts(input):
+        keep = whole_mask(mask_operator(seeded, input.shape, p, False), input)
+        y = open_up(
+            "dropout",
+            lambda part, keep: _formula.dropout(part, keep, p, inverted),
+            {"input": input, "mask": keep},
+            {},
+            0,
+        )
+        return y
+    seeded = seed_of_part(seeded, input) if holds_parts(input) else seeded
+    y = open_up(
+        "dropout", lambda held: _by_seed(route(held), held, seeded, p, inverted, False), {"input": input}, {}, 0
+    )
+    return y
 
 
 def dropout_mask(

@@ -14,10 +14,11 @@ from .._native import layers as native
 from . import _formula
 from . import _operator_checks as checks
 from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
-from ._dispatch import FORMULA, KERNEL, TORCH, plain, plain_or_none, route, route_back, seen, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, plain, plain_or_none, route, route_back, seen, wants_grad, wide
 from ._dropout import dropout, fake_mask, keeps_mask, mask_operator, seed_tensor
 from ._library import define, given, wanted
 from ._norm import fake_affine_gradient, layer_norm, rms_norm
+from ._sharding import opener
 
 
 def dropout_add_layer_norm(
@@ -65,7 +66,7 @@ def dropout_add_layer_norm(
         )
         return overridden
     way = route(input, residual, weight, bias)
-    if way == TORCH:
+    if way == TORCH or (way == OPERATOR and opener(input, residual, weight, bias) is not None):
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     input, residual = _operands(input, residual)
@@ -106,7 +107,7 @@ def dropout_add_rms_norm(
         )
         return overridden
     way = route(input, residual, weight)
-    if way == TORCH:
+    if way == TORCH or (way == OPERATOR and opener(input, residual, weight) is not None):
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return rms_norm(total, normalized_shape, weight, eps), total
     input, residual = _operands(input, residual)

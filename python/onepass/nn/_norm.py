@@ -16,8 +16,9 @@ from .._native import layers as native
 from . import _formula
 from . import _operator_checks as checks
 from ._checks import default_eps, norm_operands
-from ._dispatch import FORMULA, KERNEL, TORCH, is_exact, plain, plain_or_none, route, route_back, wide
+from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, is_exact, plain, plain_or_none, route, route_back, wide
 from ._library import define, given, wanted
+from ._sharding import opener
 
 
 def layer_norm(
@@ -89,12 +90,21 @@ def row_norm(
     if way == TORCH:
         eps = default_eps(x) if eps is None else eps
         return _formula.norm_by_torch(x, normalized_shape, weight, bias, eps, rms)
+    if way == OPERATOR and (open_up := opener(x, weight, bias)) is not None:
+        y: Tensor = open_up(
+            function,
+            lambda x, weight, bias: row_norm(function, x, normalized_shape, weight, bias, eps, rms),
+            {"input": x},
+            {"weight": weight, "bias": bias},
+            len(normalized_shape) if isinstance(normalized_shape, Sequence) else 0,
+        )
+        return y
     size, weight, bias, eps = norm_operands(function, x, normalized_shape, weight, bias, eps)
     if way == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, size, eps, rms)
     if way == KERNEL:
         return _on_kernel(plain(x), plain_or_none(weight), plain_or_none(bias), size, eps, rms)
-    y: Tensor = _operator(x.contiguous(), weight, bias, size, eps, rms)[0]
+    y = _operator(x.contiguous(), weight, bias, size, eps, rms)[0]
     return y
 
 
