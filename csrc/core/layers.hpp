@@ -72,23 +72,22 @@ struct BatchShape {
   bool channels_last;
 };
 
-// Which halves of a call to do: the sums over the processes of SyncBatchNorm come between them. running, of a forward:
-// the second one, by the running statistics.
-enum class Half : std::uint8_t { both, first, second, running };
+// What a call does: everything; or its statistics and what follows from them apart, between which SyncBatchNorm sums over
+// the processes; or, in forward, what follows from the running statistics.
+enum class Phase : std::uint8_t { all, statistics, apply, apply_running };
 
 struct BatchNorm {
   DType dtype, weight_dtype;
   BatchShape shape;
-  Half half;  // first: stats of x; second: y by the stats given; running: y by the running statistics, which are only
-              // read
+  Phase phase;  // statistics: stats of x; apply: y by the stats given; apply_running: y by the running ones, only read
   double eps;
   const void* x;
   const void *weight, *bias, *residual;  // may be null
   bool activate;
   double slope;
   void* y;
-  void* stats;  // F[3][channels], as RowNorm's; half first: the biased variance in the place of its 1 / sqrt(... + eps)
-  // Half running reads them. Half both, null: none; else running = (1 - momentum) * running + momentum * batch's.
+  void* stats;  // F[3][channels], as RowNorm's; of phase statistics the second row is the biased variance
+  // Phase apply_running reads them. Phase all: null, or running = (1 - momentum) * running + momentum * the batch's.
   DType running_dtype;
   void *running_mean, *running_var;
   double momentum;
@@ -98,16 +97,16 @@ struct BatchNorm {
 struct BatchNormBackward {
   DType dtype, weight_dtype;
   BatchShape shape;
-  Half half;      // first: sums; second: dx and dresidual by the sums and count given
+  Phase phase;     // statistics: sums; apply: dx and dresidual by the sums and count given
   bool training;  // else the statistics are constants
   const void *dy, *x, *weight, *stats;
   const void* y;  // with activate: its sign tells which side of the activation was taken
   bool activate;
   double slope;
   void* sums;             // F[2][channels]: of dz and of dz * xhat, dz the gradient before the activation
-  double count;           // elements a channel, of all processes
+  double count;           // elements per channel, over all processes
   void *dx, *dresidual;   // null: not wanted
-  void *dweight, *dbias;  // of weight_dtype; null: not wanted; not written by half second
+  void *dweight, *dbias;  // of weight_dtype; null: not wanted; not written by phase apply
   void* workspace;        // batch_norm_workspace() bytes
 };
 

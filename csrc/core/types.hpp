@@ -5,21 +5,39 @@
 namespace onepass {
 
 enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
+constexpr DType all_dtypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
 
 constexpr std::int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-constexpr DType arithmetic_of(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
+// What kernels compute in, and keep states and statistics in: float32 for the 16-bit types.
+constexpr DType compute_dtype(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeType<T>::type;
+
+// Names a type in the arguments of a generic lambda; see with_dtype() of each engine.
+template <class T>
+struct Tag {
+  using type = T;
+};
 
 constexpr int max_states = 4;
 
-// One tensor of a launch: its memory streams and the Use (below) it belongs to. States are float32 beside 16-bit
+// One tensor of a launch: its memory streams and the StepKey (below) it belongs to. States are float32 beside 16-bit
 // parameters and of the parameter's type otherwise.
 struct Item {
   void* param;
   const void* grad;  // null when the rule reads none
   void* state[max_states];
   std::int64_t size;  // elements to update
-  std::int32_t use;
+  std::int32_t key;
   // Of a sparse gradient, else null: the gradient holds the values of some rows of row_size elements, one after the
   // other, and param and states are tables in which the r-th of them is row rows[r]. No row comes twice.
   const std::int64_t* rows;  // where the tensor lives
@@ -27,7 +45,7 @@ struct Item {
 };
 
 // What may differ between the tensors of one launch and changes the scalars of a step.
-struct Use {
+struct StepKey {
   double t;               // number of this step, from 1, where the host knows it
   double product;         // and the rule's running product, see core/rule.hpp
   float* device_step;     // else where they are in device memory: read, advanced and written by the prepare kernel

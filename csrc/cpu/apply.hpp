@@ -3,7 +3,7 @@
 #pragma once
 #include "core/grad_factor.hpp"
 #include "core/rule.hpp"
-#include "cpu/launch.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/threads.hpp"
 
@@ -13,7 +13,7 @@ namespace onepass::cpu::ONEPASS_ISA {
 template <bool whole, class Rule, class T, class Step>
 static inline __attribute__((always_inline)) void update_pack(const Item& item, std::int64_t i, int count,
                                                               const Step& k) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   T* const param = static_cast<T*>(item.param) + i;
   // No hardware prefetcher runs ahead of stores to memory that nothing reads; a copy then takes 1.35 times as long. The
   // loads below would do, but those of values that a rule does not use the compiler drops.
@@ -34,7 +34,7 @@ static inline __attribute__((always_inline)) void update_pack(const Item& item, 
 // The item by value: its addresses then stay in registers, whatever is stored.
 template <class Rule, class T, class Step>
 static void update_range(const Item item, std::int64_t begin, std::int64_t end, const Step k) {
-  constexpr int width = lanes<Arithmetic<T>>;
+  constexpr int width = lanes<Compute<T>>;
   std::int64_t i = begin;
 #pragma GCC unroll 2
   for (; i + width <= end; i += width) update_pack<true, Rule, T>(item, i, width, k);
@@ -50,60 +50,59 @@ static void update_rows(const Item& item, std::int64_t begin, std::int64_t end, 
     const std::int64_t shift = (item.rows[row] - row) * item.row_size;
     Item part = item;
     part.param = static_cast<T*>(item.param) + shift;
-    for (int s = 0; s < Rule::n_state; ++s) part.state[s] = static_cast<Arithmetic<T>*>(item.state[s]) + shift;
+    for (int s = 0; s < Rule::n_state; ++s) part.state[s] = static_cast<Compute<T>*>(item.state[s]) + shift;
     update_range<Rule, T>(part, i, row_end < end ? row_end : end, k);
     i = row_end;
   }
 }
 
 template <class Rule, class T>
-struct ApplyTeam {
-  using Step = typename Rule::template Step<Arithmetic<T>>;
+struct ApplyJob {
+  using Step = typename Rule::template Step<Compute<T>>;
   static constexpr std::int64_t bytes_per_element =
-      (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule> ? 2 : 1) * Rule::n_state * sizeof(Arithmetic<T>);
+      (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule> ? 2 : 1) * Rule::n_state * sizeof(Compute<T>);
 
   const Apply& call;
   std::int64_t total;
-  Step steps[max_uses];
+  const Step* steps;  // of the keys
 
   static void body(void* context, int thread, int n_threads) {
-    const ApplyTeam& team = *static_cast<ApplyTeam*>(context);
+    const ApplyJob& job = *static_cast<ApplyJob*>(context);
     std::int64_t begin, end;
-    part_of(team.total, 64, thread, n_threads, begin, end);
+    part_of(job.total, 64, thread, n_threads, begin, end);
     std::int64_t first = 0;  // flat index of the item's first element
-    for (const Item* item = team.call.items; first < end; first += item->size, ++item) {
+    for (const Item* item = job.call.items; first < end; first += item->size, ++item) {
       const std::int64_t from = begin > first ? begin - first : 0;
       const std::int64_t to = end - first < item->size ? end - first : item->size;
       if (from >= to) continue;
       if (takes_rows<Rule> && item->rows != nullptr)
-        update_rows<Rule, T>(*item, from, to, team.steps[item->use]);
+        update_rows<Rule, T>(*item, from, to, job.steps[item->key]);
       else
-        update_range<Rule, T>(*item, from, to, team.steps[item->use]);
+        update_range<Rule, T>(*item, from, to, job.steps[item->key]);
     }
   }
 
   static void run(const Apply& call) {
     typename Rule::Hyper hyper;
     static_assert(sizeof hyper % sizeof(double) == 0, "hyper-parameters are doubles");
-    std::memcpy(&hyper, call.hyper, sizeof hyper);
-    ApplyTeam team{call, 0, {}};
-    for (std::int64_t i = 0; i < call.n_items; ++i) team.total += call.items[i].size;
-    for (int u = 0; u < call.n_uses; ++u) {
-      const StepContext context{call.uses[u].t, call.grad_factor, call.uses[u].fresh, call.uses[u].product};
-      team.steps[u] = Rule::template prepare<Arithmetic<T>>(hyper, context);
+    static_assert(sizeof(Step) <= max_step_bytes, "raise max_step_bytes");
+    double* const value = reinterpret_cast<double*>(&hyper);
+    for (unsigned i = 0; i < sizeof hyper / sizeof(double); ++i) value[i] = call.hyper[i].value;
+    Step* const steps = static_cast<Step*>(call.workspace);
+    const double factor = grad_factor(call.scaling, call.grad_scale, call.norm);
+    for (int k = 0; k < call.n_keys; ++k) {
+      const StepContext context{call.keys[k].t, factor, call.keys[k].fresh, call.keys[k].product};
+      steps[k] = Rule::template prepare<Compute<T>>(hyper, context);
     }
-    run_team(threads_for(team.total * bytes_per_element, call.max_threads), &body, &team);
+    ApplyJob job{call, 0, steps};
+    for (std::int64_t i = 0; i < call.n_items; ++i) job.total += call.items[i].size;
+    run_team(threads_for(job.total * bytes_per_element, call.where.max_threads), &body, &job);
   }
 };
 
 template <class Rule>
 static void apply(const Apply& call) {
-  switch (call.dtype) {
-    case DType::float32: return ApplyTeam<Rule, float>::run(call);
-    case DType::float64: return ApplyTeam<Rule, double>::run(call);
-    case DType::bfloat16: return ApplyTeam<Rule, bfloat16>::run(call);
-    case DType::float16: return ApplyTeam<Rule, float16>::run(call);
-  }
+  with_dtype(call.dtype, [&](auto type) { ApplyJob<Rule, typename decltype(type)::type>::run(call); });
 }
 
 // The variants of a rule, in their order, as the table that the binding picks from.

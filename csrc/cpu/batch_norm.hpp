@@ -8,7 +8,7 @@
 //   channels last, [rows, channels]: a unit is a block of rows; statistics, then results.
 #pragma once
 #include "core/layers.hpp"
-#include "cpu/launch.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/moments.hpp"
 #include "cpu/threads.hpp"
 #include "rows/norm.hpp"
@@ -153,14 +153,14 @@ struct ChannelConstants {
 };
 
 template <class T>
-struct BatchNormTeam {
-  using F = Arithmetic<T>;
+struct BatchNormJob {
+  using F = Compute<T>;
 
   const BatchNorm& call;
   ChannelConstants<F> constants;
   rows::Moments* moments;  // of the units: [channels][units], or [blocks][channels]
 
-  explicit BatchNormTeam(const BatchNorm& c)
+  explicit BatchNormJob(const BatchNorm& c)
       : call(c),
         constants(c.workspace, c.shape.channels),
         moments(reinterpret_cast<rows::Moments*>(static_cast<char*>(c.workspace) +
@@ -177,16 +177,16 @@ struct BatchNormTeam {
     constants.shift[c] = F(affine(call.bias, c, 0) - double(stats.mean_low) * scale);
   }
 
-  bool measures() const { return call.half == Half::both || call.half == Half::first; }
+  bool measures() const { return call.phase == Phase::all || call.phase == Phase::statistics; }
 
   void finish(std::int64_t c, const rows::Moments& all) const {
-    if (call.half == Half::second) return set_constants(c, rows::Stats<F>::kept(call.stats, call.shape.channels, c));
-    const bool running = call.half == Half::running;
+    if (call.phase == Phase::apply) return set_constants(c, rows::Stats<F>::kept(call.stats, call.shape.channels, c));
+    const bool running = call.phase == Phase::apply_running;
     const rows::Stats<F> stats =
         rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
                            running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
     stats.keep(call.stats, call.shape.channels, c);
-    if (call.half == Half::first) {
+    if (call.phase == Phase::statistics) {
       static_cast<F*>(call.stats)[call.shape.channels + c] = F(all.variance());
       return;
     }
@@ -231,7 +231,7 @@ struct BatchNormTeam {
           finish(c, all);
         },
         [&](std::int64_t c, std::int64_t unit) {
-          if (call.half == Half::first) return;
+          if (call.phase == Phase::statistics) return;
           for (std::int64_t sample = 0; sample < layout.samples_of(unit); ++sample)
             write_piece(c, layout.first(c, unit) + sample * layout.stride());
         });
@@ -300,7 +300,7 @@ struct BatchNormTeam {
           finish(c, all);
         },
         [&](std::int64_t begin, std::int64_t end) {
-          if (call.half == Half::first) return;
+          if (call.phase == Phase::statistics) return;
           layout.for_packs_of<F>(begin, end, 0, channels, [&](auto at) __attribute__((always_inline)) {
             const Reg<F> mean = load<at.whole>(constants.mean + at.channel, at.count),
                          scale = load<at.whole>(constants.scale + at.channel, at.count),
@@ -317,22 +317,22 @@ struct BatchNormTeam {
   }
 
   static void run(const BatchNorm& call, int max_threads) {
-    const BatchNormTeam team(call);
+    const BatchNormJob job(call);
     const BatchShape& s = call.shape;
-    const int streams = call.half == Half::first ? 1 : call.residual != nullptr ? 3 : 2;
+    const int streams = call.phase == Phase::statistics ? 1 : call.residual != nullptr ? 3 : 2;
     const int threads =
         threads_for(s.batch * s.channels * s.space * static_cast<std::int64_t>(streams * sizeof(T)), max_threads);
-    s.channels_last ? team.run_last(ChannelsLast(s), threads) : team.run_first(ChannelsFirst(s), threads);
+    s.channels_last ? job.run_last(ChannelsLast(s), threads) : job.run_first(ChannelsFirst(s), threads);
   }
 };
 
-static void batch_norm(const BatchNorm& call, int max_threads) {
-  switch (call.dtype) {
-    case DType::float32: return BatchNormTeam<float>::run(call, max_threads);
-    case DType::float64: return BatchNormTeam<double>::run(call, max_threads);
-    case DType::bfloat16: return BatchNormTeam<bfloat16>::run(call, max_threads);
-    case DType::float16: return BatchNormTeam<float16>::run(call, max_threads);
-  }
+// Constants of the channels and moments of their units; backward needs less for its sums.
+static std::int64_t batch_norm_workspace(const BatchShape& s) {
+  return batch_norm_constants_bytes(s.channels) + 3 * 8 * s.channels * batch_norm_units(s);
+}
+
+static void batch_norm(const BatchNorm& call, const StreamRef& where) {
+  with_dtype(call.dtype, [&](auto type) { BatchNormJob<typename decltype(type)::type>::run(call, where.max_threads); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

@@ -6,8 +6,8 @@
 namespace onepass::cpu::ONEPASS_ISA {
 
 template <class T>
-struct BatchNormBackwardTeam {
-  using F = Arithmetic<T>;
+struct BatchNormBackwardJob {
+  using F = Compute<T>;
 
   // Sums over a unit and channel.
   struct UnitSums {
@@ -21,14 +21,14 @@ struct BatchNormBackwardTeam {
   UnitSums* sums;
   bool needs_sums, needs_results;
 
-  explicit BatchNormBackwardTeam(const BatchNormBackward& c)
+  explicit BatchNormBackwardJob(const BatchNormBackward& c)
       : call(c),
         constants(c.workspace, c.shape.channels),
         slope(constants.shift + c.shape.channels),
         sums(reinterpret_cast<UnitSums*>(static_cast<char*>(c.workspace) +
                                          batch_norm_constants_bytes(c.shape.channels))),
-        needs_sums(c.half != Half::second && (c.training || c.dweight != nullptr || c.dbias != nullptr)),
-        needs_results(c.half != Half::first && (c.dx != nullptr || c.dresidual != nullptr)) {}
+        needs_sums(c.phase != Phase::apply && (c.training || c.dweight != nullptr || c.dbias != nullptr)),
+        needs_results(c.phase != Phase::statistics && (c.dx != nullptr || c.dresidual != nullptr)) {}
 
   const F* mean() const { return static_cast<const F*>(call.stats); }
 
@@ -37,7 +37,7 @@ struct BatchNormBackwardTeam {
     const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, c);
     const double r = double(stats.rstd), low = double(stats.mean_low);
     double dz_xhat = r == 0 ? 0 : (dz_distance - dz * low) * r;  // sums over huge numbers may be infinite
-    if (call.half == Half::second) {
+    if (call.phase == Phase::apply) {
       dz = double(out[c]);
       dz_xhat = double(out[call.shape.channels + c]);
     } else {
@@ -180,22 +180,17 @@ struct BatchNormBackwardTeam {
   }
 
   static void run(const BatchNormBackward& call, int max_threads) {
-    const BatchNormBackwardTeam team(call);
+    const BatchNormBackwardJob job(call);
     const BatchShape& s = call.shape;
-    const int streams = call.half == Half::first ? 2 : 3;
+    const int streams = call.phase == Phase::statistics ? 2 : 3;
     const int threads =
         threads_for(s.batch * s.channels * s.space * static_cast<std::int64_t>(streams * sizeof(T)), max_threads);
-    s.channels_last ? team.run_last(ChannelsLast(s), threads) : team.run_first(ChannelsFirst(s), threads);
+    s.channels_last ? job.run_last(ChannelsLast(s), threads) : job.run_first(ChannelsFirst(s), threads);
   }
 };
 
-static void batch_norm_backward(const BatchNormBackward& call, int max_threads) {
-  switch (call.dtype) {
-    case DType::float32: return BatchNormBackwardTeam<float>::run(call, max_threads);
-    case DType::float64: return BatchNormBackwardTeam<double>::run(call, max_threads);
-    case DType::bfloat16: return BatchNormBackwardTeam<bfloat16>::run(call, max_threads);
-    case DType::float16: return BatchNormBackwardTeam<float16>::run(call, max_threads);
-  }
+static void batch_norm_backward(const BatchNormBackward& call, const StreamRef& where) {
+  with_dtype(call.dtype, [&](auto type) { BatchNormBackwardJob<typename decltype(type)::type>::run(call, where.max_threads); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

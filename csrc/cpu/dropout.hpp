@@ -2,7 +2,7 @@
 // only the second one to do where the bits were kept: making them costs more than moving the elements.
 #pragma once
 #include "core/layers.hpp"
-#include "cpu/launch.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/philox.hpp"
 #include "cpu/threads.hpp"
 
@@ -92,7 +92,7 @@ enum class Keep { all, drawn, read };
 // y = dropout(x), or residual + dropout(x), of elements of flat arrays.
 template <class T>
 struct DropoutPass {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
 
   const T *x, *residual;  // residual: may be null
   T* y;                   // null: only the mask is wanted
@@ -154,11 +154,11 @@ struct DropoutPass {
 };
 
 template <class T>
-struct DropoutTeam {
+struct DropoutJob {
   const DropoutCall& call;
 
   static void body(void* context, int thread, int n_threads) {
-    const DropoutCall& call = static_cast<DropoutTeam*>(context)->call;
+    const DropoutCall& call = static_cast<DropoutJob*>(context)->call;
     const DropoutPass<T> pass(call.x, nullptr, call.y, call.mask, call.dropout);
     std::int64_t begin, end;
     part_of(call.size, 4096, thread, n_threads, begin, end);
@@ -167,19 +167,14 @@ struct DropoutTeam {
   }
 
   static void run(const DropoutCall& call, int max_threads) {
-    DropoutTeam team{call};
+    DropoutJob job{call};
     const std::int64_t bytes = call.size * static_cast<std::int64_t>(2 * sizeof(T) + (call.reads_mask ? 0 : 16));
-    run_team(threads_for(bytes, max_threads), &body, &team);
+    run_team(threads_for(bytes, max_threads), &body, &job);
   }
 };
 
-static void dropout(const DropoutCall& call, int max_threads) {
-  switch (call.dtype) {
-    case DType::float32: return DropoutTeam<float>::run(call, max_threads);
-    case DType::float64: return DropoutTeam<double>::run(call, max_threads);
-    case DType::bfloat16: return DropoutTeam<bfloat16>::run(call, max_threads);
-    case DType::float16: return DropoutTeam<float16>::run(call, max_threads);
-  }
+static void dropout(const DropoutCall& call, const StreamRef& where) {
+  with_dtype(call.dtype, [&](auto type) { DropoutJob<typename decltype(type)::type>::run(call, where.max_threads); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

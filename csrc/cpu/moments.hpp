@@ -1,7 +1,7 @@
 // Mean and variance of contiguous numbers: sums of distances from a number near the mean, a chunk at a time; chunks are
 // merged in order.
 #pragma once
-#include "cpu/registers.hpp"
+#include "cpu/lane_ops.hpp"
 #include "rows/moments.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
@@ -35,7 +35,7 @@ static inline __attribute__((always_inline)) void for_packs(std::int64_t begin, 
 // once is 7 % slower on arrays larger than the caches.
 template <int for_writing = 0, class T>
 static inline __attribute__((always_inline)) void fetch(const T* p, int part) {
-  if (part * lanes<Arithmetic<T>> * sizeof(T) % 32 == 0) __builtin_prefetch(p, for_writing);
+  if (part * lanes<Compute<T>> * sizeof(T) % 32 == 0) __builtin_prefetch(p, for_writing);
 }
 
 // Whether a sum of squares in F is a number; an infinite one, or NaN, may only have been too large for F.
@@ -59,7 +59,7 @@ static inline __attribute__((noinline)) rows::Moments wide_moments(const T* x, s
 // squares of distances lose no more than a digit or two.
 template <class T>
 static inline rows::Moments chunk_moments(const T* x, std::int64_t n, std::int64_t pieces, std::int64_t stride) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   const std::int64_t few = (n * pieces / 64 + lanes<F>)&-static_cast<std::int64_t>(lanes<F>);
   const std::int64_t of_piece = few < n ? few : n, needed = (few + n - 1) / n;
   const std::int64_t first_pieces = needed < pieces ? needed : pieces;

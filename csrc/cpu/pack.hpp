@@ -32,16 +32,16 @@ struct float16 {
   std::uint16_t bits;
 };
 
-template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-template <class T>
-using Arithmetic = typename ArithmeticOf<T>::type;
+// f(Tag<T>{}) for the storage type T that a dtype stands for: the one place where an engine's types are listed.
+template <class F>
+static inline __attribute__((always_inline)) auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(Tag<float>{});
+    case DType::float64: return f(Tag<double>{});
+    case DType::bfloat16: return f(Tag<bfloat16>{});
+    default: return f(Tag<float16>{});
+  }
+}
 
 template <class F>
 constexpr int lanes = register_bytes / sizeof(F);
@@ -239,15 +239,15 @@ static inline Reg<float> load_some(const T* p, int count) {
 }
 #else
 template <class T>
-static inline Reg<Arithmetic<T>> load_some(const T* p, int count) {
-  T buffer[lanes<Arithmetic<T>>] = {};
+static inline Reg<Compute<T>> load_some(const T* p, int count) {
+  T buffer[lanes<Compute<T>>] = {};
   copy_some<sizeof buffer>(buffer, p, count * static_cast<int>(sizeof(T)));
   return decode(buffer);
 }
 #endif
 template <class T>
-static inline void store_some(T* p, Reg<Arithmetic<T>> x, int count) {
-  T buffer[lanes<Arithmetic<T>>];
+static inline void store_some(T* p, Reg<Compute<T>> x, int count) {
+  T buffer[lanes<Compute<T>>];
   encode(buffer, x);
   copy_some<sizeof buffer>(p, buffer, count * static_cast<int>(sizeof(T)));
 }
@@ -260,14 +260,14 @@ struct Whole {
 };
 
 template <bool whole, class T>
-static inline Reg<Arithmetic<T>> load(const T* p, int count) {
+static inline Reg<Compute<T>> load(const T* p, int count) {
   if constexpr (whole)
     return decode(p);
   else
     return load_some(p, count);
 }
 template <bool whole, class T>
-static inline void store(T* p, Reg<Arithmetic<T>> x, int count) {
+static inline void store(T* p, Reg<Compute<T>> x, int count) {
   if constexpr (whole)
     encode(p, x);
   else

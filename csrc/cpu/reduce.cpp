@@ -1,6 +1,19 @@
+// Apart from the layers: in norms over all gradients no multiplication and addition are contracted to one, so that every
+// instruction set gives the same bits.
 #include "cpu/reduce.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
-extern const ReduceFunction reduce_function;
-const ReduceFunction reduce_function = &reduce;
+
+void reduce(const Reduce& call) {
+  with_dtype(call.dtype, [&](auto type) { reduce_as<typename decltype(type)::type>(call); });
+}
+
+std::int64_t reduce_partials(std::int64_t size) { return reduce_blocks(size); }
+
+void join_partials(Total kind, const double* partials, std::int64_t n, double* out, const StreamRef&) {
+  double total = empty_total(kind);
+  for (std::int64_t i = 0; i < n; ++i) total = join(kind, total, partials[i]);
+  *out = total;
+}
+
 }  // namespace onepass::cpu::ONEPASS_ISA

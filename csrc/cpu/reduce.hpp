@@ -2,7 +2,7 @@
 // a fixed order.
 #pragma once
 #include "core/reduction.hpp"
-#include "cpu/launch.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/threads.hpp"
 
@@ -76,63 +76,50 @@ static inline __attribute__((always_inline)) double block_total(const Reduction&
 // known: the total, where it is one of squares; known when compiled, so that the loop has no branch in it. For all the
 // others it is magnitudes, and the call says which.
 template <class T, Total known>
-struct ReduceTeam {
+struct ReduceJob {
   const Reduce& call;
   Reduction reduction;
   std::int64_t blocks;
 
   static void body(void* context, int thread, int n_threads) {
-    const ReduceTeam& team = *static_cast<ReduceTeam*>(context);
-    Reduction reduction = team.reduction;
+    const ReduceJob& job = *static_cast<ReduceJob*>(context);
+    Reduction reduction = job.reduction;
     constexpr bool weighted = known == Total::weighted_squares;
     if constexpr (known != Total::magnitudes) reduction.total = Total::squares;
     std::int64_t begin, end;
-    part_of(team.blocks, 1, thread, n_threads, begin, end);
+    part_of(job.blocks, 1, thread, n_threads, begin, end);
     std::int64_t first = 0;  // number of the array's first block
     for (std::int64_t array = 0; first < end; ++array) {
-      const std::int64_t size = team.call.sizes[array], blocks = reduce_blocks(size);
-      const T* const data = static_cast<const T*>(team.call.data[array]);
-      const T* const weight = weighted ? static_cast<const T*>(team.call.weights[array]) : data;
+      const std::int64_t size = job.call.sizes[array], blocks = reduce_blocks(size);
+      const T* const data = static_cast<const T*>(job.call.data[array]);
+      const T* const weight = weighted ? static_cast<const T*>(job.call.weights[array]) : data;
       for (std::int64_t b = begin > first ? begin - first : 0; b < blocks && first + b < end; ++b) {
         const std::int64_t from = b * reduce_block, n = size - from < reduce_block ? size - from : reduce_block;
-        team.call.partials[first + b] = block_total<weighted>(reduction, data + from, weight + from, n);
+        job.call.partials[first + b] = block_total<weighted>(reduction, data + from, weight + from, n);
       }
       first += blocks;
     }
   }
 
-  static double run(const Reduce& call) {
-    ReduceTeam team{call, call.reduction, 0};
+  static void run(const Reduce& call) {
+    ReduceJob job{call, call.reduction, 0};
     std::int64_t elements = 0;
     for (std::int64_t i = 0; i < call.n_tensors; ++i) {
       elements += call.sizes[i];
-      team.blocks += reduce_blocks(call.sizes[i]);
+      job.blocks += reduce_blocks(call.sizes[i]);
     }
     constexpr std::int64_t bytes = (known == Total::weighted_squares ? 2 : 1) * sizeof(T);
-    run_team(threads_for(elements * bytes, call.max_threads), &body, &team);
-    double total = empty_total(call.reduction.total);
-    for (std::int64_t b = 0; b < team.blocks; ++b) total = join(call.reduction.total, total, call.partials[b]);
-    return total;
+    run_team(threads_for(elements * bytes, call.where.max_threads), &body, &job);
   }
 };
 
 template <class T>
-static double reduce_as(const Reduce& call) {
+static void reduce_as(const Reduce& call) {
   switch (call.reduction.total) {
-    case Total::squares: return ReduceTeam<T, Total::squares>::run(call);
-    case Total::weighted_squares: return ReduceTeam<T, Total::weighted_squares>::run(call);
-    default: return ReduceTeam<T, Total::magnitudes>::run(call);
+    case Total::squares: return ReduceJob<T, Total::squares>::run(call);
+    case Total::weighted_squares: return ReduceJob<T, Total::weighted_squares>::run(call);
+    default: return ReduceJob<T, Total::magnitudes>::run(call);
   }
-}
-
-static double reduce(const Reduce& call) {
-  switch (call.dtype) {
-    case DType::float32: return reduce_as<float>(call);
-    case DType::float64: return reduce_as<double>(call);
-    case DType::bfloat16: return reduce_as<bfloat16>(call);
-    case DType::float16: return reduce_as<float16>(call);
-  }
-  return 0;
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

@@ -27,8 +27,8 @@ static inline Reg<F> weight_at(const F* weight, std::int64_t i, int count) {
 }
 
 template <class T, bool rms>
-struct RowNormTeam {
-  using F = Arithmetic<T>;
+struct RowNormJob {
+  using F = Compute<T>;
   static constexpr int width = lanes<F>;
 
   const RowNorm& call;
@@ -81,8 +81,8 @@ struct RowNormTeam {
   }
 
   static void body(void* context, int thread, int n_threads) {
-    const RowNormTeam& team = *static_cast<RowNormTeam*>(context);
-    const RowNorm& call = team.call;
+    const RowNormJob& job = *static_cast<RowNormJob*>(context);
+    const RowNorm& call = job.call;
     const std::int64_t n = call.size;
     std::int64_t begin, end;
     part_of(call.rows, 8, thread, n_threads, begin, end);
@@ -91,12 +91,12 @@ struct RowNormTeam {
       // A short row's statistics end in a chain of scalar operations: the row before it is written meanwhile.
       const std::int64_t ahead = n * static_cast<std::int64_t>(sizeof(T)) <= 4096 ? 1 : 0;
       rows::Stats<F> measured{};
-      if (begin < end && ahead > 0) measured = team.measure(x + begin * n, begin);
+      if (begin < end && ahead > 0) measured = job.measure(x + begin * n, begin);
       for (std::int64_t row = begin; row < end; ++row) {
         rows::Stats<F> stats = measured;
-        if (row + ahead < end) measured = team.measure(x + (row + ahead) * n, row + ahead);
+        if (row + ahead < end) measured = job.measure(x + (row + ahead) * n, row + ahead);
         if (ahead == 0) stats = measured;
-        team.normalise(x + row * n, row, stats, (ahead + 1) * n);
+        job.normalise(x + row * n, row, stats, (ahead + 1) * n);
       }
       return;
     }
@@ -108,27 +108,27 @@ struct RowNormTeam {
         add(pass, call.dropout.seed != nullptr, row * n, last * n);
       }
       const T* const sum = static_cast<const T*>(call.sum) + row * n;
-      team.normalise(sum, row, team.measure(sum, row), n);
+      job.normalise(sum, row, job.measure(sum, row), n);
     }
   }
 
   static void run(const RowNorm& call, int max_threads) {
     F* const room = static_cast<F*>(call.workspace);
-    RowNormTeam team{call, {}};
-    team.affine.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
-    team.affine.bias =
+    RowNormJob job{call, {}};
+    job.affine.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
+    job.affine.bias =
         Affine<F>::spelled_out(call.bias, call.weight_dtype, call.scalar_affine, call.size, room + call.size);
     const int streams = call.residual == nullptr ? 2 : 4, philox = call.dropout.seed != nullptr ? 16 : 0;
     const std::int64_t bytes = call.rows * call.size * static_cast<std::int64_t>(streams * sizeof(T) + philox);
-    run_team(threads_for(bytes, max_threads), &body, &team);
+    run_team(threads_for(bytes, max_threads), &body, &job);
   }
 };
 
 // Rows are dealt in blocks whose number depends on the shape alone. Each block has sums of its own for the gradients of
 // weight and bias, and they are joined in order: the same bits for any number of threads.
 template <class T, bool rms>
-struct RowNormBackwardTeam {
-  using F = Arithmetic<T>;
+struct RowNormBackwardJob {
+  using F = Compute<T>;
   static constexpr int width = lanes<F>;
 
   const RowNormBackward& call;
@@ -153,7 +153,7 @@ struct RowNormBackwardTeam {
     const auto at = [&](const void* p) { return p != nullptr ? static_cast<const T*>(p) + first : nullptr; };
     const T* const x = at(call.x);
     rows::Stats<F> stats = call.stats != nullptr ? rows::Stats<F>::kept(call.stats, call.rows, row)
-                                                 : RowNormTeam<T, rms>::stats_of(x, call.size, call.eps);
+                                                 : RowNormJob<T, rms>::stats_of(x, call.size, call.eps);
     stats.rstd = rows::backward_rstd(stats.rstd, rms, call.size);
     return {x, at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)), stats,
             0, 0,           first};
@@ -243,29 +243,29 @@ struct RowNormBackwardTeam {
   }
 
   static void body(void* context, int thread, int n_threads) {
-    const RowNormBackwardTeam& team = *static_cast<RowNormBackwardTeam*>(context);
+    const RowNormBackwardJob& job = *static_cast<RowNormBackwardJob*>(context);
     std::int64_t begin, end;
-    part_of(team.blocks, 1, thread, n_threads, begin, end);
+    part_of(job.blocks, 1, thread, n_threads, begin, end);
     for (std::int64_t block = begin; block < end; ++block)
-      team.sums != nullptr ? team.backward_block<true>(block) : team.backward_block<false>(block);
+      job.sums != nullptr ? job.backward_block<true>(block) : job.backward_block<false>(block);
   }
 
   // The blocks' sums of columns [begin, end), in order.
   static void join(void* context, int thread, int n_threads) {
-    const RowNormBackwardTeam& team = *static_cast<RowNormBackwardTeam*>(context);
-    const std::int64_t n = team.call.size;
+    const RowNormBackwardJob& job = *static_cast<RowNormBackwardJob*>(context);
+    const std::int64_t n = job.call.size;
     std::int64_t begin, end;
     part_of(n, 64, thread, n_threads, begin, end);
     for (int half = 0; half < 2; ++half) {
-      void* const out = half == 0 ? team.call.dweight : team.call.dbias;
-      F* const total = team.sums + half * n;
+      void* const out = half == 0 ? job.call.dweight : job.call.dbias;
+      F* const total = job.sums + half * n;
       if (out == nullptr) continue;
-      for (std::int64_t block = 1; block < team.blocks; ++block) {
-        const F* const more = team.sums + block * 2 * n + half * n;
+      for (std::int64_t block = 1; block < job.blocks; ++block) {
+        const F* const more = job.sums + block * 2 * n + half * n;
         for (std::int64_t i = begin; i < end; ++i) total[i] += more[i];
       }
-      if (!team.call.scalar_affine)
-        for (std::int64_t i = begin; i < end; ++i) set_number_at(team.call.weight_dtype, out, i, double(total[i]));
+      if (!job.call.scalar_affine)
+        for (std::int64_t i = begin; i < end; ++i) set_number_at(job.call.weight_dtype, out, i, double(total[i]));
     }
   }
 
@@ -280,44 +280,44 @@ struct RowNormBackwardTeam {
 
   static void run(const RowNormBackward& call, int max_threads) {
     F* const room = static_cast<F*>(call.workspace);
-    RowNormBackwardTeam team{call, nullptr, nullptr, row_norm_blocks(call.rows, call.size)};
-    team.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
-    if (call.dweight != nullptr || call.dbias != nullptr) team.sums = room + call.size;
+    RowNormBackwardJob job{call, nullptr, nullptr, row_norm_blocks(call.rows, call.size)};
+    job.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
+    if (call.dweight != nullptr || call.dbias != nullptr) job.sums = room + call.size;
     const std::int64_t bytes = call.rows * call.size * static_cast<std::int64_t>(3 * sizeof(T));
     const int threads = threads_for(bytes, max_threads);
-    run_team(threads, &body, &team);
-    if (team.sums == nullptr) return;
-    run_team(threads_for(team.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join,
-             &team);
-    if (call.scalar_affine) team.join_scalars();
+    run_team(threads, &body, &job);
+    if (job.sums == nullptr) return;
+    run_team(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join,
+             &job);
+    if (call.scalar_affine) job.join_scalars();
   }
 };
 
 template <class T>
 static void row_norm_as(const RowNorm& call, int max_threads) {
-  call.rms ? RowNormTeam<T, true>::run(call, max_threads) : RowNormTeam<T, false>::run(call, max_threads);
+  call.rms ? RowNormJob<T, true>::run(call, max_threads) : RowNormJob<T, false>::run(call, max_threads);
 }
 template <class T>
 static void row_norm_backward_as(const RowNormBackward& call, int max_threads) {
-  call.rms ? RowNormBackwardTeam<T, true>::run(call, max_threads)
-           : RowNormBackwardTeam<T, false>::run(call, max_threads);
+  call.rms ? RowNormBackwardJob<T, true>::run(call, max_threads)
+           : RowNormBackwardJob<T, false>::run(call, max_threads);
 }
 
-static void row_norm(const RowNorm& call, int max_threads) {
-  switch (call.dtype) {
-    case DType::float32: return row_norm_as<float>(call, max_threads);
-    case DType::float64: return row_norm_as<double>(call, max_threads);
-    case DType::bfloat16: return row_norm_as<bfloat16>(call, max_threads);
-    case DType::float16: return row_norm_as<float16>(call, max_threads);
-  }
+// Weight and bias, where they have to be spelled out.
+static std::int64_t row_norm_workspace(const RowNorm& call) {
+  const DType dtype = compute_dtype(call.dtype);
+  const bool spells = call.scalar_affine || call.weight_dtype != dtype;
+  return spells && (call.weight != nullptr || call.bias != nullptr) ? 2 * call.size * size_of(dtype) : 0;
 }
-static void row_norm_backward(const RowNormBackward& call, int max_threads) {
-  switch (call.dtype) {
-    case DType::float32: return row_norm_backward_as<float>(call, max_threads);
-    case DType::float64: return row_norm_backward_as<double>(call, max_threads);
-    case DType::bfloat16: return row_norm_backward_as<bfloat16>(call, max_threads);
-    case DType::float16: return row_norm_backward_as<float16>(call, max_threads);
-  }
+static std::int64_t row_norm_backward_workspace(const RowNormBackward& call) {
+  return (1 + 2 * row_norm_blocks(call.rows, call.size)) * call.size * size_of(compute_dtype(call.dtype));
+}
+
+static void row_norm(const RowNorm& call, const StreamRef& where) {
+  with_dtype(call.dtype, [&](auto type) { row_norm_as<typename decltype(type)::type>(call, where.max_threads); });
+}
+static void row_norm_backward(const RowNormBackward& call, const StreamRef& where) {
+  with_dtype(call.dtype, [&](auto type) { row_norm_backward_as<typename decltype(type)::type>(call, where.max_threads); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

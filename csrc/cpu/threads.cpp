@@ -8,7 +8,7 @@
 namespace onepass::cpu {
 namespace {
 
-// The part of the OpenMP runtime's binary interface that GCC's generated code uses. LLVM's and Intel's runtimes have it
+// The part of the OpenMP runtime's binary interface that GCC's generated code keys. LLVM's and Intel's runtimes have it
 // too.
 struct Runtime {
   void (*parallel)(void (*body)(void*), void* data, unsigned n_threads, unsigned flags) = nullptr;
@@ -46,13 +46,13 @@ const Runtime& runtime() {
 }
 
 struct Call {
-  TeamBody body;
+  JobBody body;
   void* context;
 };
 
 }  // namespace
 
-void run_team(int n_threads, TeamBody body, void* context) {
+void run_team(int n_threads, JobBody body, void* context) {
   const Runtime& r = runtime();
   if (n_threads <= 1 || r.parallel == nullptr || Runtime::forked || r.in_parallel()) return body(context, 0, 1);
   Call call{body, context};

@@ -6,11 +6,11 @@
 namespace onepass::cpu {
 
 // Called once for each thread of a team of n_threads.
-using TeamBody = void (*)(void* context, int thread, int n_threads);
+using JobBody = void (*)(void* context, int thread, int n_threads);
 
 // Runs body on at most n_threads threads, on the calling one alone where no runtime was found, inside another parallel
 // region, or in a forked child, where the parent's threads do not exist.
-void run_team(int n_threads, TeamBody body, void* context);
+void run_team(int n_threads, JobBody body, void* context);
 
 // "torch's OpenMP (libgomp.so.1)" or "none": for show_config().
 const char* thread_runtime();

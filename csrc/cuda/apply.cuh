@@ -6,16 +6,16 @@
 #include "core/grad_factor.hpp"
 #include "core/rule.hpp"
 #include "cuda/device.cuh"
-#include "cuda/elements.cuh"
-#include "cuda/launch.hpp"
+#include "cuda/vector_io.cuh"
+#include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
 
 namespace onepass::cuda {
 
 // The parameter block of the apply kernel. Empty tensors are not in it. by_rows: all of them have sparse gradients.
 template <class Rule, class T, bool by_rows>
-struct Table {
-  using Step = typename Rule::template Step<Arithmetic<T>>;
+struct ApplyParams {
+  using Step = typename Rule::template Step<Compute<T>>;
   static constexpr int n_streams = 1 + (Rule::reads_grad ? 1 : 0) + Rule::n_state;
   static constexpr int fixed_bytes = tuning::max_steps * sizeof(Step) + 64;
   static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4 + (by_rows ? 16 : 0);
@@ -35,39 +35,39 @@ struct Table {
 
 template <class Rule, class T, bool by_rows>
 __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state, by_rows))
-    apply_kernel(ONEPASS_GRID_CONSTANT(Table<Rule, T, by_rows>) table) {
-  using F = Arithmetic<T>;
-  using Step = typename Table<Rule, T, by_rows>::Step;
+    apply_kernel(ONEPASS_GRID_CONSTANT(ApplyParams<Rule, T, by_rows>) params) {
+  using F = Compute<T>;
+  using Step = typename ApplyParams<Rule, T, by_rows>::Step;
   constexpr int w = width<T>, n_state = Rule::n_state;
-  if (table.found_inf != nullptr && *table.found_inf != 0) return;
+  if (params.found_inf != nullptr && *params.found_inf != 0) return;
 
-  const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
-  const Step k = table.prepared != nullptr ? table.prepared[table.step[tensor]] : table.steps[table.step[tensor]];
-  const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::apply_chunk;
-  const std::int64_t left = table.size[tensor] - offset;
+  const int tensor = find_tensor(params.first_chunk, params.n_tensors, blockIdx.x);
+  const Step k = params.prepared != nullptr ? params.prepared[params.step[tensor]] : params.steps[params.step[tensor]];
+  const std::int64_t offset = std::int64_t(blockIdx.x - params.first_chunk[tensor]) * tuning::apply_chunk;
+  const std::int64_t left = params.size[tensor] - offset;
   const int n = left < tuning::apply_chunk ? int(left) : tuning::apply_chunk;
 
   const std::int64_t in_table = by_rows ? 0 : offset;
-  T* const param = static_cast<T*>(table.stream[0][tensor]) + in_table;
+  T* const param = static_cast<T*>(params.stream[0][tensor]) + in_table;
   const T* grad = nullptr;
-  if constexpr (Rule::reads_grad) grad = static_cast<const T*>(table.stream[1][tensor]) + offset;
+  if constexpr (Rule::reads_grad) grad = static_cast<const T*>(params.stream[1][tensor]) + offset;
   F* state[n_state > 0 ? n_state : 1] = {};
   bool aligned = is_aligned16(param) && is_aligned16(grad);
   ONEPASS_UNROLL
   for (int s = 0; s < n_state; ++s) {
-    state[s] = static_cast<F*>(table.stream[Table<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + in_table;
+    state[s] = static_cast<F*>(params.stream[ApplyParams<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + in_table;
     aligned = aligned && is_aligned16(state[s]);
   }
-  // Where the i-th gradient of this chunk belongs: its index in param and states.
+  // StreamRef the i-th gradient of this chunk belongs: its index in param and states.
   const auto place = [&](int i) {
     if constexpr (by_rows) {
-      const std::int64_t at = offset + i, row = at / table.row_size[tensor];
-      return at + (table.rows[tensor][row] - row) * table.row_size[tensor];
+      const std::int64_t at = offset + i, row = at / params.row_size[tensor];
+      return at + (params.rows[tensor][row] - row) * params.row_size[tensor];
     } else {
       return i;
     }
   };
-  if constexpr (by_rows) aligned = aligned && table.row_size[tensor] % w == 0;
+  if constexpr (by_rows) aligned = aligned && params.row_size[tensor] % w == 0;
 
   const int whole = aligned ? n / w * w : 0;
   for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w) {
@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
 
 // The parameter block of the prepare kernel.
 template <class Rule>
-struct Sources {
+struct PrepareParams {
   static constexpr int n_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
-  static constexpr int capacity = (tuning::parameter_bytes - 1024) / sizeof(Use);
+  static constexpr int capacity = (tuning::parameter_bytes - 1024) / sizeof(StepKey);
 
-  Use uses[capacity];
-  std::int32_t n_uses;
+  StepKey keys[capacity];
+  std::int32_t n_keys;
   double hyper[n_hyper];
   const void* hyper_device[n_hyper];  // null: the number itself is in hyper
   bool hyper_is_double[n_hyper];
@@ -128,18 +128,18 @@ struct Sources {
 };
 
 // Turns scalars in device memory into Steps, without the host: reads hyper-parameters, step counts, the loss scale and
-// the gradient norm, advances the counts. One thread a Use.
+// the gradient norm, advances the counts. One thread a StepKey.
 template <class Rule, class F>
 __global__ void __launch_bounds__(tuning::prepare_threads)
-    prepare_kernel(ONEPASS_GRID_CONSTANT(Sources<Rule>) from, typename Rule::template Step<F>* steps) {
+    prepare_kernel(ONEPASS_GRID_CONSTANT(PrepareParams<Rule>) from, typename Rule::template Step<F>* steps) {
   const int u = int(blockIdx.x) * tuning::prepare_threads + int(threadIdx.x);
-  if (u >= from.n_uses) return;
+  if (u >= from.n_keys) return;
   const bool skip = from.device.found_inf != nullptr && *from.device.found_inf != 0;
 
   typename Rule::Hyper hyper;
   double* const value = reinterpret_cast<double*>(&hyper);
   ONEPASS_UNROLL
-  for (int i = 0; i < Sources<Rule>::n_hyper; ++i) {
+  for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) {
     const void* const at = from.hyper_device[i];
     value[i] = at == nullptr             ? from.hyper[i]
                : from.hyper_is_double[i] ? *static_cast<const double*>(at)
@@ -154,19 +154,19 @@ __global__ void __launch_bounds__(tuning::prepare_threads)
   }
 
   StepContext context;
-  context.t = from.uses[u].t;
-  if (from.uses[u].device_step != nullptr) {
-    context.t = double(*from.uses[u].device_step) + 1;
-    if (!skip) *from.uses[u].device_step = float(context.t);
+  context.t = from.keys[u].t;
+  if (from.keys[u].device_step != nullptr) {
+    context.t = double(*from.keys[u].device_step) + 1;
+    if (!skip) *from.keys[u].device_step = float(context.t);
   }
-  context.product = from.uses[u].product;
-  if (from.uses[u].device_product != nullptr) {
+  context.product = from.keys[u].product;
+  if (from.keys[u].device_product != nullptr) {
     const double factor = RunningProduct<Rule>::factor(hyper, context.t);
-    context.product = next_product(double(*from.uses[u].device_product), factor, false);
-    if (!skip) *from.uses[u].device_product = float(context.product);
+    context.product = next_product(double(*from.keys[u].device_product), factor, false);
+    if (!skip) *from.keys[u].device_product = float(context.product);
   }
   context.grad_factor = grad_factor(from.scaling, scale, norm);
-  context.fresh = from.uses[u].fresh;
+  context.fresh = from.keys[u].fresh;
   steps[u] = Rule::template prepare<F>(hyper, context);
 }
 
@@ -175,8 +175,8 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
   using Step = typename Rule::template Step<F>;
   static_assert(sizeof(Step) <= max_step_bytes, "raise max_step_bytes");
   Step* const steps = static_cast<Step*>(call.workspace);
-  Sources<Rule> from{};
-  for (int i = 0; i < Sources<Rule>::n_hyper; ++i) {
+  PrepareParams<Rule> from{};
+  for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) {
     from.hyper[i] = call.hyper[i].value;
     from.hyper_device[i] = call.hyper[i].device;
     from.hyper_is_double[i] = call.hyper[i].dtype == DType::float64;
@@ -184,10 +184,10 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
   from.scaling = call.scaling;
   from.device = call.device_scaling;
   from.grad_scale = call.grad_scale;
-  for (int first = 0; first < call.n_uses; first += Sources<Rule>::capacity) {
-    const int n = call.n_uses - first < Sources<Rule>::capacity ? call.n_uses - first : Sources<Rule>::capacity;
-    std::memcpy(from.uses, call.uses + first, n * sizeof(Use));
-    from.n_uses = n;
+  for (int first = 0; first < call.n_keys; first += PrepareParams<Rule>::capacity) {
+    const int n = call.n_keys - first < PrepareParams<Rule>::capacity ? call.n_keys - first : PrepareParams<Rule>::capacity;
+    std::memcpy(from.keys, call.keys + first, n * sizeof(StepKey));
+    from.n_keys = n;
     const int blocks = (n + tuning::prepare_threads - 1) / tuning::prepare_threads;
     launch("prepare", prepare_kernel<Rule, F>, dim3(blocks), dim3(tuning::prepare_threads), 0, call.where.stream, from,
            steps + first);
@@ -195,18 +195,18 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
   return steps;
 }
 
-// Collects tensors until a table is full, then launches it: those with sparse gradients, or the others.
+// Collects tensors until the parameters are full, then launches it: those with sparse gradients, or the others.
 template <class Rule, class T, bool by_rows>
 class Launcher {
  public:
-  using F = Arithmetic<T>;
-  using Table = cuda::Table<Rule, T, by_rows>;
-  using Step = typename Table::Step;
+  using F = Compute<T>;
+  using Params = ApplyParams<Rule, T, by_rows>;
+  using Step = typename Params::Step;
 
   Launcher(const Apply& call, const Step* prepared) : call_(call) {
-    static_assert(sizeof(Table) <= tuning::parameter_bytes, "the table must fit the parameter block");
-    table_.prepared = prepared;
-    table_.found_inf = call.device_scaling.found_inf;
+    static_assert(sizeof(Params) <= tuning::parameter_bytes, "the table must fit the parameter block");
+    params_.prepared = prepared;
+    params_.found_inf = call.device_scaling.found_inf;
   }
 
   void run() {
@@ -219,61 +219,61 @@ class Launcher {
   void add(const Item& item) {
     if (item.size == 0) return;
     const std::uint64_t chunks = (std::uint64_t(item.size) + tuning::apply_chunk - 1) / tuning::apply_chunk;
-    if (table_.n_tensors == Table::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
-    int step = step_of(item.use);
+    if (params_.n_tensors == Params::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
+    int step = step_of(item.key);
     if (step < 0) {
       flush();
-      step = step_of(item.use);
+      step = step_of(item.key);
     }
-    const int i = table_.n_tensors++;
+    const int i = params_.n_tensors++;
     int stream = 0;
-    table_.stream[stream++][i] = item.param;
-    if (Rule::reads_grad) table_.stream[stream++][i] = const_cast<void*>(item.grad);
-    for (int s = 0; s < Rule::n_state; ++s) table_.stream[stream++][i] = item.state[s];
-    table_.size[i] = item.size;
-    table_.first_chunk[i] = std::uint32_t(n_chunks_);
-    table_.step[i] = step;
+    params_.stream[stream++][i] = item.param;
+    if (Rule::reads_grad) params_.stream[stream++][i] = const_cast<void*>(item.grad);
+    for (int s = 0; s < Rule::n_state; ++s) params_.stream[stream++][i] = item.state[s];
+    params_.size[i] = item.size;
+    params_.first_chunk[i] = std::uint32_t(n_chunks_);
+    params_.step[i] = step;
     if constexpr (by_rows) {
-      table_.rows[i] = item.rows;
-      table_.row_size[i] = item.row_size;
+      params_.rows[i] = item.rows;
+      params_.row_size[i] = item.row_size;
     }
     n_chunks_ += chunks;
   }
 
-  // Index of a Use's Step in this launch, -1 when the launch has no room for one more.
-  int step_of(int use) {
-    if (table_.prepared != nullptr) return use;
+  // Index of a StepKey's Step in this launch, -1 when the launch has no room for one more.
+  int step_of(int key) {
+    if (params_.prepared != nullptr) return key;
     for (int i = n_steps_ - 1; i >= 0; --i)
-      if (use_of_[i] == use) return i;
+      if (key_of_[i] == key) return i;
     if (n_steps_ == tuning::max_steps) return -1;
     typename Rule::Hyper hyper;
     double* const value = reinterpret_cast<double*>(&hyper);
-    for (int i = 0; i < Sources<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
-    const StepContext context{call_.uses[use].t, grad_factor(call_.scaling, call_.grad_scale, 0), call_.uses[use].fresh,
-                              call_.uses[use].product};
-    table_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
-    use_of_[n_steps_] = use;
+    for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
+    const StepKey& of = call_.keys[key];
+    const StepContext context{of.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), of.fresh, of.product};
+    params_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
+    key_of_[n_steps_] = key;
     return n_steps_++;
   }
 
   void flush() {
-    if (table_.n_tensors > 0)
+    if (params_.n_tensors > 0)
       launch("apply", apply_kernel<Rule, T, by_rows>, dim3(unsigned(n_chunks_)), dim3(tuning::apply_threads), 0,
-             call_.where.stream, table_);
-    table_.n_tensors = n_steps_ = 0;
+             call_.where.stream, params_);
+    params_.n_tensors = n_steps_ = 0;
     n_chunks_ = 0;
   }
 
   const Apply& call_;
-  Table table_{};
+  Params params_{};
   std::uint64_t n_chunks_ = 0;
   int n_steps_ = 0;
-  int use_of_[tuning::max_steps] = {};
+  int key_of_[tuning::max_steps] = {};
 };
 
 template <class Rule, class T>
 void apply_to(const Apply& call) {
-  const auto* const prepared = call.workspace != nullptr ? launch_prepare<Rule, Arithmetic<T>>(call) : nullptr;
+  const auto* const prepared = call.workspace != nullptr ? launch_prepare<Rule, Compute<T>>(call) : nullptr;
   Launcher<Rule, T, false>(call, prepared).run();
   if constexpr (takes_rows<Rule>) Launcher<Rule, T, true>(call, prepared).run();
 }
@@ -281,12 +281,7 @@ void apply_to(const Apply& call) {
 template <class Rule>
 void apply(const Apply& call) {
   const DeviceGuard guard(call.where.device);
-  switch (call.dtype) {
-    case DType::float32: return apply_to<Rule, float>(call);
-    case DType::float64: return apply_to<Rule, double>(call);
-    case DType::bfloat16: return apply_to<Rule, __nv_bfloat16>(call);
-    case DType::float16: return apply_to<Rule, __half>(call);
-  }
+  with_dtype(call.dtype, [&](auto type) { apply_to<Rule, typename decltype(type)::type>(call); });
 }
 
 template <class>

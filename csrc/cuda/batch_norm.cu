@@ -1,7 +1,7 @@
 // BatchNorm: the moments of each block's part of a channel; a warp a channel joins them in order; then the results.
-#include "cuda/batch.cuh"
-#include "cuda/columns.cuh"
-#include "cuda/launch.hpp"
+#include "cuda/batch_norm_layout.cuh"
+#include "cuda/column_sum.cuh"
+#include "cuda/engine.hpp"
 #include "rows/moments.hpp"
 #include "rows/norm.hpp"
 
@@ -14,7 +14,7 @@ constexpr int lanes = 32;
 template <class T, class Access, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads)
     batch_moments_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t part, int columns) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
   Layout walk;
   walk.template start<w>(call.shape, part, columns);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   if (c >= channels) return;  // the whole warp
   const int lane = int(threadIdx.x) % lanes;
   rows::Moments all;
-  const bool running = call.half == Half::running;
+  const bool running = call.phase == Phase::apply_running;
   for (std::int64_t part = lane; part < parts && !running; part += lanes)
     all.merge(static_cast<const rows::Moments*>(call.workspace)[part * channels + c]);
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
       rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
                          running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
   stats.keep(call.stats, channels, c);
-  if (call.half == Half::first) static_cast<F*>(call.stats)[channels + c] = F(all.variance());
-  if (call.half == Half::first || call.running_mean == nullptr || running) return;
+  if (call.phase == Phase::statistics) static_cast<F*>(call.stats)[channels + c] = F(all.variance());
+  if (call.phase == Phase::statistics || call.running_mean == nullptr || running) return;
   const auto blend = [&](void* running, double now) {
     const double before = number_at(call.running_dtype, running, c);
     set_number_at(call.running_dtype, running, c, (1 - call.momentum) * before + call.momentum * now);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
 template <class T, class Access, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads)
     batch_norm_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t part, int columns) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
   Layout walk;
   walk.template start<w>(call.shape, part, columns);
@@ -126,23 +126,23 @@ __global__ void __launch_bounds__(tuning::column_threads)
 
 template <class T>
 void launch_batch_norm(const BatchNorm& call, void* stream) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   const BatchShape& s = call.shape;
   with_layout<T>(is_wide<T>(s, {call.x, call.y, call.residual}), s.channels_last, [&](auto access, auto layout) {
     using Access = decltype(access);
     using Layout = decltype(layout);
     const BatchGrid grid(s, Access::template width<T>);
     const auto& parts = grid.parts;
-    const bool measures = call.half == Half::both || call.half == Half::first;
+    const bool measures = call.phase == Phase::all || call.phase == Phase::statistics;
     if (measures)
       launch("batch_moments", batch_moments_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0,
              stream, call, parts.size, grid.columns);
-    if (call.half != Half::second) {
+    if (call.phase != Phase::apply) {
       constexpr int warps = tuning::column_threads / lanes;
       launch("batch_finish", batch_finish_kernel<F>, dim3(unsigned((s.channels + warps - 1) / warps)),
              dim3(tuning::column_threads), 0, stream, call, parts.count);
     }
-    if (call.half != Half::first)
+    if (call.phase != Phase::statistics)
       launch("batch_norm", batch_norm_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0, stream,
              call, parts.size, grid.columns);
   });
@@ -155,14 +155,9 @@ std::int64_t batch_norm_workspace(const BatchShape& shape) {
   return (BatchParts(shape).count * sizeof(rows::Moments) + 2 * sizeof(double)) * shape.channels;
 }
 
-void batch_norm(const BatchNorm& call, const Where& where) {
+void batch_norm(const BatchNorm& call, const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  switch (call.dtype) {
-    case DType::float32: return launch_batch_norm<float>(call, where.stream);
-    case DType::float64: return launch_batch_norm<double>(call, where.stream);
-    case DType::bfloat16: return launch_batch_norm<__nv_bfloat16>(call, where.stream);
-    case DType::float16: return launch_batch_norm<__half>(call, where.stream);
-  }
+  with_dtype(call.dtype, [&](auto type) { launch_batch_norm<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

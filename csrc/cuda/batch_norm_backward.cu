@@ -1,8 +1,8 @@
 // The backward of BatchNorm: each block's sums of dz and dz * (x - mean), dz being the gradient before the activation;
 // a warp a channel joins them in order; then dx.
-#include "cuda/batch.cuh"
-#include "cuda/columns.cuh"
-#include "cuda/launch.hpp"
+#include "cuda/batch_norm_layout.cuh"
+#include "cuda/column_sum.cuh"
+#include "cuda/engine.hpp"
 #include "rows/norm.hpp"
 
 namespace onepass::cuda {
@@ -13,8 +13,8 @@ constexpr int lanes = 32;
 // dz, in the place of dy.
 template <class T, int w, int rounds>
 __device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offsets)[rounds],
-                        Elements<Arithmetic<T>, w> (&dz)[rounds]) {
-  using F = Arithmetic<T>;
+                        Elements<Compute<T>, w> (&dz)[rounds]) {
+  using F = Compute<T>;
   Elements<T, w> dy[rounds], y[rounds];
   load_at(offsets, call.dy, dy);
   load_at(offsets, call.activate ? call.y : nullptr, y);
@@ -30,7 +30,7 @@ __device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offs
 template <class T, class Access, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_sums_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
   const std::int64_t channels = call.shape.channels;
   Layout walk;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
 template <class T, class Access, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     batch_norm_backward_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
   const std::int64_t channels = call.shape.channels;
   Layout walk;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
 
 template <class T>
 void launch_batch_norm_backward(BatchNormBackward call, void* stream) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   const BatchShape& s = call.shape;
   const bool wide = is_wide<T>(s, {call.x, call.dy, call.activate ? call.y : nullptr, call.dx, call.dresidual});
   with_layout<T>(wide, s.channels_last, [&](auto access, auto layout) {
@@ -147,14 +147,14 @@ void launch_batch_norm_backward(BatchNormBackward call, void* stream) {
     const BatchGrid grid(s, Access::template width<T>);
     const auto& parts = grid.parts;
     if (call.sums == nullptr) call.sums = static_cast<F*>(call.workspace) + parts.count * 2 * s.channels;
-    if (call.half != Half::second && (call.training || call.dweight != nullptr || call.dbias != nullptr)) {
+    if (call.phase != Phase::apply && (call.training || call.dweight != nullptr || call.dbias != nullptr)) {
       launch("batch_sums", batch_sums_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0, stream,
              call, parts.size, grid.columns);
       constexpr int warps = tuning::column_threads / lanes;
       launch("batch_sums_finish", batch_sums_finish_kernel<F>, dim3(unsigned((s.channels + warps - 1) / warps)),
              dim3(tuning::column_threads), 0, stream, call, parts.count);
     }
-    if (call.half != Half::first && (call.dx != nullptr || call.dresidual != nullptr))
+    if (call.phase != Phase::statistics && (call.dx != nullptr || call.dresidual != nullptr))
       launch("batch_norm_backward", batch_norm_backward_kernel<T, Access, Layout>, grid.blocks,
              dim3(tuning::column_threads), 0, stream, call, parts.size, grid.columns);
   });
@@ -162,14 +162,9 @@ void launch_batch_norm_backward(BatchNormBackward call, void* stream) {
 
 }  // namespace
 
-void batch_norm_backward(const BatchNormBackward& call, const Where& where) {
+void batch_norm_backward(const BatchNormBackward& call, const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  switch (call.dtype) {
-    case DType::float32: return launch_batch_norm_backward<float>(call, where.stream);
-    case DType::float64: return launch_batch_norm_backward<double>(call, where.stream);
-    case DType::bfloat16: return launch_batch_norm_backward<__nv_bfloat16>(call, where.stream);
-    case DType::float16: return launch_batch_norm_backward<__half>(call, where.stream);
-  }
+  with_dtype(call.dtype, [&](auto type) { launch_batch_norm_backward<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

@@ -2,8 +2,8 @@
 // moving a mask.
 #include "cuda/device.cuh"
 #include "cuda/dropout.cuh"
-#include "cuda/elements.cuh"
-#include "cuda/launch.hpp"
+#include "cuda/vector_io.cuh"
+#include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
 
 namespace onepass::cuda {
@@ -24,7 +24,7 @@ __device__ void write_mask(std::uint8_t* mask, std::int64_t first, int count, un
 template <class T>
 __global__ void __launch_bounds__(tuning::dropout_threads, tuning::dropout_blocks_per_sm)
     dropout_kernel(ONEPASS_GRID_CONSTANT(DropoutCall) call, bool aligned) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int n = group<T>, lanes = 32;
   const T* const x = static_cast<const T*>(call.x);
   T* const y = static_cast<T*>(call.y);
@@ -68,14 +68,9 @@ void launch_dropout(const DropoutCall& call, void* stream) {
 
 }  // namespace
 
-void dropout(const DropoutCall& call, const Where& where) {
+void dropout(const DropoutCall& call, const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  switch (call.dtype) {
-    case DType::float32: return launch_dropout<float>(call, where.stream);
-    case DType::float64: return launch_dropout<double>(call, where.stream);
-    case DType::bfloat16: return launch_dropout<__nv_bfloat16>(call, where.stream);
-    case DType::float16: return launch_dropout<__half>(call, where.stream);
-  }
+  with_dtype(call.dtype, [&](auto type) { launch_dropout<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

@@ -2,8 +2,8 @@
 // in a fixed order.
 #include "core/reduction.hpp"
 #include "cuda/device.cuh"
-#include "cuda/elements.cuh"
-#include "cuda/launch.hpp"
+#include "cuda/vector_io.cuh"
+#include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
 
 namespace onepass::cuda {
@@ -100,7 +100,7 @@ void launch_reduce(const Reduce& call) {
     n_chunks = 0;
   };
   for (std::int64_t i = 0; i < call.n_tensors; ++i) {
-    const std::int64_t chunks = reduce_chunks(call.sizes[i]);
+    const std::int64_t chunks = reduce_partials(call.sizes[i]);
     if (chunks == 0) continue;
     if (table.n_tensors == ReduceTable::capacity || n_chunks + std::uint64_t(chunks) > 0x7fffffffu) flush();
     table.data[table.n_tensors] = call.data[i];
@@ -114,20 +114,15 @@ void launch_reduce(const Reduce& call) {
 
 }  // namespace
 
-std::int64_t reduce_chunks(std::int64_t size) { return (size + tuning::reduce_chunk - 1) / tuning::reduce_chunk; }
+std::int64_t reduce_partials(std::int64_t size) { return (size + tuning::reduce_chunk - 1) / tuning::reduce_chunk; }
 
 void reduce(const Reduce& call) {
   static_assert(sizeof(ReduceTable) <= tuning::parameter_bytes, "the table must fit the parameter block");
   const DeviceGuard guard(call.where.device);
-  switch (call.dtype) {
-    case DType::float32: return launch_reduce<float>(call);
-    case DType::float64: return launch_reduce<double>(call);
-    case DType::bfloat16: return launch_reduce<__nv_bfloat16>(call);
-    case DType::float16: return launch_reduce<__half>(call);
-  }
+  with_dtype(call.dtype, [&](auto type) { launch_reduce<typename decltype(type)::type>(call); });
 }
 
-void join_partials(Total total, const double* partials, std::int64_t n, double* out, const Where& where) {
+void join_partials(Total total, const double* partials, std::int64_t n, double* out, const StreamRef& where) {
   const DeviceGuard guard(where.device);
   launch("join", join_kernel, dim3(1), dim3(tuning::join_threads), 0, where.stream, total, partials, n, out);
 }

@@ -2,8 +2,8 @@
 // too long for that are read once more.
 #include "cuda/device.cuh"
 #include "cuda/dropout.cuh"
-#include "cuda/launch.hpp"
-#include "cuda/teams.cuh"
+#include "cuda/engine.hpp"
+#include "cuda/row_team.cuh"
 #include "rows/norm.hpp"
 
 namespace onepass::cuda {
@@ -11,7 +11,7 @@ namespace {
 
 template <class T, int w, int rounds, bool fits, bool adds>
 __device__ void norm_rows(const RowNorm& call, int team) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   using Values = Elements<T, w>;
   const bool drops = call.dropout.seed != nullptr;
   const std::uint64_t seed = drops ? std::uint64_t(*call.dropout.seed) : 0;
@@ -145,17 +145,12 @@ void launch_row_norm(const RowNorm& call, void* stream) {
 
 }  // namespace
 
-void row_norm(const RowNorm& call, const Where& where) {
+void row_norm(const RowNorm& call, const StreamRef& where) {
   if (call.rows == 0) return;
   if (call.mask != nullptr && call.dropout.seed != nullptr)  // the kernel makes the bits anew
     dropout({call.dtype, call.rows * call.size, nullptr, nullptr, call.mask, false, call.dropout}, where);
   const DeviceGuard guard(where.device);
-  switch (call.dtype) {
-    case DType::float32: return launch_row_norm<float>(call, where.stream);
-    case DType::float64: return launch_row_norm<double>(call, where.stream);
-    case DType::bfloat16: return launch_row_norm<__nv_bfloat16>(call, where.stream);
-    case DType::float16: return launch_row_norm<__half>(call, where.stream);
-  }
+  with_dtype(call.dtype, [&](auto type) { launch_row_norm<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

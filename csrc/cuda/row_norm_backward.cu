@@ -4,11 +4,11 @@
 //   Longer ones, or not aligned: a row is read twice for dx, and its columns are summed up by a kernel of their own.
 #include <algorithm>
 
-#include "cuda/columns.cuh"
+#include "cuda/column_sum.cuh"
 #include "cuda/device.cuh"
 #include "cuda/dropout.cuh"
-#include "cuda/launch.hpp"
-#include "cuda/teams.cuh"
+#include "cuda/engine.hpp"
+#include "cuda/row_team.cuh"
 #include "rows/norm.hpp"
 
 namespace onepass::cuda {
@@ -17,7 +17,7 @@ namespace {
 // One thread's share of a row: values, and what its gradients need.
 template <class T, int w, int rounds>
 struct Gradients {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   const RowNormBackward& call;
   std::int64_t begin;  // of the row
   rows::Stats<F> stats;
@@ -152,7 +152,7 @@ template <class T, int rounds>
 __global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_gradient_threads,
                                   rounds == 1 ? tuning::roomy_blocks_per_sm : 1)
     row_norm_backward_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int w = width<T>;
   const bool affine = call.dweight != nullptr || call.dbias != nullptr;
   const int teams = int(blockDim.x) / team, lane = int(threadIdx.x) % team;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::lo
 // dx of rows that are read twice.
 template <class T, int w, int rounds>
 __device__ void differentiate_rows(const RowNormBackward& call, int team) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   const std::int64_t tile = std::int64_t(team) * rounds * w, teams = blockDim.x / team;
   int turn = 0;
   for (std::int64_t first = blockIdx.x * teams; first < call.rows; first += gridDim.x * teams) {
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(tuning::long_gradient_threads, 1)
 // [part][strip][2] for scalars. `columns` threads are side by side, w columns each.
 template <class T, int w>
 __device__ void sum_columns(const RowNormBackward& call, int columns) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int rounds = tuning::column_rounds<sizeof(T)>;
   const int together = tuning::column_threads / columns;  // rows
   const std::int64_t column = (std::int64_t(blockIdx.x) * columns + threadIdx.x % columns) * w;
@@ -308,7 +308,7 @@ constexpr std::int64_t longest_row = tuning::long_gradient_threads * tuning::row
 
 template <class T>
 void launch_row_norm_backward(const RowNormBackward& call, void* stream) {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   constexpr int w = width<T>, lanes = 32, rounds = tuning::row_rounds<sizeof(T)>;
   constexpr int most = tuning::long_gradient_threads;
   const bool affine = call.dweight != nullptr || call.dbias != nullptr;
@@ -350,23 +350,17 @@ void launch_row_norm_backward(const RowNormBackward& call, void* stream) {
 
 }  // namespace
 
-std::int64_t row_norm_backward_workspace(std::int64_t rows, std::int64_t size, DType dtype) {
-  const std::int64_t longest = dtype == DType::float32   ? longest_row<float>
-                               : dtype == DType::float64 ? longest_row<double>
-                                                         : longest_row<__half>;
-  const std::int64_t blocks =
-      size <= longest ? std::min<std::int64_t>(rows, tuning::gradient_blocks) : column_parts(rows, size);
-  return blocks * 2 * size * size_of(arithmetic_of(dtype));
+std::int64_t row_norm_backward_workspace(const RowNormBackward& call) {
+  const std::int64_t longest =
+      with_dtype(call.dtype, [](auto type) -> std::int64_t { return longest_row<typename decltype(type)::type>; });
+  const std::int64_t blocks = call.size <= longest ? std::min<std::int64_t>(call.rows, tuning::gradient_blocks)
+                                                   : column_parts(call.rows, call.size);
+  return blocks * 2 * call.size * size_of(compute_dtype(call.dtype));
 }
 
-void row_norm_backward(const RowNormBackward& call, const Where& where) {
+void row_norm_backward(const RowNormBackward& call, const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  switch (call.dtype) {
-    case DType::float32: return launch_row_norm_backward<float>(call, where.stream);
-    case DType::float64: return launch_row_norm_backward<double>(call, where.stream);
-    case DType::bfloat16: return launch_row_norm_backward<__nv_bfloat16>(call, where.stream);
-    case DType::float16: return launch_row_norm_backward<__half>(call, where.stream);
-  }
+  with_dtype(call.dtype, [&](auto type) { launch_row_norm_backward<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

@@ -70,24 +70,24 @@ enum class Scalars { from_host, from_device, skipping };
 
 // One update of the list. Step counts in host memory, or in device memory with a loss scale.
 template <class T>
-bool update(std::vector<Tensor<T>>& tensors, int n_uses, Scalars scalars) {
+bool update(std::vector<Tensor<T>>& tensors, int n_keys, Scalars scalars) {
   const bool on_device = scalars != Scalars::from_host, skipping = scalars == Scalars::skipping;
   std::vector<Item> items;
   for (const Tensor<T>& tensor : tensors) items.push_back(tensor.item());
-  Array<float> counts(n_uses, 0), grad_scale(1, 0), found_inf(1, 0);
-  std::vector<Use> uses;
-  for (int u = 0; u < n_uses; ++u) {
+  Array<float> counts(n_keys, 0), grad_scale(1, 0), found_inf(1, 0);
+  std::vector<StepKey> keys;
+  for (int u = 0; u < n_keys; ++u) {
     counts.data[u] = float(u);
-    uses.push_back({double(u + 1), 1, on_device ? counts.data + u : nullptr, nullptr, false});
+    keys.push_back({double(u + 1), 1, on_device ? counts.data + u : nullptr, nullptr, false});
   }
   *grad_scale.data = 4;
   *found_inf.data = skipping;
   Scalar numbers[n_hyper];
   for (int i = 0; i < n_hyper; ++i) numbers[i] = {hyper[i], nullptr, DType::float64};
-  Array<unsigned char> workspace(n_uses * sizeof(Rule::Step<float>), 0);
+  Array<unsigned char> workspace(n_keys * sizeof(Rule::Step<float>), 0);
   Apply call{};
   call.items = items.data(), call.n_items = std::int64_t(items.size());
-  call.uses = uses.data(), call.n_uses = n_uses;
+  call.uses = keys.data(), call.n_keys = n_keys;
   call.hyper = numbers;
   call.scaling.max_norm = -1;
   call.grad_scale = 1;
@@ -99,7 +99,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_uses, Scalars scalars) {
   apply_to<Rule, T>(call);
 
   bool right = true;
-  for (int u = 0; on_device && u < n_uses; ++u) right &= counts.data[u] == float(u + !skipping);
+  for (int u = 0; on_device && u < n_keys; ++u) right &= counts.data[u] == float(u + !skipping);
   for (Tensor<T>& tensor : tensors) right &= tensor.is_right(step_of(tensor.use + 1, on_device ? 0.25 : 1), skipping);
   return right;
 }
@@ -114,9 +114,9 @@ bool updates() {
     for (const int stream : {0, 1, 2}) chunks.emplace_back(chunk + 9, 1, stream == 0, stream == 1, stream == 2);
     right &= update(chunks, 2, scalars);
     // More than a launch names or carries Steps for; on the device more than one launch of the prepare kernel.
-    const int n_uses = scalars == Scalars::from_host ? tuning::max_steps + 5 : Sources<Rule>::capacity + 5;
-    for (int i = 0; i < n_uses + Table<Rule, T, false>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_uses);
-    right &= update(many, n_uses, scalars);
+    const int n_keys = scalars == Scalars::from_host ? tuning::max_steps + 5 : Sources<Rule>::capacity + 5;
+    for (int i = 0; i < n_keys + Table<Rule, T, false>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_keys);
+    right &= update(many, n_keys, scalars);
   }
   return right;
 }

@@ -154,7 +154,7 @@ MUTANTS = [
     Mutant(
         "bound of the uses missing",
         "apply.cuh",
-        "  if (u >= from.n_uses) return;\n",
+        "  if (u >= from.n_keys) return;\n",
         "",
         "asan+ubsan",
         "heap overflow",
@@ -170,8 +170,8 @@ MUTANTS = [
     Mutant(
         "skipped step is counted",
         "apply.cuh",
-        "if (!skip) *from.uses[u].device_step",
-        "*from.uses[u].device_step",
+        "if (!skip) *from.keys[u].device_step",
+        "*from.keys[u].device_step",
         "plain",
         "wrong result",
     ),
@@ -183,10 +183,10 @@ MUTANTS = [
         "plain",
         "wrong result",
     ),
-    # elements.cuh
+    # vector_io.cuh
     Mutant(
         "block takes the tensor before its own",
-        "elements.cuh",
+        "vector_io.cuh",
         "first_chunk[middle] <= chunk",
         "first_chunk[middle] < chunk",
         "plain",

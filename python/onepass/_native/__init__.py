@@ -31,7 +31,7 @@ compiler: str = _C.compiler
 thread_runtime: str = _C.thread_runtime()
 
 is_usual_norm = _C.is_usual_norm
-"""Whether layers.norm takes an input, normalized_shape, weight, bias and eps as they are; see bind_layers.hpp."""
+"""Whether layers.norm takes an input, normalized_shape, weight, bias and eps as they are; see csrc/bind/layers.hpp."""
 
 
 def rules() -> tuple[str, ...]:
@@ -161,17 +161,8 @@ class Group:
         return float(value)  # synchronises where the tensor is on another device than a parameter
 
     def gather(self, plan: _C.Plan) -> list[int]:
-        return plan.gather(
-            self.variant,
-            self.params,
-            self.state,
-            self.hyper,
-            self.counts_steps,
-            self.device_scalars,
-            bool(self.maximize),
-            self.fresh,
-            self.mender,
-        )
+        options = self.variant, self.hyper, self.counts_steps, self.device_scalars, bool(self.maximize)
+        return plan.gather(options, self.params, self.state, self.fresh, self.mender)
 
 
 def new_plan() -> _C.Plan:
@@ -268,11 +259,12 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | 
     the CPU too and need its numbers.
     """
     devices = plan.cuda_devices()
+    on_host = not devices or plan.has_cpu()
     # What the kernels on a CUDA device skip by themselves, the host has to skip for parameters on the CPU.
-    if clip.found_inf is not None and (not devices or plan.has_cpu()) and bool(clip.found_inf):
+    if on_host and clip.found_inf is not None and bool(clip.found_inf):
         return None
     try:
-        return _update_with_cuda(plan, clip, devices, norm) if devices else _update_on_cpu(plan, clip, norm)
+        return _run(plan, clip, devices, on_host, norm)
     finally:
         if plan.has_run():  # a launch that failed left those before it done: they have to be seen
             updated = plan.updated()
@@ -282,69 +274,43 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | 
                 mender.finish()
 
 
-def _update_on_cpu(plan: _C.Plan, clip: Clip, known_norm: Tensor | None) -> float | None:
+def _run(plan: _C.Plan, clip: Clip, devices: list[int], on_host: bool, norm: Tensor | float | None) -> Tensor | float | None:
     threads = torch.get_num_threads()
-    grad_scale = 1.0 if clip.grad_scale is None else float(clip.grad_scale)
-    norm = None
-    if clip.needs_norm:
-        if known_norm is not None:
-            norm = float(known_norm) / grad_scale
-        elif clip.reduce is not None:
-            norm = float(norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)) / grad_scale
-        else:
-            norm = math.sqrt(plan.cpu_total(2.0, clip.weighted, threads)) / grad_scale
-    plan.run(threads, clip.max_norm, clip.normalize, clip.epsilon, norm or 0.0, grad_scale, False, _no_device)
-    return norm
-
-
-def _no_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, int, int]:
-    raise AssertionError(f"a launch on device {device} in a plan without any")
-
-
-def _update_with_cuda(plan: _C.Plan, clip: Clip, devices: list[int], norm: Tensor | None) -> Tensor | None:
-    on_host = plan.has_cpu()
     if clip.needs_norm and norm is None:
-        norm = norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)
-    scaled_norm = norm  # of the gradients as they are, before division by the loss scale
+        if devices or clip.reduce is not None:
+            norm = norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)
+        else:
+            norm = math.sqrt(plan.cpu_total(2.0, clip.weighted, threads))
     host_scale = float(clip.grad_scale) if on_host and clip.grad_scale is not None else 1.0
     host_norm = float(norm) / host_scale if on_host and norm is not None else 0.0
-    alive: list[Tensor] = []  # until the launches are enqueued; torch's allocator orders reuse by stream
+    places = {device: _Place(plan, device, clip, norm) for device in devices}
+    options = clip.max_norm, clip.normalize, clip.epsilon
+    plan.run(threads, options, host_scale, host_norm, {device: place.addresses for device, place in places.items()})
+    if norm is None:
+        return None
+    return places[devices[-1]].norm if devices else host_norm
 
-    def on_device(device: int, workspace_bytes: int) -> tuple[int, int, int, int, int, int]:
-        nonlocal norm
-        where = _torch_device(device)
 
-        def address(tensor: Tensor | None, dtype: torch.dtype) -> int:
-            if tensor is None:
-                return 0
-            moved = tensor.detach().to(device=where, dtype=dtype)
-            alive.append(moved)
-            return moved.data_ptr()
+class _Place:
+    """What a run needs on a CUDA device. Its tensors live until the launches are enqueued; torch's allocator orders reuse
+    by stream.
 
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=where) if workspace_bytes else None
-        if scaled_norm is not None:  # the prepare kernel writes the norm after division by the loss scale
-            norm = torch.empty((), dtype=torch.float64, device=where)
-        return (
-            _stream(device),
-            address(workspace, torch.uint8),
-            address(scaled_norm, torch.float64),
-            address(norm, torch.float64),
-            address(clip.grad_scale, torch.float32),
-            address(clip.found_inf, torch.float32),
-        )
+    Attributes:
+        norm: where the prepare kernel writes the norm after division by the loss scale; None where none was taken.
+        addresses: of the stream, the workspace and the numbers, as the extension takes them.
+    """
 
-    scaled_on_device = scaled_norm is not None or clip.grad_scale is not None
-    plan.run(
-        torch.get_num_threads(),
-        clip.max_norm,
-        clip.normalize,
-        clip.epsilon,
-        host_norm,
-        host_scale,
-        scaled_on_device,
-        on_device,
-    )
-    return norm
+    def __init__(self, plan: _C.Plan, device: int, clip: Clip, scaled_norm: Tensor | float | None) -> None:
+        on_device = {"device": _torch_device(device)}
+        self.norm = None if scaled_norm is None else torch.empty((), dtype=torch.float64, **on_device)
+        self._tensors = [
+            torch.empty(plan.cuda_workspace(device), dtype=torch.uint8, **on_device),
+            None if scaled_norm is None else torch.as_tensor(scaled_norm).to(dtype=torch.float64, **on_device),
+            self.norm,
+            None if clip.grad_scale is None else clip.grad_scale.detach().to(dtype=torch.float32, **on_device),
+            None if clip.found_inf is None else clip.found_inf.detach().to(dtype=torch.float32, **on_device),
+        ]
+        self.addresses = _stream(device), *(0 if t is None else t.data_ptr() for t in self._tensors)
 
 
 def _gather_gradients(gradients: list[Tensor], limit: float) -> tuple[_C.Plan, Mender]:

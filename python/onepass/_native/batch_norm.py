@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .layers import affine_gradients, arithmetic, place, room_for
+from .layers import affine_gradients, arithmetic, place_of
 
-# Halves of a call; between them SyncBatchNorm adds up over the processes. Or the second one by running statistics.
-_BOTH, _FIRST, _SECOND, _RUNNING = 0, 1, 2, 3
+# Phases of a call; between STATISTICS and APPLY SyncBatchNorm sums over the processes.
+_ALL, _STATISTICS, _APPLY, _APPLY_RUNNING = 0, 1, 2, 3
 
 
 def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
@@ -45,25 +45,8 @@ def batch_norm(
     place.
     """
     y, stats = torch.empty_like(x), _channel_stats(x)
-    threads, stream = place(x)
-    _C.batch_norm(
-        x,
-        weight,
-        bias,
-        residual,
-        y,
-        stats,
-        running_mean,
-        running_var,
-        _batch_shape(x),
-        _BOTH,
-        eps,
-        momentum,
-        slope,
-        threads,
-        stream,
-        room_for(x),
-    )
+    outputs = y, stats, running_mean, running_var
+    _C.batch_norm((x, weight, bias, residual), outputs, _batch_shape(x), (_ALL, eps, momentum, slope), place_of(x))
     return y, stats
 
 
@@ -79,11 +62,9 @@ def batch_norm_running(
 ) -> tuple[Tensor, Tensor]:
     """The same by the running statistics, of one floating dtype: (y, stats)."""
     y, stats = torch.empty_like(x), _channel_stats(x)
-    threads, stream = place(x)
-    running, shape = (running_mean, running_var), _batch_shape(x)
-    _C.batch_norm(
-        x, weight, bias, residual, y, stats, *running, shape, _RUNNING, eps, 0.0, slope, threads, stream, room_for(x)
-    )
+    outputs = y, stats, running_mean, running_var
+    options = _APPLY_RUNNING, eps, 0.0, slope
+    _C.batch_norm((x, weight, bias, residual), outputs, _batch_shape(x), options, place_of(x))
     return y, stats
 
 
@@ -92,22 +73,16 @@ def batch_norm_apply(
 ) -> Tensor:
     """The same by stats that are given."""
     y = torch.empty_like(x)
-    threads, stream = place(x)
-    shape = _batch_shape(x)
-    _C.batch_norm(
-        x, weight, bias, residual, y, stats, None, None, shape, _SECOND, 0.0, 0.0, slope, threads, stream, room_for(x)
-    )
+    outputs = y, stats, None, None
+    _C.batch_norm((x, weight, bias, residual), outputs, _batch_shape(x), (_APPLY, 0.0, 0.0, slope), place_of(x))
     return y
 
 
 def batch_norm_moments(x: Tensor) -> Tensor:
     """[3, C]: mean, biased variance and the rest of the mean of the channels."""
     stats = _channel_stats(x)
-    threads, stream = place(x)
-    shape = _batch_shape(x)
-    _C.batch_norm(
-        x, None, None, None, None, stats, None, None, shape, _FIRST, 0.0, 0.0, None, threads, stream, room_for(x)
-    )
+    outputs = None, stats, None, None
+    _C.batch_norm((x, None, None, None), outputs, _batch_shape(x), (_STATISTICS, 0.0, 0.0, None), place_of(x))
     return stats
 
 
@@ -126,56 +101,19 @@ def batch_norm_backward(
     # Without an activation the residual's gradient is dy itself.
     dresidual = torch.empty_like(x) if want[1] and slope is not None else None
     dweight, dbias = affine_gradients(x, weight, x.shape[1], want[2], want[3])
-    threads, stream = place(x)
     shape = _batch_shape(x)
-    count = float(shape[0] * shape[2])
-    _C.batch_norm_backward(
-        dy,
-        x,
-        y,
-        weight,
-        stats,
-        None,
-        dx,
-        dresidual,
-        dweight,
-        dbias,
-        shape,
-        _BOTH,
-        training,
-        count,
-        slope,
-        threads,
-        stream,
-        room_for(x),
-    )
+    options = _ALL, training, float(shape[0] * shape[2]), slope
+    outputs = None, dx, dresidual, dweight, dbias
+    _C.batch_norm_backward((dy, x, y, weight, stats), outputs, shape, options, place_of(x))
     return dx, dy if want[1] and slope is None else dresidual, dweight, dbias
 
 
 def batch_norm_backward_sums(dy: Tensor, x: Tensor, y: Tensor | None, stats: Tensor, slope: float | None) -> Tensor:
     """[2, C]: sums over this process of dz, the gradient before the activation, and of dz * xhat."""
     sums = torch.empty((2, x.shape[1]), dtype=arithmetic(x), device=x.device)
-    threads, stream = place(x)
-    _C.batch_norm_backward(
-        dy,
-        x,
-        y,
-        None,
-        stats,
-        sums,
-        None,
-        None,
-        None,
-        None,
-        _batch_shape(x),
-        _FIRST,
-        True,
-        1.0,
-        slope,
-        threads,
-        stream,
-        room_for(x),
-    )
+    options = _STATISTICS, True, 1.0, slope
+    outputs = sums, None, None, None, None
+    _C.batch_norm_backward((dy, x, y, None, stats), outputs, _batch_shape(x), options, place_of(x))
     return sums
 
 
@@ -193,26 +131,7 @@ def batch_norm_backward_apply(
     """Gradients of x and residual, by the sums and the number of elements a channel of all processes."""
     dx = torch.empty_like(x) if want[0] else None
     dresidual = torch.empty_like(x) if want[1] and slope is not None else None
-    threads, stream = place(x)
-    shape = _batch_shape(x)
-    _C.batch_norm_backward(
-        dy,
-        x,
-        y,
-        weight,
-        stats,
-        sums,
-        dx,
-        dresidual,
-        None,
-        None,
-        shape,
-        _SECOND,
-        True,
-        count,
-        slope,
-        threads,
-        stream,
-        room_for(x),
-    )
+    options = _APPLY, True, count, slope
+    outputs = sums, dx, dresidual, None, None
+    _C.batch_norm_backward((dy, x, y, weight, stats), outputs, _batch_shape(x), options, place_of(x))
     return dx, dy if want[1] and slope is None else dresidual

@@ -7,7 +7,7 @@ Inputs are plain strided tensors of one device and of a dtype in float32, float6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +28,13 @@ __all__ = [
     "norm_alone",
     "norm_backward",
     "norm_for_backward",
-    "place",
-    "room_for",
+    "place_of",
 ]
 
 # The seed, p, whether the elements kept are scaled up, the packed mask or None, whether to read it.
 _Dropout = tuple[Tensor, float, bool, Tensor | None, bool]
+# Threads of the CPU; the stream of a GPU, and allocate(bytes), which gives a workspace there.
+Place = tuple[int, int, Callable[[int], Tensor] | None]
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -41,16 +42,11 @@ def arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def place(x: Tensor) -> tuple[int, int]:
-    """Threads, and the stream of the tensor's device."""
-    if x.is_cuda:
-        return 1, _stream(x.device.index)
-    return torch.get_num_threads(), 0
-
-
-def room_for(x: Tensor) -> object:
-    """room(bytes): a workspace on the tensor's device."""
-    return lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
+def place_of(x: Tensor) -> Place:
+    """Where the kernels of x run."""
+    if not x.is_cuda and not _C.cuda_on_host:
+        return torch.get_num_threads(), 0, None
+    return 1, _stream(x.device.index), lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 def _mask_for(x: Tensor) -> Tensor:
@@ -96,8 +92,7 @@ def _norm(
     rms: bool,
 ) -> Tensor:
     y = torch.empty_like(x)
-    threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
-    _C.row_norm(x, None, None, weight, bias, y, stats, size, eps, rms, None, threads, stream, None)
+    _C.row_norm((x, None, weight, bias), (y, None, stats), (size, eps, rms), None, place_of(x))
     return y
 
 
@@ -121,10 +116,8 @@ def norm_backward(
     """Gradients of x, weight and bias, None where `want` says so; dy as x. eps: for stats None, which are made anew."""
     dx = torch.empty_like(x) if want[0] else None
     dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
-    threads, stream = (1, _stream(x.device.index)) if x.is_cuda else (torch.get_num_threads(), 0)
-    room = room_for(x) if x.is_cuda or _C.cuda_on_host else None  # not is_on_cuda(x): a frame less
     _C.row_norm_backward(
-        dy, None, x, weight, stats, dx, None, dweight, dbias, size, eps, rms, None, threads, stream, room
+        (dy, None, x, weight, stats), (dx, None, dweight, dbias), (size, eps, rms), None, place_of(x)
     )
     return dx, dweight, dbias
 
@@ -164,22 +157,12 @@ def dropout_add_norm(
     stats = _row_stats(x, size)
     on_cuda = is_on_cuda(x)
     mask = None if seed is None or on_cuda else _mask_for(x)
-    threads, stream = place(x)
     _C.row_norm(
-        x,
-        residual,
-        total,
-        weight,
-        bias,
-        y,
-        stats,
-        size,
-        eps,
-        rms,
+        (x, residual, weight, bias),
+        (y, total, stats),
+        (size, eps, rms),
         _dropout_arguments(seed, p, inverted, mask, False),
-        threads,
-        stream,
-        None,
+        place_of(x),
     )
     return y, total, stats, mask if mask is not None and keep_mask else _no_mask(x)
 
@@ -204,24 +187,12 @@ def dropout_add_norm_backward(
     dweight, dbias = affine_gradients(total, weight, size, want[2], want[3])
     if seed is not None and want[0] and not mask.numel() and not is_on_cuda(total):
         mask = dropout_mask(total.shape, p, seed, True, total.device)
-    threads, stream = place(total)
     _C.row_norm_backward(
-        dy,
-        dsum,
-        total,
-        weight,
-        stats,
-        dresidual,
-        dx if dx is not dresidual else None,
-        dweight,
-        dbias,
-        size,
-        0.0,
-        rms,
+        (dy, dsum, total, weight, stats),
+        (dresidual, dx if dx is not dresidual else None, dweight, dbias),
+        (size, 0.0, rms),
         _dropout_arguments(seed, p, inverted, mask if mask.numel() else None, True),
-        threads,
-        stream,
-        room_for(total),
+        place_of(total),
     )
     return dx if want[0] else None, dresidual if want[1] else None, dweight, dbias
 
@@ -244,17 +215,15 @@ def dropout(
     """Dropout of a contiguous x, into `out` (which may be x) or a new tensor: (y, mask); see dropout_add_norm for mask."""
     y = torch.empty_like(x) if out is None else out
     mask = _mask_for(x) if keep_mask and not is_on_cuda(x) else None
-    threads, stream = place(x)
-    _C.dropout(x, y, x.numel(), _dropout_arguments(seed, p, inverted, mask, False), threads, stream)
+    _C.dropout(x, y, x.numel(), _dropout_arguments(seed, p, inverted, mask, False), place_of(x))
     return y, _no_mask(x) if mask is None else mask
 
 
 def dropout_backward(dy: Tensor, p: float, seed: Tensor, inverted: bool, mask: Tensor) -> Tensor:
     """Gradient of dropout's input; mask: what forward gave."""
     dx = torch.empty_like(dy)
-    threads, stream = place(dy)
     known = mask if mask.numel() else None
-    _C.dropout(dy, dx, dy.numel(), _dropout_arguments(seed, p, inverted, known, True), threads, stream)
+    _C.dropout(dy, dx, dy.numel(), _dropout_arguments(seed, p, inverted, known, True), place_of(dy))
     return dx
 
 
@@ -263,8 +232,7 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, packed: bool, dev
     size = torch.Size(shape).numel()
     mask = torch.empty((size + 7) // 8, dtype=torch.uint8, device=device)
     nothing = torch.empty(0, device=device)
-    threads, stream = place(mask)
-    _C.dropout(nothing, None, size, _dropout_arguments(seed, p, True, mask, False), threads, stream)
+    _C.dropout(nothing, None, size, _dropout_arguments(seed, p, True, mask, False), place_of(mask))
     if packed:
         return mask
     bit = torch.arange(8, dtype=torch.uint8, device=device)

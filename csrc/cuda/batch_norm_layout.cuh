@@ -5,8 +5,8 @@
 
 #include "core/layers.hpp"
 #include "cuda/device.cuh"
-#include "cuda/elements.cuh"
-#include "cuda/teams.cuh"
+#include "cuda/vector_io.cuh"
+#include "cuda/row_team.cuh"
 #include "cuda/tuning.hpp"
 
 namespace onepass::cuda {

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <unordered_map>
 
-#include "bind_plan.hpp"
+#include "bind/plan.hpp"
 
 namespace onepass {
 namespace {
@@ -77,9 +77,9 @@ bool Plan::read_scalar(PyObject* object, bool device_scalars, const Entry& entry
   return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.device_type == dlpack::cpu;
 }
 
-py::list Plan::gather(int variant, const py::object& param_list, const py::dict& state, const py::tuple& hyper,
-                      bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
-                      const py::function& mend) {
+py::list Plan::gather(const GroupArguments& arguments, const py::object& param_list, const py::dict& state,
+                      const py::object& fresh, const py::function& mend) {
+  const auto& [variant, hyper, counts_steps, device_scalars, maximize] = arguments;
   static PyObject* const grad_name = interned("grad");
   static PyObject* const step_name = interned("step");
   const RuleVariant& rule = rule_variants().at(variant);

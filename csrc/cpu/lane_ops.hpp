@@ -34,25 +34,14 @@ static inline double number_at(const void* p, std::int64_t i) {
   return double(load<false>(static_cast<const T*>(p) + i, 1)[0]);
 }
 static inline double number_at(DType dtype, const void* p, std::int64_t i) {
-  switch (dtype) {
-    case DType::float32: return number_at<float>(p, i);
-    case DType::float64: return number_at<double>(p, i);
-    case DType::bfloat16: return number_at<bfloat16>(p, i);
-    case DType::float16: return number_at<float16>(p, i);
-  }
-  return 0;
+  return with_dtype(dtype, [&](auto type) { return number_at<typename decltype(type)::type>(p, i); });
 }
 template <class T>
 static inline void set_number_at(void* p, std::int64_t i, double x) {
-  store<false>(static_cast<T*>(p) + i, Reg<Arithmetic<T>>{} + Arithmetic<T>(x), 1);
+  store<false>(static_cast<T*>(p) + i, Reg<Compute<T>>{} + Compute<T>(x), 1);
 }
 static inline void set_number_at(DType dtype, void* p, std::int64_t i, double x) {
-  switch (dtype) {
-    case DType::float32: return set_number_at<float>(p, i, x);
-    case DType::float64: return set_number_at<double>(p, i, x);
-    case DType::bfloat16: return set_number_at<bfloat16>(p, i, x);
-    case DType::float16: return set_number_at<float16>(p, i, x);
-  }
+  with_dtype(dtype, [&](auto type) { set_number_at<typename decltype(type)::type>(p, i, x); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

@@ -1,20 +1,14 @@
 // One step of an optimizer: gather and check everything first, then write.
 #pragma once
+#include <array>
+#include <map>
 #include <optional>
+#include <tuple>
 
-#include "bind_rules.hpp"
-#include "bind_tensor.hpp"
-#include "core/grad_factor.hpp"
-#include "cpu/threads.hpp"
+#include "bind/rules.hpp"
+#include "bind/tensor.hpp"
 
 namespace onepass {
-
-inline cpu::ReduceFunction reduce_function() {
-#define ONEPASS_REDUCE_OF(isa) cpu::isa::reduce_function,
-  static const cpu::ReduceFunction functions[] = {ONEPASS_ISAS(ONEPASS_REDUCE_OF)};
-#undef ONEPASS_REDUCE_OF
-  return functions[current_isa];
-}
 
 // Set of addresses, open addressing: a few nanoseconds an insertion, where a node-based set takes fifty.
 class AddressSet {
@@ -46,6 +40,14 @@ struct GroupOptions {
   bool maximize;
 };
 
+// The same from Python: (variant, hyper-parameters, counts steps, device scalars, maximize).
+using GroupArguments = std::tuple<int, py::tuple, bool, bool, bool>;
+// What happens to every gradient: (max_norm, normalize, epsilon).
+using ClipArguments = std::tuple<std::optional<double>, bool, double>;
+// A device of a run: stream, and addresses, 0 where there is none: (stream, workspace, scaled_norm, norm, grad_scale,
+// found_inf).
+using DeviceArguments = std::array<std::uintptr_t, 6>;
+
 class Plan {
  public:
   Plan(const TensorReader& reader, py::tuple tensor_types) : reader_(reader), tensor_types_(std::move(tensor_types)) {}
@@ -56,17 +58,21 @@ class Plan {
 
   // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
   // device and layout goes through mend(index, param, grad, states, scalars), which returns one-dimensional dense
-  // stand-ins [param, grad, *states] or raises the error that names the trouble. Of a sparse gradient the stand-in
+  // stand-ins [param, grad, *states] or raises the error that names the trouble. For a sparse gradient the stand-in
   // holds the values, and (address of the row numbers, row size) follows the states. Returns the indices of the
   // parameters whose state is missing; if there are any the plan is not to be run.
-  py::list gather(int variant, const py::object& params, const py::dict& state, const py::tuple& hyper,
-                  bool counts_steps, bool device_scalars, bool maximize, const py::object& fresh,
+  py::list gather(const GroupArguments& group, const py::object& params, const py::dict& state, const py::object& fresh,
                   const py::function& mend);
 
   // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
   // p of |g|**p; infinity the largest magnitude and -infinity the smallest. weighted, with 2 only: each gradient times
   // its parameter, element by element.
   double cpu_total(double norm_type, bool weighted, int max_threads) const;
+  // The same for the gradients on a CUDA device, to `total` there, without waiting for it. partials: room for
+  // cuda_partials(device) doubles.
+  void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
+                  std::uintptr_t stream) const;
+  std::int64_t cuda_partials(int device) const;
 
   // Whether any parameter, with a gradient or without, is of a subclass of Tensor: it may be sharded.
   bool has_subclasses() const { return has_subclasses_; }
@@ -79,14 +85,14 @@ class Plan {
 
   // Devices (of the CUDA kernels) that hold gradients.
   std::vector<int> cuda_devices() const;
-  std::int64_t cuda_partials(int device) const;
-  void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
-                  std::uintptr_t stream) const;
 
-  // Writes. on_device(index, bytes) gives for a CUDA device (stream, workspace of so many bytes, scaled_norm, norm,
-  // grad_scale, found_inf): addresses, 0 where there is none.
-  void run(int max_threads, const std::optional<double>& max_norm, bool normalize, double epsilon, double norm,
-           double grad_scale, bool scaled_on_device, const py::function& on_device);
+  // Bytes of workspace that run() needs on a device, at most.
+  std::int64_t cuda_workspace(int device) const;
+
+  // Writes. grad_scale and norm are what the host knows of them, 1 and 0 where it does not. devices: those of
+  // cuda_devices().
+  void run(int max_threads, const ClipArguments& clip, double grad_scale, double norm,
+           const std::map<int, DeviceArguments>& devices);
 
   // The parameters that were gathered, for their version counters.
   py::list updated() const;
@@ -151,9 +157,13 @@ class Plan {
            (objects.product == nullptr || read_scalar(objects.product, device_scalars, entry, entry.product));
   }
   class HostScalars;
-  void run_cpu(const Group& group, const std::vector<const Entry*>& entries, int max_threads, double factor) const;
-  void run_cuda(const Group& group, const std::vector<const Entry*>& entries, const GradScaling& scaling,
-                double grad_scale, bool scaled_on_device, const py::function& on_device) const;
+  struct Run;
+  void launch(const Group& group, const std::vector<const Entry*>& entries, Run& run) const;
+  template <class Select>
+  std::int64_t partials_of(const Engine& engine, const Select& select) const;
+  template <class Select>
+  std::int64_t reduce(const Engine& engine, const Reduction& reduction, double* partials, const StreamRef& where,
+                      const Select& select) const;
 
   const TensorReader& reader_;
   Layouts layouts_;

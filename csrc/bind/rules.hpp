@@ -3,21 +3,20 @@
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "core/rule.hpp"
-#include "cpu/launch.hpp"
-#include "cuda/launch.hpp"
+#include "cuda/engine.hpp"
 #include "onepass_rules.hpp"  // made by CMake: includes every rule and defines ONEPASS_RULES(X)
 
 // The instruction sets this build has, best last: ONEPASS_ISAS(X), made by CMake as well.
 namespace onepass {
 
-#define ONEPASS_DECLARE_ISA(isa)               \
-  namespace cpu::isa {                         \
-  extern const ReduceFunction reduce_function; \
-  extern const Layers layers;                  \
+#define ONEPASS_DECLARE_ISA(isa) \
+  namespace cpu::isa {           \
+  extern const Engine engine;    \
   }
 ONEPASS_ISAS(ONEPASS_DECLARE_ISA)
 #undef ONEPASS_DECLARE_ISA
@@ -45,6 +44,26 @@ inline const std::vector<std::string> isa_names = {
 // The instruction set in use: an index into isa_names.
 inline int current_isa = 0;
 
+inline const Engine& cpu_engine() {
+#define ONEPASS_ENGINE_OF(isa) &cpu::isa::engine,
+  static const Engine* const engines[] = {ONEPASS_ISAS(ONEPASS_ENGINE_OF)};
+#undef ONEPASS_ENGINE_OF
+  return *engines[current_isa];
+}
+
+// Null in a build without CUDA, which onepass._native refuses CUDA tensors for, with advice.
+#if defined(ONEPASS_HAS_CUDA)
+inline const Engine* const cuda_engine = &cuda::engine;
+#else
+inline const Engine* const cuda_engine = nullptr;
+#endif
+
+inline const Engine& engine_for(bool on_cuda) {
+  if (!on_cuda) return cpu_engine();
+  if (cuda_engine == nullptr) throw std::runtime_error("this build of onepass has no CUDA kernels");
+  return *cuda_engine;
+}
+
 struct RuleVariant {
   std::string rule;
   std::vector<std::string> hyper_names, state_names;
@@ -52,8 +71,8 @@ struct RuleVariant {
   bool reads_grad, takes_rows;
   PyObject* product_key;  // name of the running product, interned; null where the rule keeps none
   double (*product_factor)(const double* hyper, double t);
-  std::vector<cpu::ApplyFunction> cpu;  // one for each of isa_names
-  cuda::ApplyFunction cuda;             // null in a build without CUDA
+  std::vector<ApplyFunction> cpu;  // one for each of isa_names
+  ApplyFunction cuda;             // null in a build without CUDA
 };
 
 // "a, b, c" as written in the rule file.
@@ -94,7 +113,7 @@ RuleVariant describe_variant(const char* name) {
 
 template <class... Rules>
 void describe(std::vector<RuleVariant>& out, const char* name, Variants<Rules...>,
-              const std::vector<const cpu::ApplyFunction*>& cpu_tables, const cuda::ApplyFunction* cuda_table) {
+              const std::vector<const ApplyFunction*>& cpu_tables, const ApplyFunction* cuda_table) {
   int variant = 0;
   for (RuleVariant v : {describe_variant<Rules>(name)...}) {
     for (const auto* table : cpu_tables) v.cpu.push_back(table[variant]);

@@ -6,17 +6,6 @@
 
 namespace onepass::cuda {
 
-template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-template <class T>
-using Arithmetic = typename ArithmeticOf<T>::type;
-
 __device__ inline float decode(float x) { return x; }
 __device__ inline double decode(double x) { return x; }
 __device__ inline float decode(__half x) { return __half2float(x); }
@@ -26,6 +15,17 @@ __device__ inline void encode(float& to, float x) { to = x; }
 __device__ inline void encode(double& to, double x) { to = x; }
 __device__ inline void encode(__half& to, float x) { to = __float2half_rn(x); }
 __device__ inline void encode(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+
+// f(Tag<T>{}) for the type T that a dtype stands for: the one place where an engine's types are listed.
+template <class F>
+auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(Tag<float>{});
+    case DType::float64: return f(Tag<double>{});
+    case DType::bfloat16: return f(Tag<__nv_bfloat16>{});
+    default: return f(Tag<__half>{});
+  }
+}
 
 // An element whose type is known at run time.
 __device__ inline double number_at(DType dtype, const void* p, std::int64_t i) {
@@ -79,7 +79,7 @@ struct alignas(16) Elements {
   }
 };
 
-// Of a null pointer too.
+// Null counts as aligned.
 ONEPASS_HD bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 // Number of the tensor that a block's chunk belongs to: the last one whose first chunk is not after it. The same for

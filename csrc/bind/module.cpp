@@ -6,8 +6,9 @@
 #include <cpuid.h>
 #endif
 
-#include "bind_layers.hpp"
-#include "bind_plan.hpp"
+#include "bind/layers.hpp"
+#include "bind/plan.hpp"
+#include "cpu/threads.hpp"
 
 namespace onepass {
 namespace {
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
       .def("cuda_devices", &Plan::cuda_devices)
       .def("cuda_partials", &Plan::cuda_partials)
       .def("cuda_total", &Plan::cuda_total)
+      .def("cuda_workspace", &Plan::cuda_workspace)
       .def("run", &Plan::run)
       .def("updated", &Plan::updated);
 

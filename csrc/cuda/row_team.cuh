@@ -1,6 +1,6 @@
 // Threads that work on one row together: what each of them takes of it, and what they add up.
 #pragma once
-#include "cuda/elements.cuh"
+#include "cuda/vector_io.cuh"
 
 namespace onepass::cuda {
 
@@ -29,7 +29,7 @@ struct Share {
 // Weights or biases: one a column or one for all of them, of type T or F, or `otherwise`.
 template <class T>
 struct Affine {
-  using F = Arithmetic<T>;
+  using F = Compute<T>;
   const void* p;
   bool is_arithmetic, is_scalar;
   F otherwise;

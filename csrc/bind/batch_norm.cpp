@@ -1,0 +1,102 @@
+// BatchNorm.
+#include <pybind11/stl.h>
+
+#include "bind/layers.hpp"
+
+namespace onepass {
+namespace {
+
+// What forward and backward have in common: the shape, and the dtype of weights, that of the first one there is.
+template <class Call>
+void describe_batch(Call& call, Tensors& tensors, const BatchShapeArguments& shape,
+                    std::initializer_list<py::object> affine) {
+  const auto& [batch, channels, space, channels_last] = shape;
+  call.shape = {batch, channels, space, channels_last};
+  if (batch * channels * space != tensors.first().size)
+    throw py::value_error("x is not of the shape that was given for its batch norm");
+  call.dtype = tensors.first().dtype;
+  call.weight_dtype = compute_dtype(call.dtype);
+  for (const py::object& tensor : affine)
+    if (!tensor.is_none()) {
+      call.weight_dtype = tensors.view(tensor, "weight").dtype;
+      break;
+    }
+  if (call.weight_dtype != call.dtype && call.weight_dtype != compute_dtype(call.dtype))
+    throw py::value_error("weights are of the input's dtype or of the dtype that kernels compute in");
+}
+
+template <class Call>
+void run_batch(const Tensors& tensors, Call& call, const PlaceArguments& place,
+               void (*Engine::*layer)(const Call&, const StreamRef&)) {
+  if (tensors.first().size == 0) return;
+  const bool on_cuda = tensors.on_cuda();
+  const Workspace workspace(engine_for(on_cuda).batch_norm_workspace(call.shape), on_cuda, place);
+  call.workspace = workspace.address();
+  run(tensors, call, place, layer);
+}
+
+}  // namespace
+
+void bind_batch_norm(const Handles<4>& inputs, const Handles<4>& outputs, const BatchShapeArguments& shape,
+                     const BatchNormArguments& norm, const PlaceArguments& place) {
+  const auto& [x, weight, bias, residual] = inputs;
+  const auto& [y, stats, running_mean, running_var] = outputs;
+  const auto& [phase, eps, momentum, slope] = norm;
+  Tensors tensors(x, std::get<3>(shape));
+  const std::int64_t elements = tensors.first().size;
+  BatchNorm call{};
+  describe_batch(call, tensors, shape, {weight, bias});
+  const std::int64_t channels = call.shape.channels;
+  call.phase = static_cast<Phase>(phase);
+  call.eps = eps;
+  call.x = tensors.address(x, call.dtype, elements, "x");
+  call.weight = tensors.optional(weight, call.weight_dtype, channels, "weight");
+  call.bias = tensors.optional(bias, call.weight_dtype, channels, "bias");
+  call.residual = tensors.optional(residual, call.dtype, elements, "residual");
+  call.activate = slope.has_value();
+  call.slope = slope.value_or(0);
+  if (call.phase != Phase::statistics) call.y = tensors.output(y, call.dtype, elements, "y");
+  call.stats = tensors.address(stats, compute_dtype(call.dtype), 3 * channels, "stats");
+  if (!running_mean.is_none()) {
+    call.running_dtype = tensors.view(running_mean, "running_mean").dtype;
+    call.running_mean = tensors.address(running_mean, call.running_dtype, channels, "running_mean");
+    call.running_var = tensors.address(running_var, call.running_dtype, channels, "running_var");
+    call.momentum = momentum;
+  }
+  if (call.phase == Phase::apply_running && call.running_mean == nullptr)
+    throw py::value_error("a batch norm by running statistics needs them");
+  run_batch(tensors, call, place, &Engine::batch_norm);
+}
+
+void bind_batch_norm_backward(const Handles<5>& inputs, const Handles<5>& outputs, const BatchShapeArguments& shape,
+                              const BatchNormBackwardArguments& norm, const PlaceArguments& place) {
+  const auto& [dy, x, y, weight, stats] = inputs;
+  const auto& [sums, dx, dresidual, dweight, dbias] = outputs;
+  const auto& [phase, training, count, slope] = norm;
+  Tensors tensors(x, std::get<3>(shape));
+  const std::int64_t elements = tensors.first().size;
+  BatchNormBackward call{};
+  describe_batch(call, tensors, shape, {weight, dweight, dbias});
+  const std::int64_t channels = call.shape.channels;
+  const DType compute = compute_dtype(call.dtype);
+  call.phase = static_cast<Phase>(phase);
+  call.training = training;
+  call.count = count;
+  call.dy = tensors.address(dy, call.dtype, elements, "dy");
+  call.x = tensors.address(x, call.dtype, elements, "x");
+  call.weight = tensors.optional(weight, call.weight_dtype, channels, "weight");
+  call.stats = tensors.address(stats, compute, 3 * channels, "stats");
+  call.activate = slope.has_value();
+  call.slope = slope.value_or(0);
+  call.y = call.activate ? tensors.address(y, call.dtype, elements, "y") : nullptr;
+  call.sums = tensors.optional(sums, compute, 2 * channels, "sums");
+  if (call.phase != Phase::all && call.sums == nullptr)
+    throw py::value_error("the phases of a backward share sums");
+  call.dx = tensors.optional_output(dx, call.dtype, elements, "dx");
+  call.dresidual = tensors.optional_output(dresidual, call.dtype, elements, "dresidual");
+  call.dweight = tensors.optional(dweight, call.weight_dtype, channels, "dweight");
+  call.dbias = tensors.optional(dbias, call.weight_dtype, channels, "dbias");
+  run_batch(tensors, call, place, &Engine::batch_norm_backward);
+}
+
+}  // namespace onepass

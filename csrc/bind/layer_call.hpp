@@ -1,0 +1,151 @@
+// What the layers' entries of the extension share: reading and checking the tensors of a call, its workspace, and the
+// call itself.
+#pragma once
+#include <sys/mman.h>
+
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "bind/rules.hpp"
+#include "bind/tensor.hpp"
+
+namespace onepass {
+
+// Where a call runs: threads on the CPU; the stream on CUDA; and allocate(bytes), which gives a uint8 tensor on the device.
+using PlaceArguments = std::tuple<int, std::uintptr_t, py::object>;
+
+// A dropout: the seed (0-d, int64), p, whether it is inverted, the packed mask (uint8) or None, whether to read it.
+using DropoutArguments = std::optional<std::tuple<py::object, double, bool, py::object, bool>>;
+
+// The tensors of one call: all on the device of the first one.
+class Tensors {
+ public:
+  // channels_last: the order in memory of every tensor of the call; otherwise contiguous.
+  explicit Tensors(py::handle first, bool channels_last = false) : channels_last_(channels_last) {
+    read(first, first_, "the first tensor");
+  }
+
+  const TensorView& first() const { return first_; }
+  bool on_cuda() const { return runs_on_cuda(first_); }
+
+  // Address of a tensor of so many elements in the order that the call asks for; null for None, where that is allowed.
+  char* address(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
+    TensorView view;
+    read(tensor, view, name);
+    if (view.dtype != dtype || view.size != size || !is_beside_first(view) || !in_order(view)) refuse(name);
+    return view.data;
+  }
+  char* optional(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
+    return tensor.is_none() ? nullptr : address(tensor, dtype, size, name);
+  }
+
+  // The same for tensors that the call is the first to write: outputs of some megabytes often come fresh from the
+  // system, page by page, and taking pages of 4 KB costs more than filling them. So ask for large ones. Best effort:
+  // errors are ignored.
+  char* output(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
+    char* const at = address(tensor, dtype, size, name);
+#if defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t page = 2 << 20;
+    const std::int64_t bytes = size * size_of(dtype);
+    if (bytes >= (4 << 20) && !on_cuda()) {
+      const auto begin = (reinterpret_cast<std::uintptr_t>(at) + page - 1) / page * page;
+      const auto end = (reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(bytes)) / page * page;
+      if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    }
+#endif
+    return at;
+  }
+  char* optional_output(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
+    return tensor.is_none() ? nullptr : output(tensor, dtype, size, name);
+  }
+
+  // The CPU's norms need not keep them.
+  char* statistics(py::handle tensor, DType dtype, std::int64_t size) {
+    return on_cuda() ? address(tensor, dtype, size, "stats") : optional(tensor, dtype, size, "stats");
+  }
+
+  TensorView view(py::handle tensor, const char* name) {
+    TensorView view;
+    read(tensor, view, name);
+    return view;
+  }
+
+  Dropout dropout(const DropoutArguments& arguments) {
+    if (!arguments) return {nullptr, 0, 1};
+    const double p = std::get<1>(*arguments);
+    if (!(p >= 0 && p <= 1)) throw py::value_error("p is a probability, but got " + std::to_string(p));
+    TensorView seed;
+    if (!reader->read(std::get<0>(*arguments).ptr(), Integers::seed, seed, layouts_) || seed.size != 1 ||
+        !is_beside_first(seed))
+      refuse("seed");
+    return {reinterpret_cast<const std::int64_t*>(seed.data),
+            static_cast<std::uint64_t>(std::floor(p * 4294967296.0 + 0.5)), std::get<2>(*arguments) ? 1 / (1 - p) : 1};
+  }
+
+  // The packed mask of so many elements, one bit each; null where there is none.
+  std::uint8_t* mask(const DropoutArguments& arguments, std::int64_t size) {
+    if (!arguments || std::get<3>(*arguments).is_none()) return nullptr;
+    TensorView view;
+    if (!reader->read(std::get<3>(*arguments).ptr(), Integers::mask, view, layouts_) || view.size != (size + 7) / 8 ||
+        !is_beside_first(view) || !view.is_contiguous())
+      refuse("mask");
+    return reinterpret_cast<std::uint8_t*>(view.data);
+  }
+
+ private:
+  [[noreturn]] static void refuse(const char* name) {
+    throw py::value_error(std::string(name) + " is not of the size, dtype, device or layout its kernel needs");
+  }
+  bool is_beside_first(const TensorView& view) const {
+    return view.device_type == first_.device_type && view.device == first_.device;
+  }
+  bool in_order(const TensorView& view) const {
+    return channels_last_ ? view.is_channels_last() : view.is_contiguous();
+  }
+
+  void read(py::handle tensor, TensorView& out, const char* name) {
+    if (!reader->read(tensor.ptr(), out, layouts_))
+      throw std::runtime_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
+  }
+
+  TensorView first_;
+  bool channels_last_;
+  Layouts layouts_;
+};
+
+// A call's workspace: the engine's own on the CPU, a tensor on a GPU, where memory is reused in the stream's order.
+class Workspace {
+ public:
+  Workspace(std::int64_t bytes, bool on_cuda, const PlaceArguments& place) {
+    if (bytes == 0) return;
+    if (on_cuda) {
+      tensor_ = std::get<2>(place)(bytes);
+      address_ = reinterpret_cast<void*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
+    } else {
+      memory_.reset(new char[static_cast<std::size_t>(bytes)]);
+      address_ = memory_.get();
+    }
+  }
+  void* address() const { return address_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  py::object tensor_;
+  void* address_ = nullptr;
+};
+
+// Runs a call on its device, without Python's lock unless giving it away takes longer.
+template <class Call>
+void run(const Tensors& tensors, const Call& call, const PlaceArguments& place,
+         void (*Engine::*layer)(const Call&, const StreamRef&)) {
+  std::optional<py::gil_scoped_release> release;
+  if (tensors.first().size > 1 << 14 || tensors.on_cuda()) release.emplace();
+  const StreamRef where{std::get<0>(place), tensors.first().device, reinterpret_cast<void*>(std::get<1>(place))};
+  (engine_for(tensors.on_cuda()).*layer)(call, where);
+}
+
+}  // namespace onepass

@@ -1,0 +1,44 @@
+// How the CPU engines divide their work: by sizes alone, so that neither the instruction set nor the number of threads
+// changes a bit of what reductions give.
+#pragma once
+#include "core/engine.hpp"
+#include "core/value.hpp"
+
+// Every function here is always inlined (ONEPASS_HD): an out-of-line copy of one would be shared between instruction
+// sets.
+namespace onepass::cpu {
+
+constexpr std::int64_t reduce_block = 16384;
+ONEPASS_HD constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
+
+// Blocks of rows with sums of their own: enough for many threads, few enough for their sums to be small beside the
+// rows.
+ONEPASS_HD constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
+  const std::int64_t by_work = rows * size >> 14, by_rows = (rows + 31) / 32;
+  const std::int64_t blocks = by_work < by_rows ? by_work : by_rows;
+  return blocks < 1 ? 1 : blocks < 64 ? blocks : 64;
+}
+
+// Samples whose elements of one channel are looked at together: about as many elements as fit the first cache.
+ONEPASS_HD constexpr std::int64_t batch_norm_samples(const BatchShape& s) {
+  return s.space >= 4096 ? 1 : 4096 / s.space;
+}
+
+// Units whose statistics are joined, of each channel; see batch_norm.hpp.
+ONEPASS_HD constexpr std::int64_t batch_norm_units(const BatchShape& s) {
+  if (!s.channels_last) return (s.batch + batch_norm_samples(s) - 1) / batch_norm_samples(s);
+  const std::int64_t blocks = s.batch * s.space * s.channels >> 16;
+  return blocks < 1 ? 1 : blocks < 32 ? blocks : 32;
+}
+ONEPASS_HD constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
+
+// Below this many bytes of memory traffic for each thread a further one costs more than it brings: a team costs 1 us
+// when its threads spin, 75 us when they sleep, and milliseconds when a neighbour has taken their core.
+constexpr std::int64_t bytes_per_thread = 2 << 20;
+
+ONEPASS_HD constexpr int threads_for(std::int64_t bytes, int max_threads) {
+  const std::int64_t worth = bytes / bytes_per_thread;
+  return worth < 2 ? 1 : worth < max_threads ? static_cast<int>(worth) : max_threads;
+}
+
+}  // namespace onepass::cpu
