@@ -90,8 +90,7 @@ void bind_batch_norm_backward(const Handles<5>& inputs, const Handles<5>& output
   call.slope = slope.value_or(0);
   call.y = call.activate ? tensors.address(y, call.dtype, elements, "y") : nullptr;
   call.sums = tensors.optional(sums, compute, 2 * channels, "sums");
-  if (call.phase != Phase::all && call.sums == nullptr)
-    throw py::value_error("the phases of a backward share sums");
+  if (call.phase != Phase::all && call.sums == nullptr) throw py::value_error("the phases of a backward share sums");
   call.dx = tensors.optional_output(dx, call.dtype, elements, "dx");
   call.dresidual = tensors.optional_output(dresidual, call.dtype, elements, "dresidual");
   call.dweight = tensors.optional(dweight, call.weight_dtype, channels, "dweight");

@@ -15,7 +15,8 @@
 
 namespace onepass {
 
-// Where a call runs: threads on the CPU; the stream on CUDA; and allocate(bytes), which gives a uint8 tensor on the device.
+// Where a call runs: threads on the CPU; the stream on CUDA; and allocate(bytes), which gives a uint8 tensor on the
+// device.
 using PlaceArguments = std::tuple<int, std::uintptr_t, py::object>;
 
 // A dropout: the seed (0-d, int64), p, whether it is inverted, the packed mask (uint8) or None, whether to read it.

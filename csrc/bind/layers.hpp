@@ -1,5 +1,5 @@
-// The layers' entries of the extension. Tensors come from onepass._native, which makes outputs and sees to layouts; here
-// they are read and checked against each other once more, because an address is about to leave Python.
+// The layers' entries of the extension. Tensors come from onepass._native, which makes outputs and sees to layouts;
+// here they are read and checked against each other once more, because an address is about to leave Python.
 #pragma once
 #include <array>
 

@@ -51,17 +51,14 @@ inline const Engine& cpu_engine() {
   return *engines[current_isa];
 }
 
-// Null in a build without CUDA, which onepass._native refuses CUDA tensors for, with advice.
-#if defined(ONEPASS_HAS_CUDA)
-inline const Engine* const cuda_engine = &cuda::engine;
-#else
-inline const Engine* const cuda_engine = nullptr;
-#endif
-
 inline const Engine& engine_for(bool on_cuda) {
-  if (!on_cuda) return cpu_engine();
-  if (cuda_engine == nullptr) throw std::runtime_error("this build of onepass has no CUDA kernels");
-  return *cuda_engine;
+#if defined(ONEPASS_HAS_CUDA)
+  return on_cuda ? cuda::engine : cpu_engine();
+#else
+  if (on_cuda)
+    throw std::runtime_error("this build of onepass has no CUDA kernels");  // onepass._native advises earlier
+  return cpu_engine();
+#endif
 }
 
 struct RuleVariant {
@@ -72,7 +69,7 @@ struct RuleVariant {
   PyObject* product_key;  // name of the running product, interned; null where the rule keeps none
   double (*product_factor)(const double* hyper, double t);
   std::vector<ApplyFunction> cpu;  // one for each of isa_names
-  ApplyFunction cuda;             // null in a build without CUDA
+  ApplyFunction cuda;              // null in a build without CUDA
 };
 
 // "a, b, c" as written in the rule file.

@@ -19,7 +19,8 @@ Reduction reduction_of(double norm_type, bool weighted) {
 
 }  // namespace
 
-// --- totals -----------------------------------------------------------------------------------------------------------
+// --- totals
+// -----------------------------------------------------------------------------------------------------------
 
 // Partials of all entries that select() takes.
 template <class Select>
@@ -102,7 +103,8 @@ std::vector<int> Plan::cuda_devices() const {
   return devices;
 }
 
-// --- the launches -----------------------------------------------------------------------------------------------------
+// --- the launches
+// -----------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -227,7 +229,8 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
                            Run::address<float>(device, 4), Run::address<float>(device, 5)};
     call.norm = 0;
     call.where = {1, first.device, Run::address<void>(device, 0)};
-    const bool scaled_on_device = call.device_scaling.scaled_norm != nullptr || call.device_scaling.grad_scale != nullptr;
+    const bool scaled_on_device =
+        call.device_scaling.scaled_norm != nullptr || call.device_scaling.grad_scale != nullptr;
     if (scaled_on_device || options.device_scalars || reads_device) {
       std::int64_t& used = run.used[first.device];
       call.workspace = Run::address<char>(device, 1) + used;
@@ -245,7 +248,8 @@ void Plan::run(int max_threads, const ClipArguments& clip, double grad_scale, do
                const std::map<int, DeviceArguments>& devices) {
   has_run_ = true;
   const auto& [max_norm, normalize, epsilon] = clip;
-  Run run{max_threads, {false, normalize, epsilon, max_norm.has_value(), max_norm.value_or(0)}, grad_scale, norm, devices};
+  Run run{
+      max_threads, {false, normalize, epsilon, max_norm.has_value(), max_norm.value_or(0)}, grad_scale, norm, devices};
   const py::gil_scoped_release release;
   std::vector<const Entry*> same;
   for (const Group& group : groups_) {

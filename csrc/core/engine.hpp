@@ -51,8 +51,8 @@ struct Engine {
   std::int64_t (*reduce_partials)(std::int64_t size);
   void (*join)(Total, const double* partials, std::int64_t n, double* out, const StreamRef&);
 
-  // The layers. On CUDA a mask is computed again where it is needed, which is cheaper than to keep it; one that the call
-  // has is written, or read, by dropout alone.
+  // The layers. On CUDA a mask is computed again where it is needed, which is cheaper than to keep it; one that the
+  // call has is written, or read, by dropout alone.
   void (*dropout)(const DropoutCall&, const StreamRef&);
   void (*row_norm)(const RowNorm&, const StreamRef&);
   void (*row_norm_backward)(const RowNormBackward&, const StreamRef&);

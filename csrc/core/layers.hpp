@@ -72,8 +72,8 @@ struct BatchShape {
   bool channels_last;
 };
 
-// What a call does: everything; or its statistics and what follows from them apart, between which SyncBatchNorm sums over
-// the processes; or, in forward, what follows from the running statistics.
+// What a call does: everything; or its statistics and what follows from them apart, between which SyncBatchNorm sums
+// over the processes; or, in forward, what follows from the running statistics.
 enum class Phase : std::uint8_t { all, statistics, apply, apply_running };
 
 struct BatchNorm {
@@ -97,7 +97,7 @@ struct BatchNorm {
 struct BatchNormBackward {
   DType dtype, weight_dtype;
   BatchShape shape;
-  Phase phase;     // statistics: sums; apply: dx and dresidual by the sums and count given
+  Phase phase;    // statistics: sums; apply: dx and dresidual by the sums and count given
   bool training;  // else the statistics are constants
   const void *dy, *x, *weight, *stats;
   const void* y;  // with activate: its sign tells which side of the activation was taken

@@ -3,8 +3,8 @@
 #pragma once
 #include "core/grad_factor.hpp"
 #include "core/rule.hpp"
-#include "cpu/partition.hpp"
 #include "cpu/pack.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/threads.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {

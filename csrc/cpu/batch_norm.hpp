@@ -8,10 +8,10 @@
 //   channels last, [rows, channels]: a unit is a block of rows; statistics, then results.
 #pragma once
 #include "core/layers.hpp"
-#include "cpu/partition.hpp"
 #include "cpu/moments.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/threads.hpp"
-#include "rows/norm.hpp"
+#include "rows/channel.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
 
@@ -143,13 +143,37 @@ struct ChannelsLast {
   }
 };
 
-// What the results need of a channel: y = (x - mean) * scale + shift.
+// A Normaliser or an InputGradient of each channel, as arrays: loads take several channels at once.
 template <class F>
 struct ChannelConstants {
-  F *mean, *scale, *shift;  // [channels]
+  F *mean, *scale, *shift, *of_x;  // [channels]
 
   ChannelConstants(void* room, std::int64_t channels)
-      : mean(static_cast<F*>(room)), scale(mean + channels), shift(scale + channels) {}
+      : mean(static_cast<F*>(room)), scale(mean + channels), shift(scale + channels), of_x(shift + channels) {}
+
+  void set(std::int64_t c, const rows::Normaliser<F>& n) const {
+    mean[c] = n.mean, scale[c] = n.scale, shift[c] = n.shift;
+  }
+  void set(std::int64_t c, const rows::InputGradient<F>& g) const {
+    mean[c] = g.mean, scale[c] = g.scale, shift[c] = g.shift, of_x[c] = g.of_x;
+  }
+
+  // Of `count` channels from c on, or of channel c in all lanes.
+  template <bool whole>
+  __attribute__((always_inline)) rows::Normaliser<Reg<F>> normalisers(std::int64_t c, int count) const {
+    return {load<whole>(mean + c, count), load<whole>(scale + c, count), load<whole>(shift + c, count)};
+  }
+  __attribute__((always_inline)) rows::Normaliser<Reg<F>> normaliser(std::int64_t c) const {
+    return {Reg<F>{} + mean[c], Reg<F>{} + scale[c], Reg<F>{} + shift[c]};
+  }
+  template <bool whole>
+  __attribute__((always_inline)) rows::InputGradient<Reg<F>> gradients(std::int64_t c, int count) const {
+    return {load<whole>(mean + c, count), load<whole>(scale + c, count), load<whole>(of_x + c, count),
+            load<whole>(shift + c, count)};
+  }
+  __attribute__((always_inline)) rows::InputGradient<Reg<F>> gradient(std::int64_t c) const {
+    return {Reg<F>{} + mean[c], Reg<F>{} + scale[c], Reg<F>{} + of_x[c], Reg<F>{} + shift[c]};
+  }
 };
 
 template <class T>
@@ -166,43 +190,17 @@ struct BatchNormJob {
         moments(reinterpret_cast<rows::Moments*>(static_cast<char*>(c.workspace) +
                                                  batch_norm_constants_bytes(c.shape.channels))) {}
 
-  double affine(const void* from, std::int64_t channel, double otherwise) const {
-    return from != nullptr ? number_at(call.weight_dtype, from, channel) : otherwise;
-  }
-
-  void set_constants(std::int64_t c, const rows::Stats<F>& stats) const {
-    const double scale = double(stats.rstd) * affine(call.weight, c, 1);
-    constants.mean[c] = stats.mean;
-    constants.scale[c] = F(scale);
-    constants.shift[c] = F(affine(call.bias, c, 0) - double(stats.mean_low) * scale);
-  }
-
   bool measures() const { return call.phase == Phase::all || call.phase == Phase::statistics; }
 
   void finish(std::int64_t c, const rows::Moments& all) const {
-    if (call.phase == Phase::apply) return set_constants(c, rows::Stats<F>::kept(call.stats, call.shape.channels, c));
-    const bool running = call.phase == Phase::apply_running;
-    const rows::Stats<F> stats =
-        rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
-                           running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
-    stats.keep(call.stats, call.shape.channels, c);
-    if (call.phase == Phase::statistics) {
-      static_cast<F*>(call.stats)[call.shape.channels + c] = F(all.variance());
-      return;
-    }
-    set_constants(c, stats);
-    if (call.running_mean == nullptr || running) return;
-    const auto blend = [&](void* running, double now) {
-      const double before = number_at(call.running_dtype, running, c);
-      set_number_at(call.running_dtype, running, c, (1 - call.momentum) * before + call.momentum * now);
-    };
-    blend(call.running_mean, all.mean);
-    blend(call.running_var, all.squares / (all.n - 1));
+    const rows::Stats<F> stats = rows::finish_channel<F, Numbers>(call, c, all);
+    if (call.phase != Phase::statistics) constants.set(c, rows::normaliser_of<F, Numbers>(call, c, stats));
   }
 
   template <bool whole>
-  __attribute__((always_inline)) void write(Reg<F> mean, Reg<F> scale, Reg<F> shift, std::int64_t i, int count) const {
-    Reg<F> y = (load<whole>(static_cast<const T*>(call.x) + i, count) - mean) * scale + shift;
+  __attribute__((always_inline)) void write(const rows::Normaliser<Reg<F>>& normaliser, std::int64_t i,
+                                            int count) const {
+    Reg<F> y = normaliser.at(load<whole>(static_cast<const T*>(call.x) + i, count));
     if (call.residual != nullptr) y = y + load<whole>(static_cast<const T*>(call.residual) + i, count);
     if (call.activate) y = rows::activation(y, F(call.slope));
     store<whole>(static_cast<T*>(call.y) + i, y, count);
@@ -239,11 +237,10 @@ struct BatchNormJob {
 
   // The elements of one channel in one sample.
   void write_piece(std::int64_t c, std::int64_t first) const {
-    const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
-                 shift = Reg<F>{} + constants.shift[c];
+    const auto normaliser = constants.normaliser(c);
     for_packs<F>(first, first + call.shape.space,
                  [&](auto w, std::int64_t i, int count, int)
-                     __attribute__((always_inline)) { write<decltype(w)::value>(mean, scale, shift, i, count); });
+                     __attribute__((always_inline)) { write<decltype(w)::value>(normaliser, i, count); });
   }
 
   // Moments of columns [c_begin, c_end) in rows [begin, end), merged into those of their block: by sums of distances
@@ -253,16 +250,16 @@ struct BatchNormJob {
     const T* const x = static_cast<const T*>(call.x);
     const std::int64_t few = end - begin < 8 ? end - begin : 8, channels = layout.channels;
     const F share = F(1 / double(few));
-    F near[ChannelsLast::tile] = {}, sum[ChannelsLast::tile] = {}, squares[ChannelsLast::tile] = {};
+    F pivot[ChannelsLast::tile] = {}, sum[ChannelsLast::tile] = {}, squares[ChannelsLast::tile] = {};
     layout.for_packs_of<F>(begin, begin + few, c_begin, c_end, [&](auto at) __attribute__((always_inline)) {
-      F* const place = near + (at.channel - c_begin);
+      F* const place = pivot + (at.channel - c_begin);
       Reg<F> mean = load<at.whole>(place, at.count);
       for (int r = 0; r < at.rows; ++r) mean += load<at.whole>(x + at.first + r * channels, at.count) * share;
       store<at.whole>(place, mean, at.count);
     });
     layout.for_packs_of<F>(begin, end, c_begin, c_end, [&](auto at) __attribute__((always_inline)) {
       const std::int64_t place = at.channel - c_begin;
-      const Reg<F> center = load<at.whole>(near + place, at.count);
+      const Reg<F> center = load<at.whole>(pivot + place, at.count);
       Reg<F> d = load<at.whole>(sum + place, at.count), dd = load<at.whole>(squares + place, at.count);
 #pragma GCC unroll 4
       for (int r = 0; r < at.rows; ++r) {
@@ -275,7 +272,7 @@ struct BatchNormJob {
       store<at.whole>(squares + place, dd, at.count);
     });
     for (std::int64_t c = c_begin; c < c_end; ++c)
-      of_block[c].merge(fits(squares[c - c_begin]) ? rows::Moments::about(near[c - c_begin], double(end - begin),
+      of_block[c].merge(fits(squares[c - c_begin]) ? rows::Moments::about(pivot[c - c_begin], double(end - begin),
                                                                           sum[c - c_begin], squares[c - c_begin])
                                                    : wide_moments(x + begin * channels + c, 1, end - begin, channels));
   }
@@ -302,15 +299,13 @@ struct BatchNormJob {
         [&](std::int64_t begin, std::int64_t end) {
           if (call.phase == Phase::statistics) return;
           layout.for_packs_of<F>(begin, end, 0, channels, [&](auto at) __attribute__((always_inline)) {
-            const Reg<F> mean = load<at.whole>(constants.mean + at.channel, at.count),
-                         scale = load<at.whole>(constants.scale + at.channel, at.count),
-                         shift = load<at.whole>(constants.shift + at.channel, at.count);
+            const auto normaliser = constants.template normalisers<at.whole>(at.channel, at.count);
 #pragma GCC unroll 4
             for (int r = 0; r < at.rows; ++r) {
               const std::int64_t i = at.first + r * channels;
               fetch(static_cast<const T*>(call.x) + i + at.rows * channels, at.part);
               fetch<1>(static_cast<T*>(call.y) + i + at.rows * channels, at.part);
-              write<at.whole>(mean, scale, shift, i, at.count);
+              write<at.whole>(normaliser, i, at.count);
             }
           });
         });
@@ -326,9 +321,9 @@ struct BatchNormJob {
   }
 };
 
-// Constants of the channels and moments of their units; backward needs less for its sums.
+// Constants of the channels and moments of their units; in backward two sums of each unit and of each channel.
 static std::int64_t batch_norm_workspace(const BatchShape& s) {
-  return batch_norm_constants_bytes(s.channels) + 3 * 8 * s.channels * batch_norm_units(s);
+  return batch_norm_constants_bytes(s.channels) + (3 * batch_norm_units(s) + 2) * 8 * s.channels;
 }
 
 static void batch_norm(const BatchNorm& call, const StreamRef& where) {

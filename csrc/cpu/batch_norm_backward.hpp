@@ -9,48 +9,28 @@ template <class T>
 struct BatchNormBackwardJob {
   using F = Compute<T>;
 
-  // Sums over a unit and channel.
-  struct UnitSums {
-    double dz, dz_distance;  // distance: x - mean
-  };
+  using UnitSums = rows::GradientSums;  // over a unit and channel
 
-  const BatchNormBackward& call;
-  // dx = dz * scale + (x - mean) * slope + shift: what ChannelConstants has, and one more.
+  BatchNormBackward call;
   ChannelConstants<F> constants;
-  F* slope;  // [channels]
   UnitSums* sums;
   bool needs_sums, needs_results;
 
   explicit BatchNormBackwardJob(const BatchNormBackward& c)
       : call(c),
         constants(c.workspace, c.shape.channels),
-        slope(constants.shift + c.shape.channels),
         sums(reinterpret_cast<UnitSums*>(static_cast<char*>(c.workspace) +
                                          batch_norm_constants_bytes(c.shape.channels))),
         needs_sums(c.phase != Phase::apply && (c.training || c.dweight != nullptr || c.dbias != nullptr)),
-        needs_results(c.phase != Phase::statistics && (c.dx != nullptr || c.dresidual != nullptr)) {}
+        needs_results(c.phase != Phase::statistics && (c.dx != nullptr || c.dresidual != nullptr)) {
+    if (call.sums == nullptr) call.sums = sums + batch_norm_units(c.shape) * c.shape.channels;
+  }
 
   const F* mean() const { return static_cast<const F*>(call.stats); }
 
-  void finish(std::int64_t c, double dz, double dz_distance) const {
-    F* const out = static_cast<F*>(call.sums);
-    const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, c);
-    const double r = double(stats.rstd), low = double(stats.mean_low);
-    double dz_xhat = r == 0 ? 0 : (dz_distance - dz * low) * r;  // sums over huge numbers may be infinite
-    if (call.phase == Phase::apply) {
-      dz = double(out[c]);
-      dz_xhat = double(out[call.shape.channels + c]);
-    } else {
-      if (out != nullptr) out[c] = F(dz), out[call.shape.channels + c] = F(dz_xhat);
-      if (call.dweight != nullptr) set_number_at(call.weight_dtype, call.dweight, c, dz_xhat);
-      if (call.dbias != nullptr) set_number_at(call.weight_dtype, call.dbias, c, dz);
-    }
-    const double scale = (call.weight != nullptr ? number_at(call.weight_dtype, call.weight, c) : 1) * r;
-    const double of_x = call.training ? -scale * r * dz_xhat / call.count : 0;
-    constants.mean[c] = stats.mean;
-    constants.scale[c] = F(scale);
-    constants.shift[c] = F(call.training ? -scale * dz / call.count - of_x * low : 0);
-    slope[c] = F(of_x);
+  void finish(std::int64_t c, const UnitSums& all) const {
+    if (needs_sums) rows::finish_channel_gradient<F, Numbers>(call, c, all);
+    if (needs_results) constants.set(c, rows::input_gradient_of<F, Numbers>(call, c));
   }
 
   template <bool whole>
@@ -70,13 +50,12 @@ struct BatchNormBackwardJob {
   }
 
   template <bool whole>
-  __attribute__((always_inline)) void write(Reg<F> mean, Reg<F> scale, Reg<F> shift, Reg<F> of_x, std::int64_t i,
+  __attribute__((always_inline)) void write(const rows::InputGradient<Reg<F>>& gradient, std::int64_t i,
                                             int count) const {
     const Reg<F> dz = dz_at<whole>(i, count);
     if (call.dresidual != nullptr) store<whole>(static_cast<T*>(call.dresidual) + i, dz, count);
     if (call.dx == nullptr) return;
-    Reg<F> dx = dz * scale;
-    if (call.training) dx = (x_at<whole>(i, count) - mean) * of_x + (dx + shift);
+    const Reg<F> dx = call.training ? gradient.at(dz, x_at<whole>(i, count)) : dz * gradient.scale;
     store<whole>(static_cast<T*>(call.dx) + i, dx, count);
   }
 
@@ -100,24 +79,18 @@ struct BatchNormBackwardJob {
           sums[c * layout.units + unit] = {double(dz_sum.total()), double(distance_sum.total())};
         },
         [&](std::int64_t c) {
-          UnitSums all{0, 0};
+          UnitSums all;
           if (needs_sums)
-            for (std::int64_t unit = 0; unit < layout.units; ++unit) add(all, sums[c * layout.units + unit]);
-          finish(c, all.dz, all.dz_distance);
+            for (std::int64_t unit = 0; unit < layout.units; ++unit) all.add(sums[c * layout.units + unit]);
+          finish(c, all);
         },
         [&](std::int64_t c, std::int64_t unit) {
           if (!needs_results) return;
-          const Reg<F> mean = Reg<F>{} + constants.mean[c], scale = Reg<F>{} + constants.scale[c],
-                       shift = Reg<F>{} + constants.shift[c], of_x = Reg<F>{} + slope[c];
+          const auto gradient = constants.gradient(c);
           layout.for_packs_of<F>(c, unit, [&](auto w, std::int64_t i, int count, int) __attribute__((always_inline)) {
-            write<decltype(w)::value>(mean, scale, shift, of_x, i, count);
+            write<decltype(w)::value>(gradient, i, count);
           });
         });
-  }
-
-  static void add(UnitSums& all, const UnitSums& more) {
-    all.dz += more.dz;
-    all.dz_distance += more.dz_distance;
   }
 
   void add_columns(const ChannelsLast& layout, std::int64_t begin, std::int64_t end, std::int64_t c_begin,
@@ -139,7 +112,7 @@ struct BatchNormBackwardJob {
       store<at.whole>(distance_sum + place, of_dx, at.count);
     });
     for (std::int64_t c = c_begin; c < c_end; ++c)
-      add(of_block[c], {double(dz_sum[c - c_begin]), double(distance_sum[c - c_begin])});
+      of_block[c].add({double(dz_sum[c - c_begin]), double(distance_sum[c - c_begin])});
   }
 
   void run_last(const ChannelsLast& layout, int threads) const {
@@ -156,24 +129,21 @@ struct BatchNormBackwardJob {
                               });
         },
         [&](std::int64_t c) {
-          UnitSums all{0, 0};
+          UnitSums all;
           if (needs_sums)
-            for (std::int64_t block = 0; block < layout.blocks; ++block) add(all, sums[block * channels + c]);
-          finish(c, all.dz, all.dz_distance);
+            for (std::int64_t block = 0; block < layout.blocks; ++block) all.add(sums[block * channels + c]);
+          finish(c, all);
         },
         [&](std::int64_t begin, std::int64_t end) {
           if (!needs_results) return;
           layout.for_packs_of<F>(begin, end, 0, channels, [&](auto at) __attribute__((always_inline)) {
-            const Reg<F> mean = load<at.whole>(constants.mean + at.channel, at.count),
-                         scale = load<at.whole>(constants.scale + at.channel, at.count),
-                         shift = load<at.whole>(constants.shift + at.channel, at.count),
-                         of_x = load<at.whole>(slope + at.channel, at.count);
+            const auto gradient = constants.template gradients<at.whole>(at.channel, at.count);
 #pragma GCC unroll 4
             for (int r = 0; r < at.rows; ++r) {
               const std::int64_t i = at.first + r * channels;
               fetch_inputs(i + at.rows * channels, at.part);
               if (call.dx != nullptr) fetch<1>(static_cast<T*>(call.dx) + i + at.rows * channels, at.part);
-              write<at.whole>(mean, scale, shift, of_x, i, at.count);
+              write<at.whole>(gradient, i, at.count);
             }
           });
         });
@@ -190,7 +160,8 @@ struct BatchNormBackwardJob {
 };
 
 static void batch_norm_backward(const BatchNormBackward& call, const StreamRef& where) {
-  with_dtype(call.dtype, [&](auto type) { BatchNormBackwardJob<typename decltype(type)::type>::run(call, where.max_threads); });
+  with_dtype(call.dtype,
+             [&](auto type) { BatchNormBackwardJob<typename decltype(type)::type>::run(call, where.max_threads); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

@@ -44,4 +44,10 @@ static inline void set_number_at(DType dtype, void* p, std::int64_t i, double x)
   with_dtype(dtype, [&](auto type) { set_number_at<typename decltype(type)::type>(p, i, x); });
 }
 
+// Both for rows/channel.hpp.
+struct Numbers {
+  static double get(DType dtype, const void* p, std::int64_t i) { return number_at(dtype, p, i); }
+  static void set(DType dtype, void* p, std::int64_t i, double x) { set_number_at(dtype, p, i, x); }
+};
+
 }  // namespace onepass::cpu::ONEPASS_ISA

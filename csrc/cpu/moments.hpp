@@ -69,14 +69,14 @@ static inline rows::Moments chunk_moments(const T* x, std::int64_t n, std::int64
     for_packs<F>(0, of_piece, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
       mean.part[part] += load<decltype(w)::value>(x + p * stride + i, count) * share;
     });
-  const F near = mean.total();
+  const F pivot = mean.total();
   Sums<F> sum, squares;
   for (std::int64_t p = 0; p < pieces; ++p) {
     const T* const piece = x + p * stride;
     for_packs<F>(0, n, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
       constexpr bool whole = decltype(w)::value;
       if (stride != 0) fetch(piece + i + stride, part);
-      Reg<F> distance = load<whole>(piece + i, count) - near;
+      Reg<F> distance = load<whole>(piece + i, count) - pivot;
       if constexpr (!whole) distance = first_of(distance, count);
       sum.part[part] += distance;
       squares.part[part] += distance * distance;
@@ -84,7 +84,7 @@ static inline rows::Moments chunk_moments(const T* x, std::int64_t n, std::int64
   }
   const F of_squares = squares.total();
   if (!fits(of_squares)) return wide_moments(x, n, pieces, stride);
-  return rows::Moments::about(near, double(n) * double(pieces), sum.total(), of_squares);
+  return rows::Moments::about(pivot, double(n) * double(pieces), sum.total(), of_squares);
 }
 
 template <class T>

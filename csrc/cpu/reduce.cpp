@@ -1,5 +1,5 @@
-// Apart from the layers: in norms over all gradients no multiplication and addition are contracted to one, so that every
-// instruction set gives the same bits.
+// Apart from the layers: in norms over all gradients no multiplication and addition are contracted to one, so that
+// every instruction set gives the same bits.
 #include "cpu/reduce.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {

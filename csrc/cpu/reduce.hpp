@@ -2,8 +2,8 @@
 // a fixed order.
 #pragma once
 #include "core/reduction.hpp"
-#include "cpu/partition.hpp"
 #include "cpu/pack.hpp"
+#include "cpu/partition.hpp"
 #include "cpu/threads.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {

@@ -129,6 +129,7 @@ struct RowNormJob {
 template <class T, bool rms>
 struct RowNormBackwardJob {
   using F = Compute<T>;
+  using InputGradient = rows::InputGradient<F>;
   static constexpr int width = lanes<F>;
 
   const RowNormBackward& call;
@@ -141,10 +142,9 @@ struct RowNormBackwardJob {
     const T *x, *dy, *dsum;
     T *dx, *dbranch;
     rows::Stats<F> stats;
-    F of_x, shift;  // dx = g * rstd + (x - mean) * of_x + shift, once the row's sums are known
+    rows::InputGradient<F> gradient;  // once the row's sums are known
     std::int64_t first;
 
-    __attribute__((always_inline)) Reg<F> distance(Reg<F> v) const { return rms ? v : v - stats.mean; }
     __attribute__((always_inline)) Reg<F> xhat(Reg<F> v) const { return rms ? v * stats.rstd : stats.normalised(v); }
   };
 
@@ -155,8 +155,8 @@ struct RowNormBackwardJob {
     rows::Stats<F> stats = call.stats != nullptr ? rows::Stats<F>::kept(call.stats, call.rows, row)
                                                  : RowNormJob<T, rms>::stats_of(x, call.size, call.eps);
     stats.rstd = rows::backward_rstd(stats.rstd, rms, call.size);
-    return {x, at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)), stats,
-            0, 0,           first};
+    return {x,     at(call.dy), at(call.dsum), const_cast<T*>(at(call.dx)), const_cast<T*>(at(call.dbranch)),
+            stats, {},          first};
   }
 
   // Sums over each of some rows, of g and of g * xhat; and over these rows, of dy * xhat and dy, added to the block's.
@@ -191,9 +191,8 @@ struct RowNormBackwardJob {
       }
     });
     for (int r = 0; r < n_rows; ++r) {
-      const auto& stats = rows[r].stats;
-      rows[r].of_x = -(sum_of<F>(gx_sum[r]) / F(n)) * stats.rstd * stats.rstd;
-      rows[r].shift = -(sum_of<F>(g_sum[r]) / F(n)) * stats.rstd - stats.mean_low * rows[r].of_x;
+      rows[r].gradient =
+          InputGradient::of(rows[r].stats, F(1), sum_of<F>(g_sum[r]) / F(n), sum_of<F>(gx_sum[r]) / F(n));
     }
   }
 
@@ -204,9 +203,8 @@ struct RowNormBackwardJob {
       constexpr bool whole = decltype(whole_)::value;
       fetch(row.dy + i + ahead, part);
       fetch(row.x + i + ahead, part);
-      const Reg<F> distance = row.distance(load<whole>(row.x + i, count));
-      const Reg<F> g = load<whole>(row.dy + i, count) * row.stats.rstd;
-      Reg<F> dx = weight_at<F, whole>(weight, i, count) * g + (distance * row.of_x + row.shift);
+      const Reg<F> g = weight_at<F, whole>(weight, i, count) * load<whole>(row.dy + i, count);
+      Reg<F> dx = row.gradient.at(g, load<whole>(row.x + i, count));
       if constexpr (fused) {
         if (row.dsum != nullptr) dx = dx + load<whole>(row.dsum + i, count);
         if (row.dbranch != nullptr) {
@@ -287,8 +285,7 @@ struct RowNormBackwardJob {
     const int threads = threads_for(bytes, max_threads);
     run_team(threads, &body, &job);
     if (job.sums == nullptr) return;
-    run_team(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join,
-             &job);
+    run_team(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join, &job);
     if (call.scalar_affine) job.join_scalars();
   }
 };
@@ -299,8 +296,7 @@ static void row_norm_as(const RowNorm& call, int max_threads) {
 }
 template <class T>
 static void row_norm_backward_as(const RowNormBackward& call, int max_threads) {
-  call.rms ? RowNormBackwardJob<T, true>::run(call, max_threads)
-           : RowNormBackwardJob<T, false>::run(call, max_threads);
+  call.rms ? RowNormBackwardJob<T, true>::run(call, max_threads) : RowNormBackwardJob<T, false>::run(call, max_threads);
 }
 
 // Weight and bias, where they have to be spelled out.
@@ -317,7 +313,8 @@ static void row_norm(const RowNorm& call, const StreamRef& where) {
   with_dtype(call.dtype, [&](auto type) { row_norm_as<typename decltype(type)::type>(call, where.max_threads); });
 }
 static void row_norm_backward(const RowNormBackward& call, const StreamRef& where) {
-  with_dtype(call.dtype, [&](auto type) { row_norm_backward_as<typename decltype(type)::type>(call, where.max_threads); });
+  with_dtype(call.dtype,
+             [&](auto type) { row_norm_backward_as<typename decltype(type)::type>(call, where.max_threads); });
 }
 
 }  // namespace onepass::cpu::ONEPASS_ISA

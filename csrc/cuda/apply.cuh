@@ -6,9 +6,9 @@
 #include "core/grad_factor.hpp"
 #include "core/rule.hpp"
 #include "cuda/device.cuh"
-#include "cuda/vector_io.cuh"
 #include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
+#include "cuda/vector_io.cuh"
 
 namespace onepass::cuda {
 
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   bool aligned = is_aligned16(param) && is_aligned16(grad);
   ONEPASS_UNROLL
   for (int s = 0; s < n_state; ++s) {
-    state[s] = static_cast<F*>(params.stream[ApplyParams<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + in_table;
+    state[s] =
+        static_cast<F*>(params.stream[ApplyParams<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + in_table;
     aligned = aligned && is_aligned16(state[s]);
   }
   // StreamRef the i-th gradient of this chunk belongs: its index in param and states.
@@ -185,7 +186,8 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
   from.device = call.device_scaling;
   from.grad_scale = call.grad_scale;
   for (int first = 0; first < call.n_keys; first += PrepareParams<Rule>::capacity) {
-    const int n = call.n_keys - first < PrepareParams<Rule>::capacity ? call.n_keys - first : PrepareParams<Rule>::capacity;
+    const int n =
+        call.n_keys - first < PrepareParams<Rule>::capacity ? call.n_keys - first : PrepareParams<Rule>::capacity;
     std::memcpy(from.keys, call.keys + first, n * sizeof(StepKey));
     from.n_keys = n;
     const int blocks = (n + tuning::prepare_threads - 1) / tuning::prepare_threads;

@@ -2,8 +2,7 @@
 #include "cuda/batch_norm_layout.cuh"
 #include "cuda/column_sum.cuh"
 #include "cuda/engine.hpp"
-#include "rows/moments.hpp"
-#include "rows/norm.hpp"
+#include "rows/channel.hpp"
 
 namespace onepass::cuda {
 namespace {
@@ -25,18 +24,18 @@ __global__ void __launch_bounds__(tuning::column_threads)
 
   // The mean of the first elements of the block: near enough to the part's for the squares of the distances to lose
   // nothing. Divided before it is summed: the sum of huge numbers may overflow where their mean does not.
-  F near[own] = {};
+  F pivot[own] = {};
   const F share = 1 / F(walk.first_of_block(rounds));
   ONEPASS_UNROLL
-  for (int k = 0; k < rounds * w; ++k) near[Layout::last ? k % w : 0] += decode(x[k / w].at[k % w]) * share;
-  column_totals(near, columns);
+  for (int k = 0; k < rounds * w; ++k) pivot[Layout::last ? k % w : 0] += decode(x[k / w].at[k % w]) * share;
+  column_totals(pivot, columns);
 
   F sums[2 * own] = {};
   while (offsets[0] >= 0) {
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
       const int c = Layout::last ? k % w : 0;
-      const F distance = offsets[k / w] >= 0 ? decode(x[k / w].at[k % w]) - near[c] : F(0);
+      const F distance = offsets[k / w] >= 0 ? decode(x[k / w].at[k % w]) - pivot[c] : F(0);
       sums[c] += distance;
       sums[own + c] += distance * distance;
     }
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(tuning::column_threads)
       static_cast<rows::Moments*>(call.workspace) + blockIdx.y * call.shape.channels + walk.channel;
   ONEPASS_UNROLL
   for (int c = 0; c < own; ++c)
-    moments[c] = rows::Moments::about(near[c], double(walk.end - walk.begin), sums[c], sums[own + c]);
+    moments[c] = rows::Moments::about(pivot[c], double(walk.end - walk.begin), sums[c], sums[own + c]);
 }
 
 template <class F>
@@ -71,18 +70,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
     if (lane < distance) all.merge(other);
   }
   if (lane != 0) return;
-  const rows::Stats<F> stats =
-      rows::Stats<F>::of(running ? number_at(call.running_dtype, call.running_mean, c) : all.mean,
-                         running ? number_at(call.running_dtype, call.running_var, c) : all.variance(), call.eps);
-  stats.keep(call.stats, channels, c);
-  if (call.phase == Phase::statistics) static_cast<F*>(call.stats)[channels + c] = F(all.variance());
-  if (call.phase == Phase::statistics || call.running_mean == nullptr || running) return;
-  const auto blend = [&](void* running, double now) {
-    const double before = number_at(call.running_dtype, running, c);
-    set_number_at(call.running_dtype, running, c, (1 - call.momentum) * before + call.momentum * now);
-  };
-  blend(call.running_mean, all.mean);
-  blend(call.running_var, all.squares / (all.n - 1));
+  rows::finish_channel<F, Numbers>(call, c, all);
 }
 
 template <class T, class Access, class Layout>
@@ -93,17 +81,11 @@ __global__ void __launch_bounds__(tuning::column_threads)
   Layout walk;
   walk.template start<w>(call.shape, part, columns);
   if (!walk.has_channel(call.shape)) return;
-  // y = (x - mean) * scale + shift.
-  F mean[own], scale[own], shift[own];
+  rows::Normaliser<F> normaliser[own];
   ONEPASS_UNROLL
   for (int c = 0; c < own; ++c) {
-    const std::int64_t channel = walk.channel + c;
-    const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, channel);
-    mean[c] = stats.mean;
-    scale[c] = stats.rstd;
-    if (call.weight != nullptr) scale[c] *= F(number_at(call.weight_dtype, call.weight, channel));
-    shift[c] = call.bias != nullptr ? F(number_at(call.weight_dtype, call.bias, channel)) : F(0);
-    shift[c] -= stats.mean_low * scale[c];
+    const auto stats = rows::Stats<F>::kept(call.stats, call.shape.channels, walk.channel + c);
+    normaliser[c] = rows::normaliser_of<F, Numbers>(call, walk.channel + c, stats);
   }
   const F slope = F(call.slope);
   while (walk.has()) {
@@ -115,7 +97,7 @@ __global__ void __launch_bounds__(tuning::column_threads)
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
       const int r = k / w, e = k % w, c = Layout::last ? e : 0;
-      F y = (decode(x[r].at[e]) - mean[c]) * scale[c] + shift[c];
+      F y = normaliser[c].at(F(decode(x[r].at[e])));
       if (call.residual != nullptr) y = y + decode(residual[r].at[e]);
       if (call.activate) y = rows::activation(y, slope);
       encode(x[r].at[e], y);

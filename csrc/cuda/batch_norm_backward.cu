@@ -3,7 +3,7 @@
 #include "cuda/batch_norm_layout.cuh"
 #include "cuda/column_sum.cuh"
 #include "cuda/engine.hpp"
-#include "rows/norm.hpp"
+#include "rows/channel.hpp"
 
 namespace onepass::cuda {
 namespace {
@@ -70,23 +70,15 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   const std::int64_t channels = call.shape.channels;
   const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;
   if (c >= channels) return;  // the whole warp
-  const auto stats = rows::Stats<F>::kept(call.stats, channels, c);
-  double dz = 0, dz_distance = 0;
+  rows::GradientSums all;
   for (std::int64_t part = threadIdx.x % lanes; part < parts; part += lanes) {
     const F* const of_part = static_cast<const F*>(call.workspace) + part * 2 * channels + c;
-    dz += double(of_part[0]);
-    dz_distance += double(of_part[channels]);
+    all.add({double(of_part[0]), double(of_part[channels])});
   }
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    dz += __shfl_down_sync(0xffffffffu, dz, distance);
-    dz_distance += __shfl_down_sync(0xffffffffu, dz_distance, distance);
-  }
-  if (threadIdx.x % lanes != 0) return;
-  const double dz_xhat = (dz_distance - dz * double(stats.mean_low)) * double(stats.rstd);
-  static_cast<F*>(call.sums)[c] = F(dz);
-  static_cast<F*>(call.sums)[channels + c] = F(dz_xhat);
-  if (call.dweight != nullptr) set_number_at(call.weight_dtype, call.dweight, c, dz_xhat);
-  if (call.dbias != nullptr) set_number_at(call.weight_dtype, call.dbias, c, dz);
+  for (int distance = lanes / 2; distance > 0; distance /= 2)
+    all.add(
+        {__shfl_down_sync(0xffffffffu, all.dz, distance), __shfl_down_sync(0xffffffffu, all.dz_distance, distance)});
+  if (threadIdx.x % lanes == 0) rows::finish_channel_gradient<F, Numbers>(call, c, all);
 }
 
 template <class T, class Access, class Layout>
@@ -94,24 +86,12 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
     batch_norm_backward_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
-  const std::int64_t channels = call.shape.channels;
   Layout walk;
   walk.template start<w>(call.shape, part, columns);
   if (!walk.has_channel(call.shape)) return;
-  // dx = dz * scale + (x - mean) * of_x + shift: rows::input_gradient, with what is the channel's multiplied out.
-  F mean[own], scale[own], of_x[own], shift[own];
+  rows::InputGradient<F> gradient[own];
   ONEPASS_UNROLL
-  for (int c = 0; c < own; ++c) {
-    const std::int64_t channel = walk.channel + c;
-    const auto stats = rows::Stats<F>::kept(call.stats, channels, channel);
-    mean[c] = stats.mean;
-    scale[c] = stats.rstd;
-    if (call.weight != nullptr) scale[c] *= F(number_at(call.weight_dtype, call.weight, channel));
-    of_x[c] = shift[c] = 0;
-    if (!call.training) continue;
-    of_x[c] = -scale[c] * stats.rstd * (static_cast<const F*>(call.sums)[channels + channel] / F(call.count));
-    shift[c] = -scale[c] * (static_cast<const F*>(call.sums)[channel] / F(call.count)) - of_x[c] * stats.mean_low;
-  }
+  for (int c = 0; c < own; ++c) gradient[c] = rows::input_gradient_of<F, Numbers>(call, walk.channel + c);
   while (walk.has()) {
     std::int64_t offsets[rounds];
     Elements<T, w> x[rounds];
@@ -128,9 +108,8 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
       const int r = k / w, e = k % w, c = Layout::last ? e : 0;
-      F dx = dz[r].at[e] * scale[c];
-      if (call.training) dx = (decode(x[r].at[e]) - mean[c]) * of_x[c] + (dx + shift[c]);
-      encode(x[r].at[e], dx);
+      encode(x[r].at[e],
+             call.training ? gradient[c].at(dz[r].at[e], F(decode(x[r].at[e]))) : dz[r].at[e] * gradient[c].scale);
     }
     store_at(offsets, call.dx, x);
   }
@@ -164,7 +143,8 @@ void launch_batch_norm_backward(BatchNormBackward call, void* stream) {
 
 void batch_norm_backward(const BatchNormBackward& call, const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  with_dtype(call.dtype, [&](auto type) { launch_batch_norm_backward<typename decltype(type)::type>(call, where.stream); });
+  with_dtype(call.dtype,
+             [&](auto type) { launch_batch_norm_backward<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

@@ -5,9 +5,9 @@
 
 #include "core/layers.hpp"
 #include "cuda/device.cuh"
-#include "cuda/vector_io.cuh"
 #include "cuda/row_team.cuh"
 #include "cuda/tuning.hpp"
+#include "cuda/vector_io.cuh"
 
 namespace onepass::cuda {
 

@@ -2,9 +2,9 @@
 // moving a mask.
 #include "cuda/device.cuh"
 #include "cuda/dropout.cuh"
-#include "cuda/vector_io.cuh"
 #include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
+#include "cuda/vector_io.cuh"
 
 namespace onepass::cuda {
 namespace {

@@ -2,9 +2,9 @@
 // in a fixed order.
 #include "core/reduction.hpp"
 #include "cuda/device.cuh"
-#include "cuda/vector_io.cuh"
 #include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
+#include "cuda/vector_io.cuh"
 
 namespace onepass::cuda {
 namespace {

@@ -32,7 +32,7 @@ __device__ void norm_rows(const RowNorm& call, int team) {
     const T* const normed = (adds ? static_cast<T*>(call.sum) : static_cast<const T*>(call.x)) + begin;
 
     Values x[rounds];
-    F near = 0, sums[2] = {0, 0};  // sums: of distances from near, and of their squares
+    F pivot = 0, sums[2] = {0, 0};  // sums: of distances from pivot, and of their squares
     for (std::int64_t base = 0; base < call.size; base += tile) {
       const Share<w> share = share_from(base);
       ONEPASS_UNROLL
@@ -61,25 +61,20 @@ __device__ void norm_rows(const RowNorm& call, int team) {
         ONEPASS_UNROLL
         for (int k = 0; k < rounds * w; ++k) mean[0] += decode(x[k / w].at[k % w]) * part;
         team_totals(mean, team, turn);
-        near = mean[0];
+        pivot = mean[0];
       }
       ONEPASS_UNROLL
       for (int k = 0; k < rounds * w; ++k) {
-        const F distance = share.has(k / w) ? decode(x[k / w].at[k % w]) - near : F(0);
+        const F distance = share.has(k / w) ? decode(x[k / w].at[k % w]) - pivot : F(0);
         sums[0] += distance;
         sums[1] += distance * distance;
       }
     }
     team_totals(sums, team, turn);
 
-    // The mean is near + low: one number of type F is too coarse where the mean is large beside the deviation.
-    const F low = call.rms ? F(0) : sums[0] / size, squares = sums[1] / size - low * low;
-    const F variance = squares < 0 ? F(0) : squares;
-    const rows::Stats<F> stats{near, low, 1 / sqrt(variance + F(call.eps))};
-    if (row < call.rows && threadIdx.x % team == 0) {
-      const F mean = near + low;
-      rows::Stats<F>{mean, low - (mean - near), stats.rstd}.keep(call.stats, call.rows, row);
-    }
+    const rows::Stats<F> stats = call.rms ? rows::Stats<F>::about(0, 0, sums[1] / size, F(call.eps))
+                                          : rows::Stats<F>::about(pivot, sums[0] / size, sums[1] / size, F(call.eps));
+    if (row < call.rows && threadIdx.x % team == 0) stats.keep(call.stats, call.rows, row);
     for (std::int64_t base = 0; base < call.size; base += tile) {
       const Share<w> share = share_from(base);
       ONEPASS_UNROLL

@@ -57,6 +57,7 @@ struct Gradients {
   // The gradients of this share, in the place of x and dy.
   __device__ void write(const Share<w>& share, std::int64_t base, const F (&sums)[2]) {
     const F mean_g = call.rms ? F(0) : sums[0] / F(call.size), mean_gx = sums[1] / F(call.size);
+    const auto gradient = rows::InputGradient<F>::of(stats, F(1), mean_g, mean_gx);
     const bool drops = call.dropout.seed != nullptr;
     const std::uint64_t seed = drops ? std::uint64_t(*call.dropout.seed) : 0;
     const F scale = F(drops ? call.dropout.scale : 1);
@@ -79,7 +80,7 @@ struct Gradients {
       ONEPASS_UNROLL
       for (int e = 0; e < w; ++e) {
         const F g = weight.at[e] * decode(dy[r].at[e]);
-        const F dx = rows::input_gradient(g, xhat(r, e), mean_g, mean_gx, stats.rstd) + decode(dsum[r].at[e]);
+        const F dx = gradient.at(g, F(decode(x[r].at[e]))) + decode(dsum[r].at[e]);
         encode(x[r].at[e], dx);
         encode(dy[r].at[e], drop(bits[r], e, dx, scale));
       }
@@ -360,7 +361,8 @@ std::int64_t row_norm_backward_workspace(const RowNormBackward& call) {
 
 void row_norm_backward(const RowNormBackward& call, const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  with_dtype(call.dtype, [&](auto type) { launch_row_norm_backward<typename decltype(type)::type>(call, where.stream); });
+  with_dtype(call.dtype,
+             [&](auto type) { launch_row_norm_backward<typename decltype(type)::type>(call, where.stream); });
 }
 
 }  // namespace onepass::cuda

@@ -45,6 +45,12 @@ __device__ inline void set_number_at(DType dtype, void* p, std::int64_t i, doubl
   }
 }
 
+// Both for rows/channel.hpp.
+struct Numbers {
+  static __device__ double get(DType dtype, const void* p, std::int64_t i) { return number_at(dtype, p, i); }
+  static __device__ void set(DType dtype, void* p, std::int64_t i, double x) { set_number_at(dtype, p, i, x); }
+};
+
 // Elements that one thread handles at once: as many as 16 bytes of the parameter hold.
 template <class T>
 constexpr int width = 16 / sizeof(T);

@@ -9,11 +9,11 @@ namespace onepass::rows {
 struct Moments {
   double n = 0, mean = 0, squares = 0;
 
-  // `n` numbers given by sums of their distances d from a number near their mean: of d and of d * d.
-  ONEPASS_HD static Moments about(double near, double n, double sum, double sum_of_squares) {
+  // `n` numbers given by sums of their distances d from a pivot near their mean: of d and of d * d.
+  ONEPASS_HD static Moments about(double pivot, double n, double sum, double sum_of_squares) {
     Moments m;
     m.n = n;
-    m.mean = near + sum / n;
+    m.mean = pivot + sum / n;
     m.squares = sum_of_squares - sum * (sum / n);
     return m;
   }

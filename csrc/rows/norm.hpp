@@ -32,6 +32,13 @@ struct Stats {
     return {high, F(mean - double(high)), F(1 / sqrt(variance + eps))};
   }
 
+  // The same in F, where float64 is slow: by the means of the distances from a pivot near the mean and of their
+  // squares. The mean is then pivot + distance.
+  ONEPASS_HD static Stats about(F pivot, F distance, F squares, F eps) {
+    const F variance = squares - distance * distance, mean = pivot + distance;
+    return {mean, distance - (mean - pivot), 1 / sqrt((variance < 0 ? F(0) : variance) + eps)};
+  }
+
   template <class V>
   ONEPASS_HD V normalised(V x) const {
     return (x - mean) * rstd - mean_low * rstd;
@@ -45,14 +52,45 @@ ONEPASS_HD F backward_rstd(F rstd, bool rms, std::int64_t size) {
   return !rms && size == 1 ? F(0) : rstd;
 }
 
-// The gradient of an input whose row's statistics depend on it: what is left of g = weight * dy when its components
-// along 1 and along xhat are taken out. mean_g and mean_gx are the row's means of g and g * xhat.
-template <class F, class V>
-ONEPASS_HD V input_gradient(V g, V xhat, F mean_g, F mean_gx, F rstd) {
-  return ((g - mean_g) - xhat * mean_gx) * rstd;
-}
+// y = (x - mean) * scale + shift: a row's statistics, its weight and its bias in one.
+template <class F>
+struct Normaliser {
+  F mean, scale, shift;
 
-// Leaky ReLU: slope 0 is ReLU, and no product then, which of an infinity would be NaN. NaN stays NaN.
+  ONEPASS_HD static Normaliser of(const Stats<F>& stats, F weight, F bias) {
+    const F scale = stats.rstd * weight;
+    return {stats.mean, scale, bias - stats.mean_low * scale};
+  }
+  template <class V>
+  ONEPASS_HD V at(V x) const {
+    return (x - mean) * scale + shift;
+  }
+};
+
+// The gradient of an input x whose row's statistics depend on it: what is left of g when its components along 1 and
+// along xhat are taken out,
+//   dx = (g - mean_g - xhat * mean_gx) * rstd,   mean_g, mean_gx: the row's means of g and of g * xhat,
+// as g * scale + (x - mean) * of_x + shift, which costs an element two fused multiply-adds. Here g is weight *
+// gradient; the weight of the whole row, if it has one, is a part of scale.
+template <class F>
+struct InputGradient {
+  F mean, scale, of_x, shift;
+
+  ONEPASS_HD static InputGradient of(const Stats<F>& stats, F weight, F mean_g, F mean_gx) {
+    const F scale = stats.rstd * weight, of_x = -scale * stats.rstd * mean_gx;
+    return {stats.mean, scale, of_x, -scale * mean_g - of_x * stats.mean_low};
+  }
+  // Where the statistics are constants.
+  ONEPASS_HD static InputGradient of_constants(const Stats<F>& stats, F weight) {
+    return {stats.mean, stats.rstd * weight, 0, 0};
+  }
+  template <class V>
+  ONEPASS_HD V at(V g, V x) const {
+    return g * scale + ((x - mean) * of_x + shift);
+  }
+};
+
+// The leaky ReLU. slope == 0 (ReLU) skips the product: -inf * 0 would be NaN. NaN stays NaN.
 template <class F, class V>
 ONEPASS_HD V activation(V z, F slope) {
   return select(z <= 0, slope == 0 ? V{} : z * slope, z);

@@ -87,7 +87,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_keys, Scalars scalars) {
   Array<unsigned char> workspace(n_keys * sizeof(Rule::Step<float>), 0);
   Apply call{};
   call.items = items.data(), call.n_items = std::int64_t(items.size());
-  call.uses = keys.data(), call.n_keys = n_keys;
+  call.keys = keys.data(), call.n_keys = n_keys;
   call.hyper = numbers;
   call.scaling.max_norm = -1;
   call.grad_scale = 1;
@@ -114,8 +114,8 @@ bool updates() {
     for (const int stream : {0, 1, 2}) chunks.emplace_back(chunk + 9, 1, stream == 0, stream == 1, stream == 2);
     right &= update(chunks, 2, scalars);
     // More than a launch names or carries Steps for; on the device more than one launch of the prepare kernel.
-    const int n_keys = scalars == Scalars::from_host ? tuning::max_steps + 5 : Sources<Rule>::capacity + 5;
-    for (int i = 0; i < n_keys + Table<Rule, T, false>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_keys);
+    const int n_keys = scalars == Scalars::from_host ? tuning::max_steps + 5 : PrepareParams<Rule>::capacity + 5;
+    for (int i = 0; i < n_keys + ApplyParams<Rule, T, false>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_keys);
     right &= update(many, n_keys, scalars);
   }
   return right;
@@ -140,7 +140,7 @@ bool sums(DType dtype, Total kind) {
       const double x = double(decode(array.data[i])) * (weighted ? decode(factor.data[i]) : 1);
       expected += x * x;  // exact
     }
-    n_partials += reduce_chunks(n);
+    n_partials += reduce_partials(n);
   }
   for (const auto& array : arrays) data.push_back(array.data);
   for (const auto& factor : factors) weights.push_back(factor.data);

@@ -135,9 +135,9 @@ MUTANTS = [
     ),
     Mutant("wide states not stored", "apply.cuh", "s[j].store(state[j] + at);", ";", "plain", "wrong result"),
     Mutant(
-        "table overfull",
+        "parameters overfull",
         "apply.cuh",
-        "table_.n_tensors == Table::capacity || ",
+        "params_.n_tensors == Params::capacity || ",
         "",
         "asan+ubsan",
         "index out of bounds",
@@ -152,7 +152,7 @@ MUTANTS = [
     ),
     # apply.cuh: scalars in device memory
     Mutant(
-        "bound of the uses missing",
+        "bound of the keys missing",
         "apply.cuh",
         "  if (u >= from.n_keys) return;\n",
         "",
@@ -178,7 +178,7 @@ MUTANTS = [
     Mutant(
         "skipped step is made",
         "apply.cuh",
-        "  if (table.found_inf != nullptr && *table.found_inf != 0) return;\n",
+        "  if (params.found_inf != nullptr && *params.found_inf != 0) return;\n",
         "",
         "plain",
         "wrong result",
