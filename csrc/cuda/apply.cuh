@@ -33,6 +33,36 @@ struct ApplyParams {
   std::int32_t n_tensors;
 };
 
+// The update of n neighbours, from element `at` of param and states on.
+template <class Rule, int n, class T, class Step, class Index>
+__device__ __forceinline__ void update_elements(const Step& k, T* param, const T* grad,
+                                                Compute<T>* const (&state)[Rule::n_state > 0 ? Rule::n_state : 1],
+                                                Index at) {
+  using F = Compute<T>;
+  constexpr int n_state = Rule::n_state, room = n_state > 0 ? n_state : 1;
+  auto p = Elements<T, n>::load(param + at);
+  Elements<T, n> g;
+  if constexpr (Rule::reads_grad) g = Elements<T, n>::load(grad);
+  Elements<F, n> s[room];
+  ONEPASS_UNROLL
+  for (int j = 0; j < n_state; ++j) s[j] = Elements<F, n>::load(state[j] + at);
+  ONEPASS_UNROLL
+  for (int e = 0; e < n; ++e) {
+    F of_element[room];
+    ONEPASS_UNROLL
+    for (int j = 0; j < n_state; ++j) of_element[j] = s[j].at[e];
+    const F gradient = Rule::reads_grad ? decode(g.at[e]) : F(0);
+    encode(p.at[e], Rule::template update<F>(k, decode(p.at[e]), gradient, of_element));
+    ONEPASS_UNROLL
+    for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
+  }
+  p.store(param + at);
+  if constexpr (writes_state<Rule>) {
+    ONEPASS_UNROLL
+    for (int j = 0; j < n_state; ++j) s[j].store(state[j] + at);
+  }
+}
+
 template <class Rule, class T, bool by_rows>
 __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state, by_rows))
     apply_kernel(ONEPASS_GRID_CONSTANT(ApplyParams<Rule, T, by_rows>) params) {
@@ -71,45 +101,11 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   if constexpr (by_rows) aligned = aligned && params.row_size[tensor] % w == 0;
 
   const int whole = aligned ? n / w * w : 0;
-  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w) {
-    const auto at = place(i);
-    auto p = Elements<T, w>::load(param + at);
-    Elements<T, w> g;
-    if constexpr (Rule::reads_grad) g = Elements<T, w>::load(grad + i);
-    Elements<F, w> s[n_state > 0 ? n_state : 1];
-    ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j] = Elements<F, w>::load(state[j] + at);
-    ONEPASS_UNROLL
-    for (int e = 0; e < w; ++e) {
-      F of_element[n_state > 0 ? n_state : 1];
-      ONEPASS_UNROLL
-      for (int j = 0; j < n_state; ++j) of_element[j] = s[j].at[e];
-      const F gradient = Rule::reads_grad ? decode(g.at[e]) : F(0);
-      encode(p.at[e], Rule::template update<F>(k, decode(p.at[e]), gradient, of_element));
-      ONEPASS_UNROLL
-      for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
-    }
-    p.store(param + at);
-    if constexpr (writes_state<Rule>) {
-      ONEPASS_UNROLL
-      for (int j = 0; j < n_state; ++j) s[j].store(state[j] + at);
-    }
-  }
-
+  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w)
+    update_elements<Rule, w>(k, param, Rule::reads_grad ? grad + i : nullptr, state, place(i));
   // The tail of an aligned chunk, or all of an unaligned one.
-  for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads) {
-    const auto at = place(i);
-    F s[n_state > 0 ? n_state : 1];
-    ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j] = state[j][at];
-    F gradient = 0;
-    if constexpr (Rule::reads_grad) gradient = decode(grad[i]);
-    encode(param[at], Rule::template update<F>(k, decode(param[at]), gradient, s));
-    if constexpr (writes_state<Rule>) {
-      ONEPASS_UNROLL
-      for (int j = 0; j < n_state; ++j) state[j][at] = s[j];
-    }
-  }
+  for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads)
+    update_elements<Rule, 1>(k, param, Rule::reads_grad ? grad + i : nullptr, state, place(i));
 }
 
 // The parameter block of the prepare kernel.

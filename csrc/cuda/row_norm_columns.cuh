@@ -1,0 +1,101 @@
+// Gradients of weight and bias of LayerNorm and RMSNorm, down the columns: sums over parts of the rows, and the kernel that
+// joins partial sums in order.
+#pragma once
+#include <algorithm>
+
+#include "cuda/column_sum.cuh"
+#include "cuda/engine.hpp"
+#include "cuda/vector_io.cuh"
+#include "rows/norm.hpp"
+
+namespace onepass::cuda {
+namespace {
+
+// Gradients of weight and bias of a strip of columns, of a part of the rows: partials[part][2][size], or
+// [part][strip][2] for scalars. `columns` threads are side by side, w columns each.
+template <class T, int w>
+__device__ void sum_columns(const RowNormBackward& call, int columns) {
+  using F = Compute<T>;
+  constexpr int rounds = tuning::column_rounds<sizeof(T)>;
+  const int together = tuning::column_threads / columns;  // rows
+  const std::int64_t column = (std::int64_t(blockIdx.x) * columns + threadIdx.x % columns) * w;
+  const bool exists = column < call.size;
+  F sums[2 * w] = {};
+  for (std::int64_t row = std::int64_t(blockIdx.y) * together * rounds + threadIdx.x / columns; row < call.rows;
+       row += std::int64_t(gridDim.y) * together * rounds) {
+    Elements<T, w> x[rounds], dy[rounds];
+    rows::Stats<F> stats[rounds];
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      x[r] = dy[r] = Elements<T, w>{};
+      stats[r] = {0, 0, 0};
+      const std::int64_t at = row + r * together;
+      if (!exists || at >= call.rows) continue;
+      x[r] = Elements<T, w>::load(static_cast<const T*>(call.x) + at * call.size + column);
+      dy[r] = Elements<T, w>::load(static_cast<const T*>(call.dy) + at * call.size + column);
+      stats[r] = rows::Stats<F>::kept(call.stats, call.rows, at);
+    }
+    ONEPASS_UNROLL
+    for (int k = 0; k < rounds * w; ++k) {
+      const int r = k / w, e = k % w;
+      sums[e] += decode(dy[r].at[e]) * stats[r].normalised(F(decode(x[r].at[e])));
+      sums[w + e] += decode(dy[r].at[e]);
+    }
+  }
+  F* const partials = static_cast<F*>(call.workspace);
+  if (call.scalar_affine) {
+    F total[2] = {0, 0};
+    ONEPASS_UNROLL
+    for (int e = 0; e < w; ++e) {
+      total[0] += sums[e];
+      total[1] += sums[w + e];
+    }
+    column_totals(total, 1);
+    if (threadIdx.x < 2)
+      partials[(std::int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * 2 + threadIdx.x] =
+          threadIdx.x == 0 ? total[0] : total[1];
+    return;
+  }
+  column_totals(sums, columns);
+  if (int(threadIdx.x) >= columns || !exists) return;
+  ONEPASS_UNROLL
+  for (int e = 0; e < w; ++e) {
+    partials[std::int64_t(blockIdx.y) * 2 * call.size + column + e] = sums[e];
+    partials[(std::int64_t(blockIdx.y) * 2 + 1) * call.size + column + e] = sums[w + e];
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+    row_norm_columns_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
+  sum_columns<T, width<T>>(call, columns);
+}
+template <class T>
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+    row_norm_columns_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
+  sum_columns<T, 1>(call, columns);
+}
+
+// The partial sums in order, eight at a time.
+template <class F>
+__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+    row_norm_join_kernel(const F* partials, std::int64_t n, std::int64_t columns, DType dtype, void* dweight,
+                         void* dbias) {
+  constexpr int lanes = 32, warps = tuning::column_threads / lanes;
+  const std::int64_t column = std::int64_t(blockIdx.x) * lanes + threadIdx.x % lanes;
+  F total[1] = {0};
+  if (column < 2 * columns)
+    for (std::int64_t i = threadIdx.x / lanes; i < n; i += warps) total[0] += partials[i * 2 * columns + column];
+  column_totals(total, lanes);
+  void* const out = column < columns ? dweight : dbias;
+  if (threadIdx.x < lanes && column < 2 * columns && out != nullptr)
+    set_number_at(dtype, out, column % columns, double(total[0]));
+}
+
+// Parts of the rows, where columns are summed up by themselves: 1024 blocks of 128 columns or about, each of many rows.
+std::int64_t column_parts(std::int64_t rows, std::int64_t size) {
+  return std::max<std::int64_t>(1, std::min({(rows + 31) / 32, (std::int64_t{1} << 17) / size, std::int64_t{256}}));
+}
+
+}  // namespace
+}  // namespace onepass::cuda
