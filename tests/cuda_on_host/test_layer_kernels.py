@@ -100,8 +100,7 @@ def written_mask(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """From a call that writes y and its mask at once, which the package does on the CPU only."""
     x = random(n, dtype=dtype)
     y, mask = torch.empty_like(x), torch.full(((n + 7) // 8,), 255, dtype=torch.uint8, device=DEVICE)
-    seed, stream = seed_tensor(), layers.place(x)[1]
-    layers._C.dropout(x, y, n, (seed.data_ptr(), P, True, mask.data_ptr(), False), 1, stream)
+    layers._C.dropout(x, y, n, (seed_tensor(), P, True, mask, False), layers.place_of(x))
     assert torch.equal(y != 0, keep(n))
     return x, mask
 
@@ -271,8 +270,7 @@ def test_dropout_add_norm_writes_a_mask(size):
     x, residual = random(5, size, dtype=torch.float32), random(5, size, dtype=torch.float32)
     outputs = [torch.empty_like(x), torch.empty_like(x), torch.empty(3, 5, device=DEVICE)]
     mask, seed = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8, device=DEVICE), seed_tensor()
-    dropout = seed.data_ptr(), P, True, mask.data_ptr(), False
-    total, y, stats = outputs
-    stream = layers.place(x)[1]
-    layers._C.row_norm(x, residual, total, None, None, y, stats, size, EPS, False, dropout, 1, stream, None)
+    dropout = seed, P, True, mask, False
+    norm, place = (size, EPS, False), layers.place_of(x)
+    layers._C.row_norm((x, residual, None, None), (outputs[1], outputs[0], outputs[2]), norm, dropout, place)
     assert torch.equal(mask, layers.dropout_mask(x.shape, P, seed, packed=True, device=DEVICE))
