@@ -168,7 +168,11 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
     if (fine) fine = read_scalars(f.scalars, device_scalars, entry);
     if (!fine) mend_entry(f.index, f.param, f.grad, f.states, n_known, rule, f.scalars, device_scalars, mend, entry);
     if (!f.complete) continue;
-    entry.fresh = !fresh.is_none() && PySequence_Contains(fresh.ptr(), f.param) == 1;
+    if (!fresh.is_none()) {
+      const int found = PySequence_Contains(fresh.ptr(), f.param);
+      if (found < 0) throw py::error_already_set();  // the hash of a tensor is Python code, which may be interrupted
+      entry.fresh = found == 1;
+    }
     if (entry.item.size > 0 && !seen.insert(entry.item.param)) {
       entry.occurrence = ++repeats[entry.item.param];
       group.occurrences = std::max(group.occurrences, entry.occurrence + 1);
