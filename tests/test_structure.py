@@ -54,6 +54,17 @@ def test_native_includes_go_one_way(path: Path) -> None:
     assert not wrong, f"{path.relative_to(ROOT)} may include {sorted(MAY_INCLUDE[folder])} only, but has {wrong}"
 
 
+def test_dtypes_are_dispatched_in_one_place_per_device() -> None:
+    homes = {path.relative_to(CSRC).as_posix() for path in native_sources() if "case DType::" in path.read_text()}
+    assert homes == {"cpu/pack.hpp", "cuda/vector_io.cuh"}, "with_dtype() has the list; call it"
+
+
+@pytest.mark.parametrize("path", native_sources(), ids=lambda path: str(path.relative_to(CSRC)))
+def test_native_files_can_be_read_in_one_sitting(path: Path) -> None:
+    lines = path.read_text().count("\n")
+    assert lines <= 350, f"{path.name} has {lines} lines: it holds more than one thing"
+
+
 @pytest.mark.parametrize("path", sorted((CSRC / "rules").glob("*.hpp")), ids=lambda path: path.stem)
 def test_rules_are_arithmetic_only(path: Path) -> None:
     brackets = re.findall(r"#include <([^>]+)>", path.read_text())
