@@ -31,6 +31,7 @@ NOT_ON_HOST = {
     "test_aot_inductor": "the program that it compiles has none of our operators",
     "test_two_processes": "its processes load the installed extension",
     "test_one_two_and_four_processes": "its processes load the installed extension",
+    "test_every_cell": "its processes load the installed extension",
     "test_four_processes": "its processes load the installed extension",
     "test_hogwild": "its processes load the installed extension",
     "test_every_combination_of_arguments": "a minute; test_every_pair_of_arguments runs",

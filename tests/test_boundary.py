@@ -15,7 +15,8 @@ from adversarial import FUNCTIONS
 
 NAMES = list(FUNCTIONS)
 BATCHES = [NAMES[i::3] for i in range(3)]
-# Cells that are known to be wrong, and why. Lazily negated gradients and states that are dense never reach Python's checks.
+# Cells that are known to be wrong: dense gradients and states with the sign pending. Only torch._neg_view, which is private,
+# makes them of more than one element, and asking every tensor would cost as much as reading it (csrc/bind_gather.cpp).
 WRONG = {f"{name}, {operand}: neg" for name in NAMES if name.endswith(".step") for operand in ("gradient", "state")}
 counted: dict[str, int] = {}
 

@@ -240,7 +240,7 @@ class Mender:
             states = [torch.view_as_real(state) for state in states]
         if param.numel() == 0:
             tensors = [param, *([] if grad is None else [grad]), *states]
-            return [tensor.reshape(0) for tensor in tensors]
+            return [tensor.as_strided((0,), (1,)) for tensor in tensors]  # reshape(0) may keep another stride
         if not _is_dense(param) or param.is_neg():
             param = self._copy(who, "its strides", param, torch.empty_like(param), write_back=True)
         out = [param]
@@ -326,6 +326,8 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements share memory."""
+    if tensor.numel() < 2:  # whatever its strides
+        return False
     extent = 0
     for stride, size in _by_stride(tensor):
         if stride <= extent:  # this dimension does not clear the extent of those inside it; only counting decides
