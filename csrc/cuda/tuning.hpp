@@ -35,10 +35,14 @@ constexpr int join_threads = 512;  // of the single block that joins the chunks'
 // full costs little. No grid depends on the device, for the order of sums must not.
 constexpr int max_blocks = 2048;
 
-// One load of 16 bytes a thread is in flight, 24 KB with 6 blocks an SM, whose 40 registers a thread are enough.
-// Without the second number ptxas aims at 8 blocks, 32 registers, and spills on sm_100.
+// One 16-byte load per thread is in flight: 24 KB with 6 blocks per SM, for which 40 registers per thread are enough.
+// Without the second number ptxas aims at 8 blocks, 32 registers, and spills on sm_100. sm_75 has room for 4.
 constexpr int dropout_threads = 256;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int dropout_blocks_per_sm = 4;
+#else
 constexpr int dropout_blocks_per_sm = 6;
+#endif
 
 // Rows of norms: 16-byte words that a thread loads at once and keeps in registers between statistics and result: as
 // many as fit the 64 registers that each thread of a block of 1024 has. Elements, where rows are not aligned. Blocks
