@@ -1,5 +1,5 @@
-// Gradients of weight and bias of LayerNorm and RMSNorm, down the columns: sums over parts of the rows, and the kernel that
-// joins partial sums in order.
+// Gradients of weight and bias of LayerNorm and RMSNorm, down the columns: sums over parts of the rows, and the kernel
+// that joins partial sums in order.
 #pragma once
 #include <algorithm>
 

@@ -274,7 +274,9 @@ def update(plan: _C.Plan, menders: Sequence[Mender], clip: Clip, norm: Tensor | 
                 mender.finish()
 
 
-def _run(plan: _C.Plan, clip: Clip, devices: list[int], on_host: bool, norm: Tensor | float | None) -> Tensor | float | None:
+def _run(
+    plan: _C.Plan, clip: Clip, devices: list[int], on_host: bool, norm: Tensor | float | None
+) -> Tensor | float | None:
     threads = torch.get_num_threads()
     if clip.needs_norm and norm is None:
         if devices or clip.reduce is not None:

@@ -116,9 +116,7 @@ def norm_backward(
     """Gradients of x, weight and bias, None where `want` says so; dy as x. eps: for stats None, which are made anew."""
     dx = torch.empty_like(x) if want[0] else None
     dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
-    _C.row_norm_backward(
-        (dy, None, x, weight, stats), (dx, None, dweight, dbias), (size, eps, rms), None, place_of(x)
-    )
+    _C.row_norm_backward((dy, None, x, weight, stats), (dx, None, dweight, dbias), (size, eps, rms), None, place_of(x))
     return dx, dweight, dbias
 
 
