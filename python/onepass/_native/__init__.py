@@ -303,14 +303,19 @@ class _Place:
     """
 
     def __init__(self, plan: _C.Plan, device: int, clip: Clip, scaled_norm: Tensor | float | None) -> None:
-        on_device = {"device": _torch_device(device)}
-        self.norm = None if scaled_norm is None else torch.empty((), dtype=torch.float64, **on_device)
+        where = _torch_device(device)
+
+        def there(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(device=where, dtype=dtype)
+
+        norm = None if scaled_norm is None else torch.as_tensor(scaled_norm)
+        self.norm = None if norm is None else torch.empty((), dtype=torch.float64, device=where)
         self._tensors = [
-            torch.empty(plan.cuda_workspace(device), dtype=torch.uint8, **on_device),
-            None if scaled_norm is None else torch.as_tensor(scaled_norm).to(dtype=torch.float64, **on_device),
+            torch.empty(plan.cuda_workspace(device), dtype=torch.uint8, device=where),
+            there(norm, torch.float64),
             self.norm,
-            None if clip.grad_scale is None else clip.grad_scale.detach().to(dtype=torch.float32, **on_device),
-            None if clip.found_inf is None else clip.found_inf.detach().to(dtype=torch.float32, **on_device),
+            there(clip.grad_scale, torch.float32),
+            there(clip.found_inf, torch.float32),
         ]
         self.addresses = _stream(device), *(0 if t is None else t.data_ptr() for t in self._tensors)
 
