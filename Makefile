@@ -68,7 +68,7 @@ test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU
 
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
 	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
-	  --budget 'double|Adam<true>|RMSprop|(float|half|bfloat16), true>|row_norm|batch_=128'
+	  --budget 'double|Adam<true>|RMSprop|Sgd<true>|(float|half|bfloat16), true>|row_norm|batch_=128'
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
 	$(PY) -m ruff check .

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "python" / "onepass"
 MAY_INCLUDE = {
     "core": {"core"},
     "rules": {"core"},
-    "rows": {"core"},
+    "rows": {"rows", "core"},
     "cpu": {"cpu", "rows", "core"},
     "cuda": {"cuda", "rows", "core"},
 }
