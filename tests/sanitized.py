@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX", "g++")
 TESTS = [
     "tests/test_native.py",
-    "tests/test_boundary*.py",
+    "tests/test_boundary.py",
+    "tests/test_boundary_fuzz.py",
+    "tests/test_boundary_operators.py",
     "tests/test_clip.py",
     "tests/test_nn_batch_norm*.py",
     "tests/test_nn_dropout*.py",
