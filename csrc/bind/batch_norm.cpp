@@ -9,14 +9,14 @@ namespace {
 // What forward and backward have in common: the shape, and the dtype of weights, that of the first one there is.
 template <class Call>
 void describe_batch(Call& call, Tensors& tensors, const BatchShapeArguments& shape,
-                    std::initializer_list<py::object> affine) {
+                    std::initializer_list<py::handle> affine) {
   const auto& [batch, channels, space, channels_last] = shape;
   call.shape = {batch, channels, space, channels_last};
   if (batch * channels * space != tensors.first().size)
     throw py::value_error("x is not of the shape that was given for its batch norm");
   call.dtype = tensors.first().dtype;
   call.weight_dtype = compute_dtype(call.dtype);
-  for (const py::object& tensor : affine)
+  for (const py::handle tensor : affine)
     if (!tensor.is_none()) {
       call.weight_dtype = tensors.view(tensor, "weight").dtype;
       break;
@@ -26,7 +26,7 @@ void describe_batch(Call& call, Tensors& tensors, const BatchShapeArguments& sha
 }
 
 template <class Call>
-void run_batch(const Tensors& tensors, Call& call, const PlaceArguments& place,
+void run_batch(const Tensors& tensors, Call& call, const Place& place,
                void (*Engine::*layer)(const Call&, const StreamRef&)) {
   if (tensors.first().size == 0) return;
   const bool on_cuda = tensors.on_cuda();
@@ -37,10 +37,11 @@ void run_batch(const Tensors& tensors, Call& call, const PlaceArguments& place,
 
 }  // namespace
 
-void bind_batch_norm(const Handles<4>& inputs, const Handles<4>& outputs, const BatchShapeArguments& shape,
-                     const BatchNormArguments& norm, const PlaceArguments& place) {
-  const auto& [x, weight, bias, residual] = inputs;
-  const auto& [y, stats, running_mean, running_var] = outputs;
+void bind_batch_norm(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
+                     const BatchNormArguments& norm, const py::tuple& place_arguments) {
+  const Place place(place_arguments);
+  const auto [x, weight, bias, residual] = unpack<4>(inputs);
+  const auto [y, stats, running_mean, running_var] = unpack<4>(outputs);
   const auto& [phase, eps, momentum, slope] = norm;
   Tensors tensors(x, std::get<3>(shape));
   const std::int64_t elements = tensors.first().size;
@@ -68,10 +69,11 @@ void bind_batch_norm(const Handles<4>& inputs, const Handles<4>& outputs, const 
   run_batch(tensors, call, place, &Engine::batch_norm);
 }
 
-void bind_batch_norm_backward(const Handles<5>& inputs, const Handles<5>& outputs, const BatchShapeArguments& shape,
-                              const BatchNormBackwardArguments& norm, const PlaceArguments& place) {
-  const auto& [dy, x, y, weight, stats] = inputs;
-  const auto& [sums, dx, dresidual, dweight, dbias] = outputs;
+void bind_batch_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
+                              const BatchNormBackwardArguments& norm, const py::tuple& place_arguments) {
+  const Place place(place_arguments);
+  const auto [dy, x, y, weight, stats] = unpack<5>(inputs);
+  const auto [sums, dx, dresidual, dweight, dbias] = unpack<5>(outputs);
   const auto& [phase, training, count, slope] = norm;
   Tensors tensors(x, std::get<3>(shape));
   const std::int64_t elements = tensors.first().size;

@@ -3,6 +3,7 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <array>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -15,9 +16,29 @@
 
 namespace onepass {
 
-// Where a call runs: threads on the CPU; the stream on CUDA; and allocate(bytes), which gives a uint8 tensor on the
-// device.
-using PlaceArguments = std::tuple<int, std::uintptr_t, py::object>;
+// The elements of a tuple, borrowed. pybind's own casts of tuples take longer than a tiny norm.
+template <std::size_t n>
+std::array<py::handle, n> unpack(const py::tuple& values) {
+  if (values.size() != n) throw py::type_error("a tuple of " + std::to_string(n) + " was expected");
+  std::array<py::handle, n> out;
+  for (std::size_t i = 0; i < n; ++i) out[i] = PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i));
+  return out;
+}
+
+// Where a call runs: threads on the CPU; the stream on CUDA, and allocate(bytes), which gives a uint8 tensor there.
+struct Place {
+  int threads;
+  void* stream;
+  py::handle allocate;
+
+  explicit Place(const py::tuple& arguments) {
+    const auto [count, address, function] = unpack<3>(arguments);
+    threads = static_cast<int>(PyLong_AsLong(count.ptr()));
+    stream = PyLong_AsVoidPtr(address.ptr());
+    allocate = function;
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+};
 
 // A dropout: the seed (0-d, int64), p, whether it is inverted, the packed mask (uint8) or None, whether to read it.
 using DropoutArguments = std::optional<std::tuple<py::object, double, bool, py::object, bool>>;
@@ -121,10 +142,10 @@ class Tensors {
 // A call's workspace: the engine's own on the CPU, a tensor on a GPU, where memory is reused in the stream's order.
 class Workspace {
  public:
-  Workspace(std::int64_t bytes, bool on_cuda, const PlaceArguments& place) {
+  Workspace(std::int64_t bytes, bool on_cuda, const Place& place) {
     if (bytes == 0) return;
     if (on_cuda) {
-      tensor_ = std::get<2>(place)(bytes);
+      tensor_ = place.allocate(bytes);
       address_ = reinterpret_cast<void*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
     } else {
       memory_.reset(new char[static_cast<std::size_t>(bytes)]);
@@ -141,11 +162,11 @@ class Workspace {
 
 // Runs a call on its device, without Python's lock unless giving it away takes longer.
 template <class Call>
-void run(const Tensors& tensors, const Call& call, const PlaceArguments& place,
+void run(const Tensors& tensors, const Call& call, const Place& place,
          void (*Engine::*layer)(const Call&, const StreamRef&)) {
   std::optional<py::gil_scoped_release> release;
   if (tensors.first().size > 1 << 14 || tensors.on_cuda()) release.emplace();
-  const StreamRef where{std::get<0>(place), tensors.first().device, reinterpret_cast<void*>(std::get<1>(place))};
+  const StreamRef where{place.threads, tensors.first().device, place.stream};
   (engine_for(tensors.on_cuda()).*layer)(call, where);
 }
 

@@ -6,7 +6,8 @@
 namespace onepass {
 
 void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutArguments& dropout,
-                  const PlaceArguments& place) {
+                  const py::tuple& place_arguments) {
+  const Place place(place_arguments);
   Tensors tensors(x);
   DropoutCall call{};
   call.dtype = tensors.first().dtype;
@@ -53,12 +54,13 @@ namespace {
 
 // What forward and backward have in common: rows, and the dtype and number of weights.
 template <class Call>
-void describe_rows(Call& call, Tensors& tensors, const NormArguments& norm, std::initializer_list<py::object> affine) {
-  const std::int64_t size = std::get<0>(norm), elements = tensors.first().size;
+void describe_rows(Call& call, Tensors& tensors, const py::tuple& norm, std::initializer_list<py::handle> affine) {
+  const auto [size_, eps, rms] = unpack<3>(norm);
+  const std::int64_t size = PyLong_AsLongLong(size_.ptr()), elements = tensors.first().size;
   call.dtype = tensors.first().dtype;
   call.weight_dtype = compute_dtype(call.dtype);
   std::int64_t affine_size = size;
-  for (const py::object& tensor : affine)
+  for (const py::handle tensor : affine)
     if (!tensor.is_none()) {
       const TensorView view = tensors.view(tensor, "weight");
       call.weight_dtype = view.dtype;
@@ -69,8 +71,9 @@ void describe_rows(Call& call, Tensors& tensors, const NormArguments& norm, std:
     throw py::value_error("these are no rows and weights for a norm");
   call.size = size;
   call.rows = elements / size;
-  call.eps = std::get<1>(norm);
-  call.rms = std::get<2>(norm);
+  call.eps = PyFloat_AsDouble(eps.ptr());
+  call.rms = rms.ptr() == Py_True;
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   call.scalar_affine = affine_size != size;
 }
 
@@ -81,10 +84,11 @@ std::int64_t affine_size(const Call& call) {
 
 }  // namespace
 
-void bind_row_norm(const Handles<4>& inputs, const Handles<3>& outputs, const NormArguments& norm,
-                   const DropoutArguments& dropout, const PlaceArguments& place) {
-  const auto& [x, residual, weight, bias] = inputs;
-  const auto& [y, sum, stats] = outputs;
+void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
+                   const DropoutArguments& dropout, const py::tuple& place_arguments) {
+  const Place place(place_arguments);
+  const auto [x, residual, weight, bias] = unpack<4>(inputs);
+  const auto [y, sum, stats] = unpack<3>(outputs);
   Tensors tensors(x);
   const std::int64_t elements = tensors.first().size;
   RowNorm call{};
@@ -104,10 +108,11 @@ void bind_row_norm(const Handles<4>& inputs, const Handles<3>& outputs, const No
   run(tensors, call, place, &Engine::row_norm);
 }
 
-void bind_row_norm_backward(const Handles<5>& inputs, const Handles<4>& outputs, const NormArguments& norm,
-                            const DropoutArguments& dropout, const PlaceArguments& place) {
-  const auto& [dy, dsum, x, weight, stats] = inputs;
-  const auto& [dx, dbranch, dweight, dbias] = outputs;
+void bind_row_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
+                            const DropoutArguments& dropout, const py::tuple& place_arguments) {
+  const Place place(place_arguments);
+  const auto [dy, dsum, x, weight, stats] = unpack<5>(inputs);
+  const auto [dx, dbranch, dweight, dbias] = unpack<4>(outputs);
   Tensors tensors(x);
   const std::int64_t elements = tensors.first().size;
   RowNormBackward call{};

@@ -1,32 +1,26 @@
 // The layers' entries of the extension. Tensors come from onepass._native, which makes outputs and sees to layouts;
 // here they are read and checked against each other once more, because an address is about to leave Python.
 #pragma once
-#include <array>
-
 #include "bind/layer_call.hpp"
 
 namespace onepass {
 
-template <std::size_t n>
-using Handles = std::array<py::object, n>;  // tensors or None
+// A call takes tuples: of tensors or None, of what the layer is, and of where it runs (see Place).
 
 // y: None where only the mask is wanted.
 void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutArguments& dropout,
-                  const PlaceArguments& place);
+                  const py::tuple& place);
 
 // Whether bind_row_norm() can take a call of layer_norm or rms_norm as it is: one normalised dimension, everything
 // contiguous and matching, no sign pending. Asked in Python the same takes longer than a tiny norm.
 bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias, py::handle eps);
 
-// (elements of a row, eps, whether it is RMSNorm)
-using NormArguments = std::tuple<std::int64_t, double, bool>;
-
-// inputs: x, residual, weight, bias. outputs: y, sum, stats.
-void bind_row_norm(const Handles<4>& inputs, const Handles<3>& outputs, const NormArguments& norm,
-                   const DropoutArguments& dropout, const PlaceArguments& place);
+// inputs: x, residual, weight, bias. outputs: y, sum, stats. norm: elements of a row, eps, whether it is RMSNorm.
+void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
+                   const DropoutArguments& dropout, const py::tuple& place);
 // inputs: dy, dsum, x, weight, stats. outputs: dx, dbranch, dweight, dbias.
-void bind_row_norm_backward(const Handles<5>& inputs, const Handles<4>& outputs, const NormArguments& norm,
-                            const DropoutArguments& dropout, const PlaceArguments& place);
+void bind_row_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
+                            const DropoutArguments& dropout, const py::tuple& place);
 
 // (batch, channels, space, channels last)
 using BatchShapeArguments = std::tuple<std::int64_t, std::int64_t, std::int64_t, bool>;
@@ -36,10 +30,10 @@ using BatchNormArguments = std::tuple<int, double, double, std::optional<double>
 using BatchNormBackwardArguments = std::tuple<int, bool, double, std::optional<double>>;
 
 // inputs: x, weight, bias, residual. outputs: y, stats, running_mean, running_var.
-void bind_batch_norm(const Handles<4>& inputs, const Handles<4>& outputs, const BatchShapeArguments& shape,
-                     const BatchNormArguments& norm, const PlaceArguments& place);
+void bind_batch_norm(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
+                     const BatchNormArguments& norm, const py::tuple& place);
 // inputs: dy, x, y, weight, stats. outputs: sums, dx, dresidual, dweight, dbias.
-void bind_batch_norm_backward(const Handles<5>& inputs, const Handles<5>& outputs, const BatchShapeArguments& shape,
-                              const BatchNormBackwardArguments& norm, const PlaceArguments& place);
+void bind_batch_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
+                              const BatchNormBackwardArguments& norm, const py::tuple& place);
 
 }  // namespace onepass

@@ -203,7 +203,7 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
   Lists lists;
   lists.items.reserve(entries.size());
   for (const Entry* e : entries) {
-    if (e->item.size == 0 && !on_device) continue;
+    if (e->item.size == 0 && !first.cuda) continue;  // CUDA: the launch also writes the norm
     if (on_device)
       lists.add(e->item, {1, 1, static_cast<float*>(e->step.at), static_cast<float*>(e->product.at), e->fresh}, false);
     else

@@ -92,7 +92,8 @@ def _norm(
     rms: bool,
 ) -> Tensor:
     y = torch.empty_like(x)
-    _C.row_norm((x, None, weight, bias), (y, None, stats), (size, eps, rms), None, place_of(x))
+    place = place_of(x) if x.is_cuda or _C.cuda_on_host else (torch.get_num_threads(), 0, None)  # a frame less
+    _C.row_norm((x, None, weight, bias), (y, None, stats), (size, eps, rms), None, place)
     return y
 
 
@@ -115,8 +116,13 @@ def norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where `want` says so; dy as x. eps: for stats None, which are made anew."""
     dx = torch.empty_like(x) if want[0] else None
-    dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
-    _C.row_norm_backward((dy, None, x, weight, stats), (dx, None, dweight, dbias), (size, eps, rms), None, place_of(x))
+    if weight is not None and x.numel() > 0:
+        dweight = torch.empty_like(weight) if want[1] else None
+        dbias = torch.empty_like(weight) if want[2] else None
+    else:
+        dweight, dbias = affine_gradients(x, weight, size, want[1], want[2])
+    place = place_of(x) if x.is_cuda or _C.cuda_on_host else (torch.get_num_threads(), 0, None)
+    _C.row_norm_backward((dy, None, x, weight, stats), (dx, None, dweight, dbias), (size, eps, rms), None, place)
     return dx, dweight, dbias
 
 

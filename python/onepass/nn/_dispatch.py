@@ -76,7 +76,8 @@ def route_back(gradient: Tensor) -> int:
     batch of gradients (is_grads_batched=True)."""
     if torch.is_grad_enabled() or is_batched_gradient(gradient):
         return FORMULA
-    return min(route(gradient), FORMULA)
+    way = route(gradient)
+    return way if way < FORMULA else FORMULA
 
 
 def seen(way: int) -> int:
