@@ -62,7 +62,7 @@ compat: ## The tests with another torch: make compat TORCH=torch==2.4.1
 test-sanitized: $(PACKAGE) ## Tests of the CPU kernels under Address- and UndefinedBehaviorSanitizer
 	$(PY) tests/sanitized.py $(PYTEST_ARGS)
 
-test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU with sanitizers; mutants; 4 minutes
+test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU with sanitizers; mutants
 	$(PY) tests/cuda_on_host/run.py
 	$(PY) -m pytest tests/cuda_on_host
 

@@ -9,11 +9,12 @@ leaves undefined. Kernels of every instruction set that this machine has are run
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from cuda_on_host.host_compiler import build, output
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX", "g++")
@@ -38,49 +39,14 @@ TESTS = [
 ]
 
 
-def output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def build(folder: Path) -> Path:
-    """Configures and compiles; gives the extension."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    cmake = shutil.which("cmake", path=path)
-    assert cmake, "cmake is neither beside this Python nor on PATH"
-    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
-    options = {
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": output(sys.executable, "-m", "pybind11", "--cmakedir"),
-        "ONEPASS_CUDA": "OFF",
-        "ONEPASS_WERROR": "ON",
-        "ONEPASS_SANITIZE": "address,undefined",
-    }
-    for command in (
-        [
-            cmake,
-            "-S",
-            str(ROOT),
-            "-B",
-            str(folder),
-            *generator,
-            *(f"-D{key}={value}" for key, value in options.items()),
-        ],
-        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    (extension,) = folder.glob("_C*.so")
-    return extension
-
-
 def main() -> int:
     arguments = sys.argv[1:]
     folder = ROOT / "build" / "sanitized"
     if arguments[:1] == ["--build"]:
         folder, arguments = Path(arguments[1]), arguments[2:]
     start = time.monotonic()
-    extension = build(folder)
+    build(folder, ONEPASS_CUDA="OFF", ONEPASS_SANITIZE="address,undefined")
+    (extension,) = folder.glob("_C*.so")
     print(f"sanitized extension: built in {time.monotonic() - start:.0f} s", flush=True)
     libraries = (output(CXX, f"-print-file-name={library}") for library in ("libasan.so", "libstdc++.so"))
     environment = {

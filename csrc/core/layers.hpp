@@ -1,7 +1,7 @@
-// What the binding asks of the layers' engines, on either device. Plain data, no Python, no torch, no STL.
+// The calls of the layers, for every engine. Plain data, no Python, no torch, no STL.
 //
-// F below is the arithmetic type: float for float32 and the 16-bit types, double for float64. Statistics are F. Weights
-// and biases are of weight_dtype: the input's type, or float32 beside a 16-bit input.
+// F below is the type that kernels compute in: float for float32 and the 16-bit types, double for float64. Statistics
+// are F. Weights and biases are of weight_dtype: the input's type, or float32 beside a 16-bit input.
 #pragma once
 #include "core/types.hpp"
 
@@ -44,7 +44,7 @@ struct RowNorm {
   void* y;
   void* stats;      // F[3][rows]: mean (0 for RMSNorm), 1 / standard deviation, what F(mean) leaves of the mean. On the
                     // CPU null: not kept
-  void* workspace;  // on the CPU: cpu::row_norm_workspace() bytes
+  void* workspace;  // row_norm_workspace() bytes of the engine
 };
 
 struct RowNormBackward {

@@ -1,4 +1,4 @@
-"""How CUDA sources are compiled as host code (flags, sanitizers, CUDA's headers), and what a run of them reported."""
+"""How native code is built for tests: the extension by CMake, CUDA sources as host code; and what a run of them reported."""
 
 from __future__ import annotations
 
@@ -24,6 +24,31 @@ SANITIZERS = {
 }
 # atexit_sleep_ms: ThreadSanitizer waits a second for late races otherwise.
 SANITIZER_ENVIRONMENT = {"TSAN_OPTIONS": "atexit_sleep_ms=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def build(folder: Path, **options: str) -> None:
+    """Configures and compiles the project with these CMake options; nothing to do takes a second or two."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    cmake = shutil.which("cmake", path=path)
+    assert cmake, "cmake is neither beside this Python nor on PATH"
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
+    options |= {
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": output(sys.executable, "-m", "pybind11", "--cmakedir"),
+        "ONEPASS_WERROR": "ON",
+    }
+    definitions = [f"-D{key}={value}" for key, value in options.items()]
+    for command in (
+        [cmake, "-S", str(CSRC.parent), "-B", str(folder), *generator, *definitions],
+        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 def cuda_include() -> Path | None:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from host_compiler import cuda_include
+from host_compiler import build, cuda_include, output
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = ["tests/cuda_on_host/test_*kernels.py"]
@@ -74,33 +74,6 @@ RUNS = [  # the longest first
 ]
 
 
-def output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def build(folder: Path) -> None:
-    """Configures and compiles; nothing to do takes a second or two."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    cmake = shutil.which("cmake", path=path)
-    assert cmake, "cmake is neither beside this Python nor on PATH"
-    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
-    options = {
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": output(sys.executable, "-m", "pybind11", "--cmakedir"),
-        "ONEPASS_CUDA_ON_HOST": "ON",
-        "ONEPASS_WERROR": "ON",
-        "ONEPASS_SANITIZE": "address,undefined;thread",
-    }
-    definitions = [f"-D{key}={value}" for key, value in options.items()]
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(folder), *generator, *definitions],
-        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-
-
 def preload(run: Run) -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(output(CXX, f"-print-file-name={library}") for library in run.preload)}
 
@@ -151,7 +124,7 @@ def main() -> int:
         print("CUDA's headers are missing: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl")
         return 1
     start = time.monotonic()
-    build(folder)
+    build(folder, ONEPASS_CUDA_ON_HOST="ON", ONEPASS_SANITIZE="address,undefined;thread")
     print(f"CUDA kernels on the host: built in {time.monotonic() - start:.0f} s", flush=True)
     line = "{:50} {:>9} {:>6} {:>8} {:>8} {:>9} {:>11} {:>6}"
     print(line.format("run", "order", "passed", "failed", "kernels", "launches", "threads", "time"), flush=True)
