@@ -258,15 +258,17 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensors], object], Tensors]] = {
     "ops.norm": (operator("norm", 6, 1e-5, False), operands(x=X, weight=C, bias=C)),
     "ops.dropout": (operator("dropout", 0.5, True, True), {**operands(x=X), "seed": SEED}),
     "ops.dropout_backward": (
-        operator("dropout_backward", 0.5, True),
+        lambda t: [torch.ops.onepass.dropout_backward(t["dy"], t["seed"], 0.5, True, t["mask"])],
         {**operands(dy=X), "seed": SEED, "mask": torch.full((3,), 37, dtype=torch.uint8)},
     ),
     "ops.norm_backward": (
-        lambda t: [*torch.ops.onepass.norm_backward(*t.values(), 6, False, [True] * 3)],
+        lambda t: [*torch.ops.onepass.norm_backward(*t.values(), 6, 1e-5, False, [True] * 3)],
         operands(dy=X, x=X, weight=C, stats=(3, 4)),
     ),
     "ops.batch_norm_apply": (
-        lambda t: [torch.ops.onepass.batch_norm_apply(t["x"], None, t["weight"], t["bias"], t["stats"], None, False)],
+        lambda t: [
+            torch.ops.onepass.batch_norm_apply(t["x"], None, t["weight"], t["bias"], t["stats"], 1e-5, None, False)
+        ],
         operands(x=IMAGE, weight=C, bias=C, stats=(3, 6)),
     ),
     **{

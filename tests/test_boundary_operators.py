@@ -29,21 +29,21 @@ MASK = zeros(3, dtype=torch.uint8)  # 24 bits
 NOTHING = value(None)
 X, C = t(4, 6), t(6)
 P = {"p": value(0.5), "inverted": value(True)}
+ROW = {"size": value(6), "eps": value(1e-5), "rms": value(False)}
 
 # Arguments that every operator takes.
 GOOD: dict[str, dict[str, Make]] = {
-    "norm": {"x": X, "weight": C, "bias": C, "size": value(6), "eps": value(1e-5), "rms": value(False)},
+    "norm": {"x": X, "weight": C, "bias": C, **ROW},
     "norm_backward": {
         "dy": X,
         "x": X,
         "weight": C,
         "stats": t(3, 4),
-        "size": value(6),
-        "rms": value(False),
+        **ROW,
         "want": value([True] * 3),
     },
     "dropout": {"x": X, "seed": SEED, **P, "keep_mask": value(True)},
-    "dropout_backward": {"dy": X, "seed": SEED, "mask": MASK, **P},
+    "dropout_backward": {"dy": X, "seed": SEED, **P, "mask": MASK},
     "dropout_mask": {"seed": SEED, "shape": value([4, 6]), "p": value(0.5), "packed": value(False)},
     "dropout_add_norm": {
         "x": X,
@@ -51,10 +51,8 @@ GOOD: dict[str, dict[str, Make]] = {
         "weight": C,
         "bias": C,
         "seed": SEED,
-        "size": value(6),
-        "eps": value(1e-5),
-        "rms": value(False),
         **P,
+        **ROW,
         "keep_mask": value(True),
     },
     "dropout_add_norm_backward": {
@@ -63,11 +61,10 @@ GOOD: dict[str, dict[str, Make]] = {
         "sum": X,
         "weight": C,
         "stats": t(3, 4),
-        "seed": SEED,
         "mask": MASK,
-        "size": value(6),
-        "rms": value(False),
+        "seed": SEED,
         **P,
+        **ROW,
         "want": value([True] * 4),
     },
     "batch_norm": {
@@ -85,6 +82,7 @@ GOOD: dict[str, dict[str, Make]] = {
         "weight": C,
         "bias": C,
         "stats": t(3, 6),
+        "eps": value(1e-5),
         "slope": NOTHING,
         "channels_last": value(True),
     },
@@ -94,9 +92,10 @@ GOOD: dict[str, dict[str, Make]] = {
         "y": t(4, 6, 2, 2),
         "weight": C,
         "stats": t(3, 6),
+        "eps": value(1e-5),
         "slope": value(0.1),
-        "training": value(True),
         "channels_last": value(False),
+        "training": value(True),
         "want": value([True] * 4),
     },
 }

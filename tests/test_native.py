@@ -9,6 +9,8 @@ import torch
 from onepass import _native
 from onepass._mend import Mender
 from onepass._native import batch_norm, layers
+from onepass._native.batch_norm import BatchNormOptions, Operands, Running, Saved
+from onepass._native.layers import DropoutOptions, NormOptions
 from support import assert_close
 
 N = 1000
@@ -38,20 +40,21 @@ def test_seed_and_mask_are_what_a_kernel_reads(name, wrong_seed, wrong_mask):
     mask = torch.full(((N + 7) // 8,), 255, dtype=torch.uint8) if wrong_mask is None else wrong_mask
     given = seed() if wrong_seed is None else wrong_seed
     with pytest.raises(ValueError, match=name):
-        layers.dropout_backward(x, 0.5, given, True, mask)
+        layers.dropout_backward(x, DropoutOptions(given, 0.5, True), mask)
+    rows, norm = x.view(10, 100), NormOptions(100, 1e-5, False)
     y, total, stats, _ = layers.dropout_add_norm(
-        x.view(10, 100), x.view(10, 100), None, None, 100, 1e-5, False, 0.5, seed(), True, True
+        rows, rows, None, None, DropoutOptions(seed(), 0.5, True), norm, keep_mask=True
     )
     with pytest.raises(ValueError, match=name):
         layers.dropout_add_norm_backward(
-            y, None, total, None, stats, 100, False, 0.5, given, True, mask, (True, True, False, False)
+            (y, None), (total, None, stats, mask), DropoutOptions(given, 0.5, True), norm, (True, True, False, False)
         )
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_p_is_a_probability(p):
     with pytest.raises(ValueError, match="p is a probability"):
-        layers.dropout(torch.ones(3), p, seed(), True, False)
+        layers.dropout(torch.ones(3), DropoutOptions(seed(), p, True), False)
 
 
 def test_rows_are_contiguous():
@@ -59,24 +62,24 @@ def test_rows_are_contiguous():
     x = torch.randn(6, 8)
     for transposed in (x.t(), torch.randn(4, 3, 8).transpose(0, 1)):
         with pytest.raises(ValueError, match="x is not of the size, dtype, device or layout"):
-            layers.norm(transposed, None, None, transposed.shape[-1], 1e-5, False)
-    y, stats = layers.norm(x, None, None, 8, 1e-5, False)
+            layers.norm(transposed, None, None, NormOptions(transposed.shape[-1], 1e-5, False))
+    y, stats = layers.norm(x, None, None, NormOptions(8, 1e-5, False))
     with pytest.raises(ValueError, match="dy is not of"):
-        layers.norm_backward(torch.randn(8, 6).t(), x, None, stats, 8, 1e-5, False, (True, False, False))
+        layers.norm_backward(torch.randn(8, 6).t(), x, None, stats, NormOptions(8, 1e-5, False), (True, False, False))
     assert_close(y, torch.nn.functional.layer_norm(x, (8,)), 1e-6, "y")
 
 
 def test_channels_are_where_the_call_says():
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    _, stats = batch_norm.batch_norm(last, None, None, None, None, None, 0.1, 1e-5, None)
+    options, want = BatchNormOptions(1e-5, None, channels_last=True), (True, False, False, False)
+    _, stats = batch_norm.batch_norm(Operands(last, None, None, None), Running(None, None), options)
     with pytest.raises(ValueError, match="dy is not of"):
-        batch_norm.batch_norm_backward(
-            torch.randn(2, 3, 4, 5), last, None, None, stats, None, True, (True, False, False, False)
-        )
-    with pytest.raises(ValueError, match="x is not of"):  # dense, but with the batch innermost
-        batch_norm.batch_norm(
-            torch.randn(3, 4, 5, 2).permute(3, 0, 1, 2), None, None, None, None, None, 0.1, 1e-5, None
-        )
+        batch_norm.batch_norm_backward(torch.randn(2, 3, 4, 5), Saved(last, None, None, stats), options, True, want)
+    innermost_batch = Operands(torch.randn(3, 4, 5, 2).permute(3, 0, 1, 2), None, None, None)  # dense all the same
+    for channels_last in (False, True):
+        options = BatchNormOptions(1e-5, None, channels_last)
+        with pytest.raises(ValueError, match="x is not of"):
+            batch_norm.batch_norm(innermost_batch, Running(None, None), options)
 
 
 @pytest.mark.parametrize("weight", [None, torch.ones(8), torch.ones(())])
@@ -84,21 +87,15 @@ def test_gradients_of_an_empty_batch_are_zero(weight):
     x = torch.empty(0, 8)
     torch.full((10_000,), 7.0)  # freed at once: memory that is not zero
     stats = torch.empty(3, 0)
-    _, dweight, dbias = layers.norm_backward(x, x, weight, stats, 8, 1e-5, False, (True, weight is not None, True))
+    norm = NormOptions(8, 1e-5, False)
+    _, dweight, dbias = layers.norm_backward(x, x, weight, stats, norm, (True, weight is not None, True))
     for gradient in (dweight, dbias):
         assert gradient is None or (gradient == 0).all()
     residual = layers.dropout_add_norm_backward(
-        x,
-        None,
-        x,
-        weight,
-        stats,
-        8,
-        False,
-        0.5,
-        seed(),
-        True,
-        torch.empty(0, dtype=torch.uint8),
+        (x, None),
+        (x, weight, stats, torch.empty(0, dtype=torch.uint8)),
+        DropoutOptions(seed(), 0.5, True),
+        norm,
         (True, True, True, True),
     )
     assert all(gradient is None or (gradient == 0).all() for gradient in residual)

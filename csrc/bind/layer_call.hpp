@@ -50,6 +50,7 @@ class Tensors {
   explicit Tensors(py::handle first, bool channels_last = false) : channels_last_(channels_last) {
     read(first, first_, "the first tensor");
   }
+  explicit Tensors(const TensorView& first) : first_(first), channels_last_(false) {}
 
   const TensorView& first() const { return first_; }
   bool on_cuda() const { return runs_on_cuda(first_); }

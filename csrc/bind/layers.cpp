@@ -22,34 +22,6 @@ void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutAr
   run(tensors, call, place, &Engine::dropout);
 }
 
-bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias, py::handle eps) {
-  if (!PyFloat_CheckExact(eps.ptr()) || !PyTuple_CheckExact(normalized_shape.ptr()) ||
-      PyTuple_GET_SIZE(normalized_shape.ptr()) != 1)
-    return false;
-  Layouts layouts;
-  TensorView view;
-  if (!reader->read(x.ptr(), view, layouts) || view.ndim == 0 || view.size < 2 || !view.is_contiguous() ||
-      is_negated(x.ptr()))
-    return false;
-  const std::int64_t size = view.shape[view.ndim - 1];
-  if (PyLong_AsLongLong(PyTuple_GET_ITEM(normalized_shape.ptr(), 0)) != size) {
-    PyErr_Clear();
-    return false;
-  }
-  DType dtype{};
-  for (const py::handle affine : {weight, bias}) {
-    if (affine.is_none()) continue;
-    TensorView w;
-    if (!reader->read(affine.ptr(), w, layouts) || w.ndim != 1 || w.size != size || w.size < 2 || !w.is_contiguous() ||
-        w.device_type != view.device_type || w.device != view.device || (affine.is(bias) && w.dtype != dtype))
-      return false;
-    if (is_negated(affine.ptr())) return false;
-    dtype = w.dtype;
-    if (dtype != view.dtype && dtype != compute_dtype(view.dtype)) return false;
-  }
-  return !weight.is_none() || bias.is_none();
-}
-
 namespace {
 
 // What forward and backward have in common: rows, and the dtype and number of weights.
@@ -82,7 +54,77 @@ std::int64_t affine_size(const Call& call) {
   return call.scalar_affine ? 1 : call.size;
 }
 
+void run_rows(const Tensors& tensors, RowNorm& call, const Place& place) {
+  const bool on_cuda = tensors.on_cuda();
+  const Workspace workspace(engine_for(on_cuda).row_norm_workspace(call), on_cuda, place);
+  call.workspace = workspace.address();
+  run(tensors, call, place, &Engine::row_norm);
+}
+
+// Whether the last dimensions of a tensor are `shape`, a tuple; nothing is raised.
+bool ends_with(const TensorView& tensor, py::handle shape) {
+  if (!PyTuple_Check(shape.ptr())) return false;
+  const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
+  if (dims == 0 || dims > tensor.ndim) return false;
+  for (Py_ssize_t d = 0; d < dims; ++d)
+    if (PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d)) != tensor.shape[tensor.ndim - dims + d]) {
+      PyErr_Clear();
+      return false;
+    }
+  return true;
+}
+
+// A weight or bias of a norm as its kernel takes it: of normalized_shape or 0-d, beside x; float32 beside 16 bits is
+// allowed.
+bool fits(const TensorView& affine, const TensorView& x, py::handle normalized_shape) {
+  if (affine.ndim != 0 && (affine.ndim != PyTuple_GET_SIZE(normalized_shape.ptr()) ||
+                           !ends_with(affine, normalized_shape) || !affine.is_contiguous()))
+    return false;
+  return affine.device_type == x.device_type && affine.device == x.device &&
+         (affine.dtype == x.dtype || affine.dtype == compute_dtype(x.dtype));
+}
+
 }  // namespace
+
+std::int64_t try_row_norm(const py::tuple& inputs, const py::tuple& outputs, py::handle normalized_shape,
+                          py::handle eps, bool rms, const py::tuple& place) {
+  const auto [x, weight, bias] = unpack<3>(inputs);
+  const auto [y, stats] = unpack<2>(outputs);
+  Layouts layouts;
+  TensorView rows, weights, biases;
+  const auto can_read = [&](py::handle tensor, TensorView& view) {
+    return reader->read(tensor.ptr(), view, layouts) && !is_negated(tensor.ptr());
+  };
+  if (!PyFloat_Check(eps.ptr()) || !can_read(x, rows) || !rows.is_contiguous() || rows.size == 0 ||
+      !ends_with(rows, normalized_shape))
+    return 0;
+  if (!weight.is_none() && (!can_read(weight, weights) || !fits(weights, rows, normalized_shape))) return 0;
+  if (!bias.is_none() && (!can_read(bias, biases) || !fits(biases, rows, normalized_shape))) return 0;
+  // Backward gives a bias without a weight a gradient of one dimension.
+  if (!bias.is_none() &&
+      (weight.is_none() ? biases.ndim != 1 : biases.ndim != weights.ndim || biases.dtype != weights.dtype))
+    return 0;
+  const TensorView* const affine = !weight.is_none() ? &weights : !bias.is_none() ? &biases : nullptr;
+
+  RowNorm call{};
+  call.dtype = rows.dtype;
+  call.weight_dtype = affine == nullptr ? compute_dtype(rows.dtype) : affine->dtype;
+  call.size = 1;
+  for (Py_ssize_t d = 1; d <= PyTuple_GET_SIZE(normalized_shape.ptr()); ++d) call.size *= rows.shape[rows.ndim - d];
+  call.rows = rows.size / call.size;
+  call.scalar_affine = affine != nullptr && affine->size != call.size;
+  call.eps = PyFloat_AS_DOUBLE(eps.ptr());
+  call.rms = rms;
+  call.dropout = {nullptr, 0, 1};
+  call.x = rows.data;
+  call.weight = weights.data;
+  call.bias = biases.data;
+  Tensors tensors(rows);
+  call.y = tensors.output(y, call.dtype, rows.size, "y");
+  call.stats = tensors.statistics(stats, compute_dtype(call.dtype), 3 * call.rows);
+  run_rows(tensors, call, Place(place));
+  return call.size;
+}
 
 void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
                    const DropoutArguments& dropout, const py::tuple& place_arguments) {
@@ -103,9 +145,7 @@ void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::
   call.y = tensors.output(y, call.dtype, elements, "y");
   call.stats = tensors.statistics(stats, compute_dtype(call.dtype), 3 * call.rows);
   if (elements == 0) return;
-  const Workspace workspace(engine_for(tensors.on_cuda()).row_norm_workspace(call), tensors.on_cuda(), place);
-  call.workspace = workspace.address();
-  run(tensors, call, place, &Engine::row_norm);
+  run_rows(tensors, call, place);
 }
 
 void bind_row_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,

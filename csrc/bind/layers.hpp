@@ -11,9 +11,11 @@ namespace onepass {
 void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutArguments& dropout,
                   const py::tuple& place);
 
-// Whether bind_row_norm() can take a call of layer_norm or rms_norm as it is: one normalised dimension, everything
-// contiguous and matching, no sign pending. Asked in Python the same takes longer than a tiny norm.
-bool is_usual_norm(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias, py::handle eps);
+// The norm of a call as a user wrote it. Returns the size of a row; or 0, with nothing done, unless normalized_shape is
+// a tuple, eps a float, and all tensors are contiguous, match and have no pending negation. inputs: x, weight, bias.
+// outputs: y, stats.
+std::int64_t try_row_norm(const py::tuple& inputs, const py::tuple& outputs, py::handle normalized_shape,
+                          py::handle eps, bool rms, const py::tuple& place);
 
 // inputs: x, residual, weight, bias. outputs: y, sum, stats. norm: elements of a row, eps, whether it is RMSNorm.
 void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,

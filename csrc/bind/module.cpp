@@ -96,7 +96,7 @@ PYBIND11_MODULE(_C, m) {
       .def("updated", &Plan::updated);
 
   m.def("dropout", &bind_dropout);
-  m.def("is_usual_norm", &is_usual_norm);
+  m.def("try_row_norm", &try_row_norm);
   m.def("row_norm", &bind_row_norm);
   m.def("row_norm_backward", &bind_row_norm_backward);
   m.def("batch_norm", &bind_batch_norm);

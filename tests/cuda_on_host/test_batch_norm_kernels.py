@@ -5,8 +5,9 @@ Expected values come from the formulas, in float64. These run on a GPU, and on t
 
 import pytest
 import torch
+from onepass._dtypes import compute_dtype
 from onepass._native import batch_norm as native
-from onepass._native.layers import arithmetic
+from onepass._native.batch_norm import BatchNormOptions, Operands, Running, Saved
 from test_layer_kernels import DEVICE, EPS, affine, close, random, same, wide
 
 pytestmark = pytest.mark.cuda_kernels
@@ -50,6 +51,10 @@ def away_from_the_kink(z: Tensor) -> Tensor:
     return (z.abs() > 0.02).double()
 
 
+def options(x, slope=None) -> BatchNormOptions:
+    return BatchNormOptions(EPS, slope, channels_last=not x.is_contiguous())
+
+
 @EVERY_SHAPE
 def test_training(shape, last, dtype):
     x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
@@ -67,7 +72,9 @@ def test_training(shape, last, dtype):
         updated = [
             0.75 * old.double() + 0.25 * new for old, new in zip(running, (mean, var * n / max(n - 1, 1)), strict=True)
         ]
-        y, stats = native.batch_norm(x, weight, bias, residual if adds else None, *running, 0.25, EPS, slope)
+        y, stats = native.batch_norm(
+            Operands(x, residual if adds else None, weight, bias), Running(*running, None, 0.25), options(x, slope)
+        )
         assert y.stride() == x.stride()
         close(y, expected, dtype, "y", 4)
         close(stats[0], mean, stats.dtype, "mean")
@@ -79,13 +86,13 @@ def test_training(shape, last, dtype):
         want = [leaf is not None for leaf in (leaves[0], leaves[3], leaves[1], leaves[2])]
         present = [leaves[i] for i in (0, 3, 1, 2) if leaves[i] is not None]
         gradients = iter(torch.autograd.grad(expected, present, dy.double()))
-        came = native.batch_norm_backward(dy, x, y, weight, stats, slope, True, want)
+        came = native.batch_norm_backward(dy, Saved(x, y, weight, stats), options(x, slope), True, want)
         for name, wanted, value in zip(("dx", "dresidual", "dweight", "dbias"), want, came, strict=True):
             assert wanted or value is None
             if wanted:
                 close(value, next(gradients), dtype, name, 4 * n**0.5 if name in ("dweight", "dbias") else 10)
         if adds:
-            same(native.batch_norm_backward(dy, x, y, weight, stats, slope, True, want), came)
+            same(native.batch_norm_backward(dy, Saved(x, y, weight, stats), options(x, slope), True, want), came)
 
 
 @EVERY_SHAPE
@@ -93,22 +100,28 @@ def test_evaluation(shape, last, dtype):
     x, residual, dy = (laid_out(shape, last, dtype) for _ in range(3))
     channels = shape[1]
     mean, var = torch.randn(channels).to(DEVICE).double(), torch.rand(channels).to(DEVICE).double() + 0.5
-    stats = torch.stack([mean, 1 / (var + EPS).sqrt(), mean - mean.to(arithmetic(x))]).to(arithmetic(x))
+    stats = torch.stack([mean, 1 / (var + EPS).sqrt(), mean - mean.to(compute_dtype(x.dtype))]).to(
+        compute_dtype(x.dtype)
+    )
     for slope, adds in ((None, True), (0.0, False), (0.25, True)):
         weight, bias = affine("both", channels, dtype)
         leaves = wide(x, weight, bias, residual if adds else None)
         dy.copy_(dy * away_from_the_kink(batch_norm(leaves[0], mean, var, *leaves[1:], None)))
         expected = batch_norm(leaves[0], mean, var, *leaves[1:], slope)
-        y = native.batch_norm_apply(x, stats, weight, bias, residual if adds else None, slope)
+        y = native.batch_norm_apply(Operands(x, residual if adds else None, weight, bias), stats, options(x, slope))
         close(y, expected, dtype, "y", 4)
         gradients = torch.autograd.grad(expected, [leaf for leaf in leaves if leaf is not None], dy.double())
-        came = native.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, True, True])
+        came = native.batch_norm_backward(
+            dy, Saved(x, y, weight, stats), options(x, slope), False, [True, adds, True, True]
+        )
         close(came[0], gradients[0], dtype, "dx", 4)
         close(came[2], gradients[1], dtype, "dweight", 4 * x.numel() ** 0.5)
         close(came[3], gradients[2], dtype, "dbias", 4 * x.numel() ** 0.5)
         if adds:
             close(came[1], gradients[3], dtype, "dresidual", 4)
-        frozen = native.batch_norm_backward(dy, x, y, weight, stats, slope, False, [True, adds, False, False])
+        frozen = native.batch_norm_backward(
+            dy, Saved(x, y, weight, stats), options(x, slope), False, [True, adds, False, False]
+        )
         same(frozen, (came[0], came[1], None, None))
 
 
@@ -119,17 +132,18 @@ def test_halves(shape, last, dtype):
     channels = shape[1]
     weight, bias = affine("both", channels, dtype)
     mean, var = moments(x.double())
-    came = native.batch_norm_moments(x)
+    came = native.batch_norm_moments(x, options(x).channels_last)
     close(came[0], mean, came.dtype, "mean")
     close(came[1], var, came.dtype, "variance")
     stats = torch.stack([came[0], 1 / (came[1] + EPS).sqrt(), came[2]])
-    y = native.batch_norm_apply(x, stats, weight, bias, None, 0.25)
+    y = native.batch_norm_apply(Operands(x, None, weight, bias), stats, options(x, 0.25))
     close(y, batch_norm(x.double(), mean, var, weight.double(), bias.double(), None, 0.25), dtype, "y", 4)
 
-    whole = native.batch_norm_backward(dy, x, y, weight, stats, 0.25, True, [True, True, True, True])
-    sums = native.batch_norm_backward_sums(dy, x, y, stats, 0.25)
+    saved = Saved(x, y, weight, stats)
+    whole = native.batch_norm_backward(dy, saved, options(x, 0.25), True, [True, True, True, True])
+    sums = native.batch_norm_backward_sums(dy, saved, options(x, 0.25))
     count = float(x.numel() // channels)
-    halves = native.batch_norm_backward_apply(dy, x, y, weight, stats, sums, count, 0.25, [True, True])
+    halves = native.batch_norm_backward_apply(dy, saved, sums, count, options(x, 0.25), [True, True])
     same(halves, whole[:2])
     close(sums[0].to(weight.dtype), whole[3], dtype, "sum of dz", 4 * count**0.5)
     close(sums[1].to(weight.dtype), whole[2], dtype, "sum of dz * xhat", 4 * count**0.5)
@@ -142,8 +156,15 @@ def test_odd_addresses(shape, last, dtype):
     odd = laid_out(shape, last, dtype, offset=1).copy_(aligned)
     results = []
     for x in (aligned, odd):
-        y, stats = native.batch_norm(x, None, None, None, None, None, 0.0, EPS, None)
-        results.append((y, *native.batch_norm_backward(dy, x, y, None, stats, None, True, [True, False, False, False])))
+        y, stats = native.batch_norm(Operands(x, None, None, None), Running(None, None), options(x))
+        results.append(
+            (
+                y,
+                *native.batch_norm_backward(
+                    dy, Saved(x, None, None, stats), options(x), True, [True, False, False, False]
+                ),
+            )
+        )
     close(results[1][0], results[0][0], dtype, "y", 10)
     close(results[1][1], results[0][1], dtype, "dx", 10)
 
@@ -152,7 +173,7 @@ def test_odd_addresses(shape, last, dtype):
 def test_running_statistics_of_another_dtype(running_dtype):
     x = random(50, 3, 4, dtype=torch.float32)
     running = torch.zeros(3, dtype=running_dtype, device=DEVICE), torch.ones(3, dtype=running_dtype, device=DEVICE)
-    native.batch_norm(x, None, None, None, *running, 0.5, EPS, None)
+    native.batch_norm(Operands(x, None, None, None), Running(*running, None, 0.5), options(x))
     mean, var = moments(x.double())
     close(running[0], 0.5 * mean, torch.float32, "running mean")
     close(running[1], 0.5 + 0.5 * var * 200 / 199, torch.float32, "running variance")
@@ -164,7 +185,9 @@ def test_statistics_of_a_large_mean(shape, last):
     x = (1e4 + laid_out(shape, last, torch.float64) * 1e-2).float()
     mean, var = moments(x.double())
     running = torch.zeros(shape[1], device=DEVICE), torch.zeros(shape[1], device=DEVICE)
-    y, stats = native.batch_norm(x, None, None, None, *running, 1.0, 0.0, None)
+    y, stats = native.batch_norm(
+        Operands(x, None, None, None), Running(*running, None, 1.0), options(x)._replace(eps=0.0)
+    )
     n = x.numel() // shape[1]
     if n < 10:
         return

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_on_host import backend
 from onepass._native import layers
+from onepass._native.layers import DropoutOptions, NormOptions
 from support import HALF, assert_close, bits, rounding
 
 DEVICE = backend.kernel_device()
@@ -82,17 +83,17 @@ def test_dropout(n, offset, dtype):
         x[:: max(1, n // 7)] = torch.nan  # dropped ones give 0
     for p, inverted in ((P, True), (0.75, False), (0.0, True), (1.0, False)):
         scale = 1 / (1 - p) if inverted else 1.0
-        mask = keep(n, p)
-        y, _ = layers.dropout(x, p, seed_tensor(), inverted, keep_mask=True)
+        mask, options = keep(n, p), DropoutOptions(seed_tensor(), p, inverted)
+        y, _ = layers.dropout(x, options, keep_mask=True)
         close(y, torch.where(mask, x.double() * scale, 0.0), dtype, f"dropout of {p}")
-        packed = layers.dropout_mask((n,), p, seed_tensor(), packed=True, device=DEVICE)
+        packed = layers.dropout_mask((n,), options, packed=True)
         padded = torch.nn.functional.pad(mask, (0, -n % 8)).view(-1, 8)
         assert packed.tolist() == (padded << torch.arange(8, device=DEVICE)).sum(1).tolist()
         for known in (packed, packed[:0]):  # a mask that is kept, and one that is made anew
-            dx = layers.dropout_backward(x, p, seed_tensor(), inverted, known)
+            dx = layers.dropout_backward(x, options, known)
             assert bits(dx) == bits(y), "a linear map with a diagonal matrix is its own gradient"
     inplace = x.clone() if offset == 0 else random(n, dtype=dtype, offset=offset).copy_(x)
-    layers.dropout(inplace, 1.0, seed_tensor(), True, keep_mask=False, out=inplace)
+    layers.dropout(inplace, DropoutOptions(seed_tensor(), 1.0, True), keep_mask=False, out=inplace)
     assert not inplace.any()
 
 
@@ -100,7 +101,7 @@ def written_mask(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """From a call that writes y and its mask at once, which the package does on the CPU only."""
     x = random(n, dtype=dtype)
     y, mask = torch.empty_like(x), torch.full(((n + 7) // 8,), 255, dtype=torch.uint8, device=DEVICE)
-    layers._C.dropout(x, y, n, (seed_tensor(), P, True, mask, False), layers.place_of(x))
+    layers._C.dropout(x, y, n, (seed_tensor(), P, True, mask, False), layers.stream_of(x))
     assert torch.equal(y != 0, keep(n))
     return x, mask
 
@@ -108,12 +109,12 @@ def written_mask(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("n", [5, 8, 12, 2051])
 def test_dropout_writes_its_mask(n, dtype):
     _, mask = written_mask(n, dtype)
-    assert torch.equal(mask, layers.dropout_mask((n,), P, seed_tensor(), packed=True, device=DEVICE))
+    assert torch.equal(mask, layers.dropout_mask((n,), DropoutOptions(seed_tensor(), P, True), packed=True))
 
 
 def test_more_elements_than_a_turn_of_the_grid():
     n = 2048 * 256 * 4 + 13  # max_blocks, dropout_threads and a group of float32 in csrc/cuda/tuning.hpp
-    assert torch.equal(layers.dropout_mask((n,), P, seed_tensor(), packed=False, device=DEVICE), keep(n))
+    assert torch.equal(layers.dropout_mask((n,), DropoutOptions(seed_tensor(), P, True), packed=False), keep(n))
 
 
 # ---- LayerNorm and RMSNorm -------------------------------------------------------------------------------------------
@@ -154,14 +155,14 @@ def rows_for(size: int) -> int:
 def check_row_norm(x, weight, bias, rms, what) -> None:
     dtype, size = x.dtype, x.shape[1]
     dy = random(*x.shape, dtype=dtype)
-    y, stats = layers.norm(x, weight, bias, size, EPS, rms)
+    y, stats = layers.norm(x, weight, bias, NormOptions(size, EPS, rms))
     leaves = wide(x, weight, bias)
     expected = row_norm(*leaves, rms)
     close(y, expected, dtype, f"{what}: y")
     present = [leaf for leaf in leaves if leaf is not None]
     gradients = iter(torch.autograd.grad(expected, present, dy.double()))
     want = [leaf is not None for leaf in leaves]
-    came = layers.norm_backward(dy, x, weight, stats, size, EPS, rms, want)
+    came = layers.norm_backward(dy, x, weight, stats, NormOptions(size, EPS, rms), want)
     # A sum over n terms of about 1 carries the rounding of its partial sums.
     scales = (4.0, x.shape[0] ** 0.5 * 4, x.shape[0] ** 0.5 * 4)
     if weight is not None and weight.numel() == 1:
@@ -171,7 +172,7 @@ def check_row_norm(x, weight, bias, rms, what) -> None:
         if wanted:
             close(value, next(gradients), dtype, f"{what}: {name}", scale)
     if not rms:
-        same(layers.norm_backward(dy, x, weight, stats, size, EPS, rms, want), came)
+        same(layers.norm_backward(dy, x, weight, stats, NormOptions(size, EPS, rms), want), came)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -193,11 +194,11 @@ def test_rows_at_odd_addresses(size, unaligned, dtype):
 @pytest.mark.parametrize("size", [8, 3, 264, 8200])
 def test_only_what_is_wanted(size, dtype):
     x, dy = random(3, size, dtype=dtype), random(3, size, dtype=dtype)
-    weight, bias = affine("both", size, dtype)
-    stats = layers.norm(x, weight, bias, size, EPS, False)[1]
-    whole = layers.norm_backward(dy, x, weight, stats, size, EPS, False, [True] * 3)
+    (weight, bias), options = affine("both", size, dtype), NormOptions(size, EPS, False)
+    stats = layers.norm(x, weight, bias, options)[1]
+    whole = layers.norm_backward(dy, x, weight, stats, options, [True] * 3)
     for want in itertools.product((False, True), repeat=3):
-        came = layers.norm_backward(dy, x, weight, stats, size, EPS, False, want)
+        came = layers.norm_backward(dy, x, weight, stats, options, want)
         same(came, tuple(value if wanted else None for value, wanted in zip(whole, want, strict=True)))
 
 
@@ -207,11 +208,11 @@ def test_more_rows_than_a_turn_of_the_grid(size, rows):
     which = torch.arange(rows + 1, device=DEVICE) % 3
     values = torch.randn(3, size).to(DEVICE)
     weight = random(size, dtype=torch.float32)
-    x, leaves = values[which], wide(values, weight)
-    y, stats = layers.norm(x, weight, None, size, EPS, False)
+    x, leaves, options = values[which], wide(values, weight), NormOptions(size, EPS, False)
+    y, stats = layers.norm(x, weight, None, options)
     expected = row_norm(*leaves, None, False)
     close(y, expected[which], torch.float32, "y", 4)
-    dx, dweight, dbias = layers.norm_backward(x, x, weight, stats, size, EPS, False, [True, True, True])
+    dx, dweight, dbias = layers.norm_backward(x, x, weight, stats, options, [True, True, True])
     counts = which.bincount().double()[:, None]
     gradients = torch.autograd.grad(expected, leaves, values.double() * counts)
     close(dx, (gradients[0] / counts)[which], torch.float32, "dx", 10)
@@ -224,12 +225,12 @@ def test_statistics_of_a_large_mean(size):
     """1e4 with a noise of 1e-2: three digits of the deviation, and a mean to the last place."""
     noise = torch.randn(4, size) * 1e-2
     x = (1e4 + noise.double()).float().to(DEVICE)
-    mean, rstd, rest_of_mean = layers.norm(x, None, None, size, 0.0, False)[1]
+    mean, rstd, rest_of_mean = layers.norm(x, None, None, NormOptions(size, 0.0, False))[1]
     deviation = x.double().std(1, unbiased=False)
     assert_close(1 / rstd.double() / deviation, torch.ones(4), 5e-4, "deviation")
     assert_close(mean, x.double().mean(1), 6e-8, "mean")
     assert_close(mean.double() + rest_of_mean.double() - x.double().mean(1), torch.zeros(4), 1e-9, "both parts")
-    y = layers.norm(x, None, None, size, 0.0, False)[0]
+    y = layers.norm(x, None, None, NormOptions(size, 0.0, False))[0]
     centered = x.double() - x.double().mean(1, keepdim=True)
     assert_close(y, centered / deviation[:, None], 1e-3, "y")
 
@@ -243,8 +244,8 @@ def test_dropout_add_norm(size, dtype):
         x, residual, dy, dsum = (random(rows, size, dtype=dtype) for _ in range(4))
         x[0, 0] = 0.0
         weight, bias = affine("both", size, dtype)
-        fused = weight, bias, size, EPS, rms, P, seed, inverted
-        y, total, stats, kept = layers.dropout_add_norm(x, residual, *fused, keep_mask=True)
+        options = DropoutOptions(seed, P, inverted), NormOptions(size, EPS, rms)
+        y, total, stats, kept = layers.dropout_add_norm(x, residual, weight, bias, *options, keep_mask=True)
         branch = torch.where(mask, x.double() * scale, 0.0) if drops else x.double()
         close(total, residual.double() + branch, dtype, "sum")
         leaves = wide(total, weight, bias)  # the norm is that of the sum as it is stored
@@ -254,9 +255,7 @@ def test_dropout_add_norm(size, dtype):
         for more in (dsum, None) if drops and inverted else (dsum,):
             gradients = torch.autograd.grad(expected, leaves, dy.double(), retain_graph=True)
             dtotal = gradients[0] + (0 if more is None else more.double())
-            came = layers.dropout_add_norm_backward(
-                dy, more, total, weight, stats, size, rms, P, seed, inverted, kept, [True] * 4
-            )
+            came = layers.dropout_add_norm_backward((dy, more), (total, weight, stats, kept), *options, [True] * 4)
             dbranch = torch.where(mask, dtotal * scale, 0.0) if drops else dtotal
             for name, value, gradient in zip(
                 ("dx", "dresidual", "dweight", "dbias"), came, (dbranch, dtotal, *gradients[1:]), strict=True
@@ -271,6 +270,6 @@ def test_dropout_add_norm_writes_a_mask(size):
     outputs = [torch.empty_like(x), torch.empty_like(x), torch.empty(3, 5, device=DEVICE)]
     mask, seed = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8, device=DEVICE), seed_tensor()
     dropout = seed, P, True, mask, False
-    norm, place = (size, EPS, False), layers.place_of(x)
+    norm, place = (size, EPS, False), layers.stream_of(x)
     layers._C.row_norm((x, residual, None, None), (outputs[1], outputs[0], outputs[2]), norm, dropout, place)
-    assert torch.equal(mask, layers.dropout_mask(x.shape, P, seed, packed=True, device=DEVICE))
+    assert torch.equal(mask, layers.dropout_mask(x.shape, DropoutOptions(seed, P, True), packed=True))

@@ -30,9 +30,6 @@ cuda_archs: str = _C.cuda_archs
 compiler: str = _C.compiler
 thread_runtime: str = _C.thread_runtime()
 
-is_usual_norm = _C.is_usual_norm
-"""Whether layers.norm takes an input, normalized_shape, weight, bias and eps as they are; see csrc/bind/layers.hpp."""
-
 
 def rules() -> tuple[str, ...]:
     """Names of the rules in this build."""

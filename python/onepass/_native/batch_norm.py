@@ -1,137 +1,147 @@
-"""The kernels of BatchNorm as functions of tensors; see layers.py, which has what they share."""
+"""The kernels of BatchNorm as functions of tensors; see layers.py for what they share with the other layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from .layers import affine_gradients, arithmetic, place_of
+from .._dtypes import compute_dtype
+from .layers import allocate_affine_gradients, stream_of
 
-# Phases of a call; between STATISTICS and APPLY SyncBatchNorm sums over the processes.
+# Phases of a call, as csrc/core/layers.hpp numbers them; SyncBatchNorm sums over the processes between the middle two.
 _ALL, _STATISTICS, _APPLY, _APPLY_RUNNING = 0, 1, 2, 3
 
 
-def _batch_shape(x: Tensor) -> tuple[int, int, int, bool]:
-    """(batch, channels, space, whether the channels are the innermost dimension in memory)."""
-    batch, channels = x.shape[:2]
-    space = math.prod(x.shape[2:])
-    return batch, channels, space, space == 1 or not x.is_contiguous()
+class Operands(NamedTuple):
+    """x: [N, C, ...], contiguous or dense channels_last. residual: like x. weight, bias: [C], of x's dtype or of F."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-def _channel_stats(x: Tensor) -> Tensor:
-    make = torch.empty if x.numel() else torch.zeros  # of an empty batch a kernel writes nothing
-    return make((3, x.shape[1]), dtype=arithmetic(x), device=x.device)
+class Running(NamedTuple):
+    """The running statistics, [C] of one floating dtype, the number of batches in them, and the momentum of an update."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None = None
+    momentum: float | Tensor = 0.0
 
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    slope: float | None,
-) -> tuple[Tensor, Tensor]:
-    """BatchNorm in training over a [N, C, ...] x, contiguous or dense channels_last: (y, stats).
+class BatchNormOptions(NamedTuple):
+    """eps; the slope of the leaky ReLU that follows (0: ReLU, None: no activation); the order of the tensors in memory."""
 
-    Then + residual and the leaky ReLU of `slope` (0 is ReLU), where they are not None. residual, y: laid out as x.
-    weight, bias: [C], of x's dtype or of F. stats: [3, C]. The running statistics, of one floating dtype, are updated in
-    place.
-    """
-    y, stats = torch.empty_like(x), _channel_stats(x)
-    outputs = y, stats, running_mean, running_var
-    _C.batch_norm((x, weight, bias, residual), outputs, _batch_shape(x), (_ALL, eps, momentum, slope), place_of(x))
-    return y, stats
+    eps: float
+    slope: float | None
+    channels_last: bool
 
 
-def batch_norm_running(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    slope: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The same by the running statistics, of one floating dtype: (y, stats)."""
-    y, stats = torch.empty_like(x), _channel_stats(x)
-    outputs = y, stats, running_mean, running_var
-    options = _APPLY_RUNNING, eps, 0.0, slope
-    _C.batch_norm((x, weight, bias, residual), outputs, _batch_shape(x), options, place_of(x))
-    return y, stats
+class Saved(NamedTuple):
+    """What backward needs. y: with an activation. stats: [3, C], see layers.py."""
+
+    x: Tensor
+    y: Tensor | None
+    weight: Tensor | None
+    stats: Tensor
 
 
-def batch_norm_apply(
-    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: float | None
-) -> Tensor:
-    """The same by stats that are given."""
-    y = torch.empty_like(x)
-    outputs = y, stats, None, None
-    _C.batch_norm((x, weight, bias, residual), outputs, _batch_shape(x), (_APPLY, 0.0, 0.0, slope), place_of(x))
+def batch_norm(operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
+    """Normalise by the batch, add the residual, apply the activation: (y, stats). Updates the running mean and variance."""
+    return _forward(_ALL, operands, running, options)
+
+
+def batch_norm_running(operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
+    """The same by the running statistics: (y, stats)."""
+    return _forward(_APPLY_RUNNING, operands, running, options)
+
+
+def batch_norm_apply(operands: Operands, stats: Tensor, options: BatchNormOptions) -> Tensor:
+    """The same by given statistics."""
+    y = torch.empty_like(operands.x)
+    _call(_APPLY, operands, (y, stats, None, None), options)
     return y
 
 
-def batch_norm_moments(x: Tensor) -> Tensor:
-    """[3, C]: mean, biased variance and the rest of the mean of the channels."""
-    stats = _channel_stats(x)
-    outputs = None, stats, None, None
-    _C.batch_norm((x, None, None, None), outputs, _batch_shape(x), (_STATISTICS, 0.0, 0.0, None), place_of(x))
+def batch_norm_moments(x: Tensor, channels_last: bool) -> Tensor:
+    """[3, C]: mean, biased variance and the rounding error of the mean, for each channel."""
+    stats = _channel_statistics(x)
+    _call(_STATISTICS, Operands(x, None, None, None), (None, stats, None, None), (0.0, None, channels_last))
     return stats
 
 
 def batch_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor,
-    slope: float | None,
-    training: bool,
-    want: Sequence[bool],
+    dy: Tensor, saved: Saved, options: BatchNormOptions, training: bool, want: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, residual, weight and bias; dy laid out as x. y: the result, with an activation."""
-    dx = torch.empty_like(x) if want[0] else None
-    # Without an activation the residual's gradient is dy itself.
-    dresidual = torch.empty_like(x) if want[1] and slope is not None else None
-    dweight, dbias = affine_gradients(x, weight, x.shape[1], want[2], want[3])
-    shape = _batch_shape(x)
-    options = _ALL, training, float(shape[0] * shape[2]), slope
-    outputs = None, dx, dresidual, dweight, dbias
-    _C.batch_norm_backward((dy, x, y, weight, stats), outputs, shape, options, place_of(x))
-    return dx, dy if want[1] and slope is None else dresidual, dweight, dbias
+    """Gradients of x, residual, weight and bias, None where `want` is False; dy is laid out as x."""
+    x = saved.x
+    dx, dresidual = _input_gradients(x, options, want)
+    dweight, dbias = allocate_affine_gradients(x, saved.weight, x.shape[1], want[2], want[3])
+    shape = _batch_shape(x, options.channels_last)
+    rest = _ALL, training, float(shape[0] * shape[2]), options.slope
+    _C.batch_norm_backward((dy, *saved), (None, dx, dresidual, dweight, dbias), shape, rest, stream_of(x))
+    return dx, dy if want[1] and options.slope is None else dresidual, dweight, dbias
 
 
-def batch_norm_backward_sums(dy: Tensor, x: Tensor, y: Tensor | None, stats: Tensor, slope: float | None) -> Tensor:
-    """[2, C]: sums over this process of dz, the gradient before the activation, and of dz * xhat."""
-    sums = torch.empty((2, x.shape[1]), dtype=arithmetic(x), device=x.device)
-    options = _STATISTICS, True, 1.0, slope
-    outputs = sums, None, None, None, None
-    _C.batch_norm_backward((dy, x, y, None, stats), outputs, _batch_shape(x), options, place_of(x))
+def batch_norm_backward_sums(dy: Tensor, saved: Saved, options: BatchNormOptions) -> Tensor:
+    """[2, C]: this process's sums of dz, the gradient before the activation, and of dz * xhat."""
+    x = saved.x
+    sums = torch.empty((2, x.shape[1]), dtype=compute_dtype(x.dtype), device=x.device)
+    shape, rest = _batch_shape(x, options.channels_last), (_STATISTICS, True, 1.0, options.slope)
+    _C.batch_norm_backward(
+        (dy, *saved._replace(weight=None)), (sums, None, None, None, None), shape, rest, stream_of(x)
+    )
     return sums
 
 
 def batch_norm_backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor,
-    sums: Tensor,
-    count: float,
-    slope: float | None,
-    want: Sequence[bool],
+    dy: Tensor, saved: Saved, sums: Tensor, count: float, options: BatchNormOptions, want: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and residual, by the sums and the number of elements a channel of all processes."""
+    """Gradients of x and residual, from the sums of all processes and their number of elements per channel."""
+    dx, dresidual = _input_gradients(saved.x, options, want)
+    shape, rest = _batch_shape(saved.x, options.channels_last), (_APPLY, True, count, options.slope)
+    _C.batch_norm_backward((dy, *saved), (sums, dx, dresidual, None, None), shape, rest, stream_of(saved.x))
+    return dx, dy if want[1] and options.slope is None else dresidual
+
+
+def _forward(phase: int, operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
+    y, stats = torch.empty_like(operands.x), _channel_statistics(operands.x)
+    _call(phase, operands, (y, stats, running.mean, running.var), options, float(running.momentum))
+    return y, stats
+
+
+def _call(
+    phase: int,
+    operands: Operands,
+    outputs: tuple[Tensor | None, ...],
+    options: tuple[float, float | None, bool],
+    momentum: float = 0.0,
+) -> None:
+    x, residual, weight, bias = operands
+    eps, slope, channels_last = options
+    shape = _batch_shape(x, channels_last)
+    _C.batch_norm((x, weight, bias, residual), outputs, shape, (phase, eps, momentum, slope), stream_of(x))
+
+
+def _batch_shape(x: Tensor, channels_last: bool) -> tuple[int, int, int, bool]:
+    """(batch, channels, space, whether the channels are the innermost dimension in memory)."""
+    batch, channels = x.shape[:2]
+    space = math.prod(x.shape[2:])
+    return batch, channels, space, space == 1 or channels_last
+
+
+def _channel_statistics(x: Tensor) -> Tensor:
+    allocate = torch.empty if x.numel() else torch.zeros  # no kernel runs for an empty batch
+    return allocate((3, x.shape[1]), dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def _input_gradients(x: Tensor, options: BatchNormOptions, want: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Tensors for the gradients of x and residual; without an activation the residual's is dy itself."""
     dx = torch.empty_like(x) if want[0] else None
-    dresidual = torch.empty_like(x) if want[1] and slope is not None else None
-    options = _APPLY, True, count, slope
-    outputs = sums, dx, dresidual, None, None
-    _C.batch_norm_backward((dy, x, y, weight, stats), outputs, _batch_shape(x), options, place_of(x))
-    return dx, dy if want[1] and slope is None else dresidual
+    return dx, torch.empty_like(x) if want[1] and options.slope is not None else None

@@ -1,13 +1,14 @@
-"""BatchNorm, with an optional residual and activation behind it. Formulas: docs/layers.md.
+"""BatchNorm, optionally followed by a residual and an activation. Formulas: docs/layers.md.
 
 NOTE: [running statistics]
-Eager training updates them in the kernel that computes the batch's. Operators write to nothing, so that compilers may
-move and repeat them: there the update is torch operations after the operator. The count of batches rises where the
-statistics change, so that nothing that fails in between leaves one without the other. Where activation
-checkpointing runs a forward a second time nothing is updated: the batch has been counted. (torch counts it twice.)
+In eager training the kernel that computes the batch's statistics also updates the running ones. Operators write to no
+argument, so that compilers may move and repeat them: there, torch operations after the operator do the update. The count
+of batches rises where the statistics change, so that a failure in between cannot leave one without the other. When
+activation checkpointing runs a forward a second time nothing is updated: the batch has been counted. (torch counts it
+twice.)
 
-Autograd saves the same number of tensors on every way, for checkpointing may take another one the second time: the update
-is nothing that it records. For the same reason dispatch modes see the same operations both times, except for the writes.
+Checkpointing may recompute by another route, so autograd saves the same number of tensors on every route and does not
+record the update. For the same reason dispatch modes see the same operations both times, except for the writes.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
+from .._dtypes import FLOATS, compute_dtype
 from .._native import batch_norm as native
+from .._native.batch_norm import BatchNormOptions, Operands, Running
 from . import _formula
 from ._batch_norm_autograd import (
-    Running,
     apply,
     count,
-    dense,
+    dense_operands,
     is_channels_last,
     normalise_and_count,
     operator,
@@ -32,7 +34,7 @@ from ._batch_norm_autograd import (
 )
 from ._batch_norm_checks import batch_norm_operands, check_batch_size
 from ._checks import number
-from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, plain_or_none, route, wants_grad, wide
+from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, choose_route, wants_grad
 from ._nested import refuse_nested
 from ._sharding import batch_norm_on_parts, holds_parts
 
@@ -70,7 +72,8 @@ def batch_norm(
             batch_norm, operands, *operands, training=training, momentum=momentum, eps=eps
         )
         return y
-    return apply_batch_norm(*operands, None, training, momentum, eps, None)
+    running = Running(running_mean, running_var, None, momentum)
+    return apply_batch_norm(Operands(input, None, weight, bias), running, training, eps, None)
 
 
 def batch_norm_activation(
@@ -111,8 +114,9 @@ def batch_norm_activation(
             residual=residual,
         )
         return y
+    running = Running(running_mean, running_var, None, momentum)
     slope = activation_slope(activation, negative_slope)
-    return apply_batch_norm(*operands, residual, training, momentum, eps, slope)
+    return apply_batch_norm(Operands(input, residual, weight, bias), running, training, eps, slope)
 
 
 def activation_slope(activation: str | None, negative_slope: float) -> float | None:
@@ -128,39 +132,28 @@ def activation_slope(activation: str | None, negative_slope: float) -> float | N
 
 
 def is_counted() -> bool:
-    """Whether a batch in training counts for the running statistics, see NOTE: [running statistics]."""
+    """Whether a batch in training counts for the running statistics; see NOTE: [running statistics]."""
     return is_compiling() or not _compat.is_recomputing()
 
 
-def apply_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    slope: float | None,
-    batches: Tensor | None = None,
-) -> Tensor:
-    """momentum may be a tensor where it is being traced. batches: the count that rises with the running statistics."""
+def apply_batch_norm(operands: Operands, running: Running, training: bool, eps: float, slope: float | None) -> Tensor:
+    """batch_norm_activation after __torch_function__ was asked. The momentum may be a tensor where it is being traced."""
     y: Tensor
-    way = route(x, weight, bias, residual, running_mean, running_var)
-    if way == TORCH:
-        running = running_mean, running_var
-        y = _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
-        count(batches)
+    x, residual, weight, bias = operands
+    statistics = running.mean, running.var
+    route = choose_route(x, residual, weight, bias, *statistics)
+    if route == TORCH:
+        y = _formula.batch_norm(operands, running, BatchNormOptions(eps, slope, False), training)
+        count(running.batches)
         return y
-    if way == OPERATOR and holds_parts(x, weight, bias, residual, running_mean, running_var):
+    if route == OPERATOR and holds_parts(*operands, *statistics):
         y = batch_norm_on_parts(
-            lambda x, residual, weight, bias, mean, var: apply_batch_norm(
-                x, mean, var, weight, bias, residual, training, momentum, eps, slope, batches
+            lambda *parts: apply_batch_norm(
+                Operands(*parts[:4]), running._replace(mean=parts[4], var=parts[5]), training, eps, slope
             ),
             {"input": x, "residual": residual},
             {"weight": weight, "bias": bias},
-            {"running_mean": running_mean, "running_var": running_var},
+            {"running_mean": running.mean, "running_var": running.var},
             training,
         )
         return y
@@ -168,142 +161,107 @@ def apply_batch_norm(
         refuse_nested("batch_norm", "input")
     if training:
         check_batch_size(x)
-    momentum, eps = batch_norm_operands(x, running_mean, running_var, weight, bias, residual, training, momentum, eps)
-    counted = not training or is_counted()
-    running = (running_mean, running_var) if counted else (None, None)
-    batches = batches if counted else None
-    weight, bias = _flat(weight), _flat(bias)
-    if way == FORMULA or x.numel() == 0:
-        y = _by_formula(x, running, weight, bias, residual, training, momentum, eps, slope)
-        count(batches)
+    momentum, eps = batch_norm_operands(operands, running, training, eps)
+    if momentum is not running.momentum:
+        running = running._replace(momentum=momentum)
+    operands = Operands(x, residual, _flat(weight), _flat(bias))
+    options = BatchNormOptions(eps, slope, is_channels_last(x))
+    if route == FORMULA or x.numel() == 0:
+        written = _if_counted(running) if training else running
+        y = _formula.batch_norm(operands, written, options, training)
+        count(written.batches)
         return y
-    if (
-        x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous()
-    ):  # [N, L, C] in memory: channels_last with a width of 1
-        residual = None if residual is None else residual.unsqueeze(-1)
-        return apply_batch_norm(
-            x.unsqueeze(-1), running_mean, running_var, weight, bias, residual, training, momentum, eps, slope, batches
-        ).squeeze(-1)
-    channels_last = is_channels_last(x)
-    if way == KERNEL:
-        x, residual = dense(x, channels_last), None if residual is None else dense(residual, channels_last)
-        weight, bias = plain_or_none(weight), plain_or_none(bias)
-    operands = x, residual, weight, bias
+    if x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous():
+        # [N, L, C] in memory: channels_last with a width of 1.
+        operands = operands._replace(x=x.unsqueeze(-1), residual=None if residual is None else residual.unsqueeze(-1))
+        return apply_batch_norm(operands, running, training, eps, slope).squeeze(-1)
+    if route == KERNEL:
+        operands = dense_operands(*operands, options.channels_last)
     if not training:
-        return _by_running_statistics(way, operands, running, eps, slope, channels_last)
-    if way == KERNEL and _is_plain(running, written=True):
-        momentum = float(momentum)
-        if wants_grad(*operands):
-            y = apply(*operands, training, running, batches, momentum, eps, slope, channels_last)
-        else:
-            y, _ = normalise_and_count(x, *operands[2:], residual, running, batches, momentum, eps, slope)
-        _compat.increment_version([statistic for statistic in running if statistic is not None])
-        return y
-    y, stats = operator(*operands, eps, slope, channels_last)
-    if running_mean is not None:
-        _update_by_operator(running_mean, running_var, stats, eps, x.numel() // x.shape[1], momentum, counted)
-    count(batches)
-    return y
+        return _by_running_statistics(route, operands, running, options)
+    return _by_batch(route, operands, running, options)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.dim() == 1 else tensor.reshape(-1)
 
 
-def _by_running_statistics(
-    way: int,
-    operands: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    running: Running,
-    eps: float,
-    slope: float | None,
-    channels_last: bool,
-) -> Tensor:
+def _if_counted(running: Running) -> Running:
+    """Nothing to update where the batch does not count."""
+    return running if is_counted() else Running(None, None)
+
+
+def _by_batch(route: int, operands: Operands, running: Running, options: BatchNormOptions) -> Tensor:
     y: Tensor
-    x, residual, weight, bias = operands
-    if way != KERNEL:
-        y = operator_apply(*operands, _constant_statistics(running, eps, wide(x.dtype)), slope, channels_last)
+    x = operands.x
+    written = _if_counted(running)
+    if route == KERNEL and _is_accessible(written, written=True):
+        if wants_grad(*operands):
+            y = apply(*operands, written, options, True)
+        else:
+            y, _ = normalise_and_count(operands, written, options)
+        _compat.increment_version([t for t in (written.mean, written.var) if t is not None])
         return y
-    if not _is_plain(running, written=False):
-        running = _plain_copy(running[0], x), _plain_copy(running[1], x)
-    if wants_grad(*operands):
-        y = apply(*operands, False, running, None, 0.0, eps, slope, channels_last)
-    else:
-        y, _ = native.batch_norm_running(x, weight, bias, residual, *running, eps, slope)
+    y, stats = operator(*operands, *options)
+    if running.mean is not None:
+        with torch.no_grad():
+            var = (stats[1].square().reciprocal() - options.eps).clamp(min=0)
+            update_running(running, stats[0], var, x.numel() // x.shape[1], write=written is running)
+    count(written.batches)
     return y
 
 
-def _by_formula(
-    x: Tensor,
-    running: Running,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    slope: float | None,
-) -> Tensor:
-    mean, var = running
-    if not isinstance(momentum, Tensor):
-        return _formula.batch_norm(x, running, weight, bias, residual, training, momentum, eps, slope)
-    if not training or mean is None or var is None:
-        return _formula.batch_norm(x, running, weight, bias, residual, training, 0.0, eps, slope)
-    batch = torch.zeros_like(mean), torch.zeros_like(var)  # momentum 1 leaves the batch's own
-    y = _formula.batch_norm(x, batch, weight, bias, residual, training, 1.0, eps, slope)
-    for statistic, value in zip((mean, var), batch, strict=True):
-        statistic.lerp_(value, momentum.to(value.dtype))
+def _by_running_statistics(route: int, operands: Operands, running: Running, options: BatchNormOptions) -> Tensor:
+    y: Tensor
+    dtype = compute_dtype(operands.x.dtype)
+    if route != KERNEL:
+        y = operator_apply(*operands, _constant_statistics(running, options.eps, dtype), *options)
+        return y
+    if not _is_accessible(running, written=False):
+        running = Running(_accessible_copy(running.mean, dtype), _accessible_copy(running.var, dtype))
+    if wants_grad(*operands):
+        y = apply(*operands, running, options, False)
+    else:
+        y, _ = native.batch_norm_running(operands, running, options)
     return y
 
 
 def _constant_statistics(running: Running, eps: float, dtype: torch.dtype) -> Tensor:
-    """[3, C]: mean, 1 / sqrt(var + eps) and the rest of the mean, as the kernel makes them in float64."""
-    mean, var = running
-    assert mean is not None
-    assert var is not None
-    rstd = (var.to(torch.float64) + eps).sqrt().reciprocal()
-    mean = mean.to(torch.float64)
+    """[3, C]: mean, 1 / sqrt(var + eps) and the rounding error of the mean, computed in float64 as the kernel does."""
+    assert running.mean is not None
+    assert running.var is not None
+    rstd = (running.var.to(torch.float64) + eps).sqrt().reciprocal()
+    mean = running.mean.to(torch.float64)
     return torch.stack([t.to(dtype).reshape(-1) for t in (mean, rstd, mean - mean.to(dtype))])
 
 
-def _is_plain(running: Running, written: bool) -> bool:
+def _is_accessible(running: Running, written: bool) -> bool:
     """Whether the kernel may read, or write, the running statistics where they are."""
-    mean, var = running
+    mean, var = running.mean, running.var
     if mean is None or var is None:
         return True
     return (
         mean.dtype == var.dtype
-        and mean.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and mean.dtype in FLOATS
         and all(t.is_contiguous() and not t.is_neg() and not (written and t.is_inference()) for t in (mean, var))
     )
 
 
-def _plain_copy(statistic: Tensor | None, x: Tensor) -> Tensor:
+def _accessible_copy(statistic: Tensor | None, dtype: torch.dtype) -> Tensor:
     assert statistic is not None
-    return statistic.detach().to(wide(x.dtype)).resolve_neg().contiguous()
+    return statistic.detach().to(dtype).resolve_neg().contiguous()
 
 
 @torch.no_grad()
-def _update_by_operator(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    stats: Tensor,
-    eps: float,
-    values: int,
-    momentum: float | Tensor,
-    counted: bool,
-) -> None:
-    var = (stats[1].square().reciprocal() - eps).clamp(min=0)
-    update_running((running_mean, running_var), stats[0], var, values, momentum, counted)
+def update_running(running: Running, mean: Tensor, var: Tensor, values: int | Tensor, *, write: bool = True) -> None:
+    """running <- (1 - momentum) * running + momentum * the batch's; `var` is the biased variance of `values` values.
 
-
-@torch.no_grad()
-def update_running(
-    running: Running, mean: Tensor, var: Tensor, values: int | Tensor, momentum: float | Tensor, counted: bool = True
-) -> None:
-    """running <- (1 - momentum) * running + momentum * the batch's; `var` is the biased variance of `values` values."""
-    for statistic, value in zip(running, (mean, var * (values / (values - 1))), strict=True):
+    write: False computes the same without the last step, see NOTE: [running statistics].
+    """
+    for statistic, value in ((running.mean, mean), (running.var, var * (values / (values - 1)))):
         if statistic is not None:
+            momentum = running.momentum
             weight = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
             updated = statistic.lerp(value.to(statistic.dtype).reshape(statistic.shape), weight)
-            if counted:
+            if write:
                 statistic.copy_(updated)

@@ -1,4 +1,4 @@
-"""What BatchNorm refuses; see _checks.py."""
+"""The checks of BatchNorm's operands; see _checks.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .._dtypes import FLOATS
+from .._native.batch_norm import Operands, Running
 from ._checks import (
-    FLOATS,
     check_affine_dtypes,
     check_alike,
     check_device,
@@ -22,20 +23,14 @@ from ._checks import (
 
 
 def batch_norm_operands(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
+    operands: Operands, running: Running, training: bool, eps: float
 ) -> tuple[float | Tensor, float]:
-    """momentum and eps as floats, momentum also as a tensor.
+    """momentum and eps as floats; a momentum that is being traced stays a tensor.
 
-    Raises for operands that do not go together, in the order in which torch asks.
+    Raises for operands that do not fit together, in the order in which torch checks them.
     """
+    input, residual, weight, bias = operands
+    running_mean, running_var, _, momentum = running
     usual = (
         residual is None
         and type(momentum) is float
@@ -59,20 +54,20 @@ def batch_norm_operands(
     if input.dim() == 1 and input.numel() == 0:  # torch gives it back
         return momentum, eps
     # In the order of the arguments; the positions are those of torch's errors.
-    operands = {
+    of_channels = {
         "running_mean": (4, running_mean),
         "running_var": (5, running_var),
         "weight": (2, weight),
         "bias": (3, bias),
     }
-    for name, (position, tensor) in operands.items():
+    for name, (position, tensor) in of_channels.items():
         if tensor is not None:
             check_tensor("batch_norm", name, position, tensor)
         elif not training and name.startswith("running"):
             raise RuntimeError(f"{name} must be defined in evaluation mode")
     if input.dim() < 2:
         _refuse_few_dimensions(input, running_mean)
-    for name, (_, tensor) in operands.items():
+    for name, (_, tensor) in of_channels.items():
         if tensor is not None:
             _check_of_channels(name, tensor, input)
     if input.dtype not in FLOATS:
@@ -112,7 +107,7 @@ def _refuse_few_dimensions(input: Tensor, running_mean: Tensor | None) -> NoRetu
 def _is_usual(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> bool:
-    """All of the input's dtype and device, in pairs: nothing to complain about. Saves the questions below 3 us."""
+    """Everything in pairs of the input's dtype and device: no check below can fail. Skipping them saves 3 us."""
     if not isinstance(input, Tensor) or input.dtype not in FLOATS or input.dim() < 2:
         return False
     dtype, device, shape = input.dtype, input.device, (input.shape[1],)
@@ -132,7 +127,7 @@ def _is_usual(
 
 
 def check_batch_size(input: Tensor) -> None:
-    """More than one value in a channel; none at all is an empty batch and fine."""
+    """More than one value per channel is needed; an empty batch is allowed."""
     check_tensor("batch_norm", "input", 1, input)
     shape = input.shape
     if len(shape) > 1 and shape[0] * math.prod(shape[2:]) == 1:

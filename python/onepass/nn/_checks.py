@@ -14,10 +14,10 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from ._dispatch import wide
+from .._dtypes import FLOATS, compute_dtype
 from ._nested import refuse_nested
 
-FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_FLOAT_EPS, _DOUBLE_EPS = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 _HALF = frozenset((torch.bfloat16, torch.float16))
 _SCALAR_NAMES = {
     torch.float32: "Float",
@@ -118,8 +118,8 @@ def check_alike(name: str, tensor: Any, input: Tensor) -> None:
 
 
 def default_eps(input: Tensor) -> float:
-    """RMSNorm's."""
-    return torch.finfo(wide(input.dtype)).eps
+    """RMSNorm's: the machine epsilon of the dtype kernels compute in."""
+    return _DOUBLE_EPS if input.dtype is torch.float64 else _FLOAT_EPS
 
 
 def norm_operands(
@@ -130,7 +130,7 @@ def norm_operands(
     bias: Tensor | None,
     eps: float | None,
 ) -> tuple[int, Tensor | None, Tensor | None, float]:
-    """Elements in a row, weight and bias as kernels take them (alike, of a dtype that goes with the input's), and eps."""
+    """Elements per row, weight and bias as kernels take them (of one shape, or a bias [size] alone), and eps."""
     check_tensor(function, "input", 1, input)
     if type(normalized_shape) is not tuple:
         if isinstance(normalized_shape, str) or not isinstance(normalized_shape, Sequence):
@@ -205,11 +205,11 @@ def _settle_norm(
         if not weight.is_floating_point():
             not_implemented("rms_norm", weight.dtype)
         if weight.dtype != input.dtype and (weight.dtype != torch.float32 or input.dtype not in _HALF):
-            weight = weight.to(wide(input.dtype))
+            weight = weight.to(compute_dtype(input.dtype))
     check_affine_dtypes(input, weight, bias)
     if bias is not None and (weight is None or weight.shape != bias.shape):  # one of them 0-d: both in full
-        bias = bias.expand(shape).reshape(-1)
-        weight = None if weight is None else weight.expand(shape).reshape(-1)
+        bias = bias.expand(shape).contiguous() if weight is not None else bias.expand(shape).reshape(-1)
+        weight = None if weight is None else weight.expand(shape).contiguous()
     return weight, bias
 
 

@@ -1,18 +1,18 @@
-"""Which way a call of a layer goes: the one place that asks.
+"""Which route a call of a layer takes: the only place that decides.
 
-A call takes the shortest way to the kernel, unless somebody has to see it. NOTE: [the order of the questions]
+A call goes straight to the kernel unless something else has to see it. NOTE: [the order of the questions]
 
-1. A torch.func transform is active, also in what torch.compile is tracing: the formula in torch operations, which every
-   transform and every nesting of them takes.
-2. torch.export or torch.jit.trace: torch's own function, which whoever gets the program knows: ONNX, TensorRT, AOTInductor,
-   C++. It needs no onepass where it runs.
+1. A torch.func transform is active, or active in what torch.compile traces: the formula in torch operations, which every
+   transform and every nesting of transforms understands.
+2. torch.export or torch.jit.trace: torch's own function, so that the program needs no onepass where it runs (ONNX,
+   TensorRT, AOTInductor, C++).
 3. torch.compile is tracing: the operator.
 4. Forward-mode AD with a tangent among the tensors: the formula.
-5. A tensor with a meaning of its own (subclass, fake, meta), an active dispatch mode, a device without kernels: the
-   operator, which subclasses and modes see and devices refuse by name.
+5. A tensor that is more than its memory (subclass, fake, meta), an active dispatch mode, a device without kernels: the
+   operator, which subclasses and modes intercept and which refuses devices by name.
 6. Otherwise: the kernel.
 
-Before all of them public functions ask who overrides torch's functions (__torch_function__), as torch's own do.
+Before all of these, public functions ask __torch_function__, as torch's own functions do.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _HAS_CUDA = _native.has_cuda
 
 
 def is_exact(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is its value: it is no subclass, such as the fake ones of compilers."""
+    """Whether the tensor is of torch's own type: a subclass, such as a compiler's fake tensor, may be more than its memory."""
     return type(tensor) in _EXACT
 
 
-def route(first: Tensor, *others: Tensor | None) -> int:
+def choose_route(first: Tensor, *others: Tensor | None) -> int:
     """KERNEL, OPERATOR, FORMULA or TORCH for a call with these tensors, all on one device."""
     if is_compiling():
         return FORMULA if in_transform() else TORCH if is_exporting() else OPERATOR
@@ -71,22 +71,21 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
     return any(isinstance(t, Tensor) and unpack(t).tangent is not None for t in tensors)
 
 
-def route_back(gradient: Tensor) -> int:
-    """The same for a backward: the formula also if it is going to be differentiated itself (create_graph=True) or has a
+def choose_backward_route(gradient: Tensor) -> int:
+    """The route of a backward: the formula also where it will be differentiated itself (create_graph=True) or receives a
     batch of gradients (is_grads_batched=True)."""
     if torch.is_grad_enabled() or is_batched_gradient(gradient):
         return FORMULA
-    way = route(gradient)
-    return way if way < FORMULA else FORMULA
+    return min(choose_route(gradient), FORMULA)
 
 
-def seen(way: int) -> int:
-    """The same for the backward of an operator, which took its operands as they were: never the kernel itself."""
-    return OPERATOR if way == KERNEL else way
+def never_kernel(route: int) -> int:
+    """The route of an operator's backward: its saved operands are not laid out for the kernel."""
+    return OPERATOR if route == KERNEL else route
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with the tensors."""
+    """Whether autograd records operations on the tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -94,17 +93,12 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """In what kernels compute and keep statistics."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Contiguous, no sign pending: what kernels take."""
+def for_kernel(tensor: Tensor) -> Tensor:
+    """Contiguous and without pending negation, as the kernels of row norms and dropout need tensors."""
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.resolve_neg().contiguous()
 
 
-def plain_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else plain(tensor)
+def for_kernel_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else for_kernel(tensor)

@@ -10,13 +10,36 @@ from torch import Generator, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
+from .._dtypes import compute_dtype
 from .._native import layers as native
+from .._native.layers import DropoutOptions, NormOptions
 from . import _formula
 from . import _operator_checks as checks
 from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
-from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, plain, plain_or_none, route, route_back, seen, wants_grad, wide
-from ._dropout import dropout, fake_mask, keeps_mask, mask_operator, seed_tensor
-from ._library import define, given, wanted
+from ._dispatch import (
+    FORMULA,
+    KERNEL,
+    OPERATOR,
+    TORCH,
+    choose_backward_route,
+    choose_route,
+    for_kernel,
+    for_kernel_or_none,
+    never_kernel,
+    wants_grad,
+)
+from ._dropout import (
+    by_formula,
+    dropout,
+    fake_mask,
+    keeps_mask,
+    mask_operator,
+    options_for_kernel,
+    save_dropout,
+    saved_dropout,
+    seed_tensor,
+)
+from ._library import define, drop_unwanted, pad_missing
 from ._norm import fake_affine_gradient, layer_norm, rms_norm
 from ._sharding import opener
 
@@ -35,11 +58,11 @@ def dropout_add_layer_norm(
     generator: Generator | None = None,
     inverted: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(input), y = layer_norm(sum): what stands between the blocks of a transformer.
+    """sum = residual + dropout(input), y = layer_norm(sum): the operations between the blocks of a transformer.
 
     Args:
-        input: what a block gives, [*, *normalized_shape].
-        residual: what came past the block, of input's shape. Of another dtype: both are promoted.
+        input: the output of a block, [*, *normalized_shape].
+        residual: of input's shape; if the dtypes differ, both are promoted.
         normalized_shape, weight, bias, eps: as for layer_norm.
         p, training, seed, generator, inverted: as for dropout; the mask is that of dropout(input, p, seed=seed).
 
@@ -65,15 +88,14 @@ def dropout_add_layer_norm(
             inverted=inverted,
         )
         return overridden
-    way = route(input, residual, weight, bias)
-    if way == TORCH or (way == OPERATOR and opener(input, residual, weight, bias) is not None):
+    route = choose_route(input, residual, weight, bias)
+    if route == TORCH or (route == OPERATOR and opener(input, residual, weight, bias) is not None):
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     input, residual = _operands(input, residual)
     size, weight, bias, eps = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
-    return _dropout_add_norm(
-        way, input, residual, weight, bias, size, eps, False, p, training, seed, generator, inverted
-    )
+    input, drop = _options(input, p, training, seed, generator, inverted)
+    return _dropout_add_norm(route, input, residual, weight, bias, drop, NormOptions(size, eps, False))
 
 
 def dropout_add_rms_norm(
@@ -106,15 +128,14 @@ def dropout_add_rms_norm(
             inverted=inverted,
         )
         return overridden
-    way = route(input, residual, weight)
-    if way == TORCH or (way == OPERATOR and opener(input, residual, weight) is not None):
+    route = choose_route(input, residual, weight)
+    if route == TORCH or (route == OPERATOR and opener(input, residual, weight) is not None):
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return rms_norm(total, normalized_shape, weight, eps), total
     input, residual = _operands(input, residual)
     size, weight, _, eps = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
-    return _dropout_add_norm(
-        way, input, residual, weight, None, size, eps, True, p, training, seed, generator, inverted
-    )
+    input, drop = _options(input, p, training, seed, generator, inverted)
+    return _dropout_add_norm(route, input, residual, weight, None, drop, NormOptions(size, eps, True))
 
 
 def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,42 +147,39 @@ def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return input, residual
 
 
+def _options(
+    x: Tensor, p: float, training: bool, seed: int | None, generator: Generator | None, inverted: bool
+) -> tuple[Tensor, DropoutOptions]:
+    """The dropout, with its seed drawn, and x, scaled where the paper's form asks for it."""
+    p, seed = check_p(p), check_seed(seed, generator)
+    if not training and not inverted:
+        x = x * (1 - p)
+    return x, DropoutOptions(seed_tensor(seed, generator, x.device) if training and p > 0 else None, p, inverted)
+
+
 def _dropout_add_norm(
-    way: int,
+    route: int,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    size: int,
-    eps: float,
-    rms: bool,
-    p: float,
-    training: bool,
-    seed: int | None,
-    generator: Generator | None,
-    inverted: bool,
+    drop: DropoutOptions,
+    options: NormOptions,
 ) -> tuple[Tensor, Tensor]:
-    p, seed = check_p(p), check_seed(seed, generator)
-    if not training and not inverted:
-        x = x * (1 - p)
-    seeded = seed_tensor(seed, generator, x.device) if training and p > 0 else None
-    if way == FORMULA or x.numel() == 0:
-        keep = None if seeded is None else mask_operator(seeded, x.shape, p, False)
-        total = _formula.dropout_add(x, residual, keep, p, inverted)
-        return _formula.norm(total, weight, bias, size, eps, rms), total
+    if route == FORMULA or x.numel() == 0:
+        keep = None if drop.seed is None else mask_operator(drop.seed, x.shape, drop.p, False)
+        total = _formula.dropout_add(x, residual, keep, drop.p, drop.inverted)
+        return _formula.norm(total, weight, bias, options), total
     grad = wants_grad(x, residual, weight, bias)
-    if way == KERNEL:
-        x, residual, weight, bias = plain(x), plain(residual), plain_or_none(weight), plain_or_none(bias)
-        if grad:
-            y, total = _apply(x, residual, weight, bias, seeded, size, eps, rms, p, inverted)
-        else:
-            y, total, _, _ = native.dropout_add_norm(
-                x, residual, weight, bias, size, eps, rms, p, seeded, inverted, False
-            )
+    if route != KERNEL:
+        keep_mask = grad and drop.seed is not None and keeps_mask(x)
+        y, total, _, _ = _operator(x.contiguous(), residual.contiguous(), weight, bias, *drop, *options, keep_mask)
+        return y, total
+    tensors = for_kernel(x), for_kernel(residual), for_kernel_or_none(weight), for_kernel_or_none(bias)
+    if grad:
+        y, total = _apply(*tensors, drop, options)
     else:
-        x, residual = x.contiguous(), residual.contiguous()
-        keep_mask = grad and seeded is not None and keeps_mask(x)
-        y, total, _, _ = _operator(x, residual, weight, bias, seeded, size, eps, rms, p, inverted, keep_mask)
+        y, total, _, _ = native.dropout_add_norm(*tensors, drop, options, False)
     return y, total
 
 
@@ -176,76 +194,55 @@ class _DropoutAddNorm(torch.autograd.Function):
         residual: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        seed: Tensor | None,
-        size: int,
-        eps: float,
-        rms: bool,
-        p: float,
-        inverted: bool,
+        drop: DropoutOptions,
+        options: NormOptions,
     ) -> tuple[Tensor, Tensor]:
-        keep_mask = seed is not None and keeps_mask(x)
-        y, total, stats, mask = native.dropout_add_norm(
-            x, residual, weight, bias, size, eps, rms, p, seed, inverted, keep_mask
-        )
-        _save(ctx, weight, seed, size, eps, rms, p, inverted, total, stats, mask)
-        return y, total
+        keep_mask = drop.seed is not None and keeps_mask(x)
+        output = native.dropout_add_norm(x, residual, weight, bias, drop, options, keep_mask)
+        _setup_context(ctx, (x, residual, weight, bias, drop, options), output)
+        return output[:2]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, dsum, _route_back(dy, dsum)), *(None,) * 6
+        return *_gradients(ctx, dy, dsum, _choose_backward_route(dy, dsum)), None, None
 
 
 _apply = _compat.applier(_DropoutAddNorm)
 
 
-def _save(
-    ctx: Any,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    size: int,
-    eps: float,
-    rms: bool,
-    p: float,
-    inverted: bool,
-    total: Tensor,
-    stats: Tensor,
-    mask: Tensor,
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, _, drop, options, *_ = inputs
+    _, total, stats, mask = output
+    ctx.options = options
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total, weight, stats, seed, mask)
-    ctx.rest = size, eps, rms, p, inverted
+    save_dropout(ctx, drop, total, weight, stats, mask)
 
 
-def _route_back(dy: Tensor | None, dsum: Tensor | None) -> int:
-    """The less direct way of the two gradients, either of which may be missing."""
-    return max(KERNEL if d is None else route_back(d) for d in (dy, dsum))
+def _choose_backward_route(dy: Tensor | None, dsum: Tensor | None) -> int:
+    """The less direct of the routes of the two gradients, either of which may be missing."""
+    return max(KERNEL if d is None else choose_backward_route(d) for d in (dy, dsum))
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, way: int) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, route: int) -> tuple[Tensor | None, ...]:
     """Of x, residual, weight and bias."""
-    total, weight, stats, seed, mask = ctx.saved_tensors
-    size, eps, rms, p, inverted = ctx.rest
+    (total, weight, stats, mask), drop = saved_dropout(ctx)
+    options: NormOptions = ctx.options
     want = ctx.needs_input_grad[:4]
     if dy is None:
         dy = torch.zeros_like(total)
-    if way == FORMULA:
-        ds, dweight, dbias = _formula.norm_backward(dy, total, weight, size, eps, rms, (True, *want[2:]))
+    if route == FORMULA:
+        ds, dweight, dbias = _formula.norm_backward(dy, total, weight, options, (True, *want[2:]))
         assert ds is not None
         if dsum is not None:
             ds = ds + dsum
-        dx = ds if seed is None else _formula.dropout(ds, mask_operator(seed, total.shape, p, False), p, inverted)
-        return dx, ds, dweight, dbias
-    if way == KERNEL:
-        dy, dsum = plain(dy), plain_or_none(dsum)
-        return native.dropout_add_norm_backward(
-            dy, dsum, plain(total), plain_or_none(weight), plain(stats), size, rms, p, seed, inverted, mask, want
-        )
-    # Without dropout both have one gradient, and the results of an operator share no memory.
-    asked = want if seed is not None else (False, want[0] or want[1], *want[2:])
-    dx, dresidual, dweight, dbias = _operator_backward(
-        dy, dsum, total, weight, stats, seed, mask, size, rms, p, inverted, asked
-    )
-    return wanted((dx if seed is not None else dresidual, dresidual, dweight, dbias), want)
+        return ds if drop.seed is None else by_formula(ds, drop), ds, dweight, dbias
+    if route == KERNEL:
+        saved = for_kernel(total), for_kernel_or_none(weight), for_kernel(stats), mask
+        return native.dropout_add_norm_backward((for_kernel(dy), for_kernel_or_none(dsum)), saved, drop, options, want)
+    # Without dropout x and residual have the same gradient, but an operator's results must not share memory.
+    asked = want if drop.seed is not None else (False, want[0] or want[1], *want[2:])
+    dx, dresidual, dweight, dbias = _operator_backward(dy, dsum, total, weight, stats, mask, *drop, *options, asked)
+    return drop_unwanted((dx if drop.seed is not None else dresidual, dresidual, dweight, dbias), want)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -256,31 +253,19 @@ def _kernel(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    seed: Tensor | None,
-    size: int,
-    eps: float,
-    rms: bool,
-    p: float,
-    inverted: bool,
+    drop: DropoutOptions,
+    options: NormOptions,
     keep_mask: bool,
 ) -> Any:
-    weight, bias = plain_or_none(weight), plain_or_none(bias)
-    return native.dropout_add_norm(
-        plain(x), plain(residual), weight, bias, size, eps, rms, p, plain_or_none(seed), inverted, keep_mask
-    )
+    weight, bias = for_kernel_or_none(weight), for_kernel_or_none(bias)
+    drop = options_for_kernel(drop)
+    return native.dropout_add_norm(for_kernel(x), for_kernel(residual), weight, bias, drop, options, keep_mask)
 
 
-def _fake(
-    x: Tensor, residual: Tensor, weight: Any, bias: Any, seed: Any, size: int, eps: Any, rms: Any, p: Any, *rest: bool
-) -> Any:
+def _fake(x: Tensor, residual: Tensor, weight: Any, bias: Any, drop: Any, options: NormOptions, keep_mask: bool) -> Any:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    stats = x.new_empty((3, x.numel() // size), dtype=wide(x.dtype))
-    return y, torch.empty_like(y), stats, fake_mask(x, rest[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, _, seed, size, eps, rms, p, inverted, _ = inputs
-    _save(ctx, weight, seed, size, eps, rms, p, inverted, *output[1:])
+    stats = x.new_empty((3, x.numel() // options.size), dtype=compute_dtype(x.dtype))
+    return y, torch.empty_like(y), stats, fake_mask(x, keep_mask)
 
 
 def _kernel_backward(
@@ -289,53 +274,45 @@ def _kernel_backward(
     total: Tensor,
     weight: Tensor | None,
     stats: Tensor,
-    seed: Tensor | None,
     mask: Tensor,
-    size: int,
-    rms: bool,
-    p: float,
-    inverted: bool,
-    want: Sequence[bool],
+    *rest: Any,
 ) -> Any:
+    drop, options, want = rest
+    saved = for_kernel(total), for_kernel_or_none(weight), for_kernel(stats), for_kernel(mask)
     gradients = native.dropout_add_norm_backward(
-        plain(dy),
-        plain_or_none(dsum),
-        plain(total),
-        plain_or_none(weight),
-        plain(stats),
-        size,
-        rms,
-        p,
-        plain_or_none(seed),
-        inverted,
-        plain(mask),
-        tuple(want),
+        (for_kernel(dy), for_kernel_or_none(dsum)), saved, options_for_kernel(drop), options, want
     )
-    return given(gradients, total)
+    return pad_missing(gradients, total)
 
 
 def _fake_backward(dy: Tensor, dsum: Any, total: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-    size, want = rest[3], rest[-1]
+    *_, options, want = rest
     dx = torch.empty_like(total, memory_format=torch.contiguous_format)
-    dweight = fake_affine_gradient(total, weight, size)
-    return given(wanted((dx, torch.empty_like(dx), dweight, torch.empty_like(dweight)), want), total)
+    dweight = fake_affine_gradient(total, weight, options.size)
+    return pad_missing(drop_unwanted((dx, torch.empty_like(dx), dweight, torch.empty_like(dweight)), want), total)
 
 
 _operator = define(
     "dropout_add_norm",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, SymInt size, float eps, bool rms, float p, "
-    "bool inverted, bool keep_mask) -> (Tensor y, Tensor sum, Tensor stats, Tensor mask)",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, bool inverted, SymInt size, "
+    "float eps, bool rms, bool keep_mask) -> (Tensor y, Tensor sum, Tensor stats, Tensor mask)",
     checks.dropout_add_norm,
     _kernel,
     _fake,
     _setup_context,
-    lambda ctx, dy, dsum, dstats, dmask: (*_gradients(ctx, dy, dsum, seen(_route_back(dy, dsum))), *(None,) * 7),
+    lambda ctx, dy, dsum, dstats, dmask: (
+        *_gradients(ctx, dy, dsum, never_kernel(_choose_backward_route(dy, dsum))),
+        *(None,) * 7,
+    ),
+    options=[DropoutOptions, NormOptions],
 )
 _operator_backward = define(
     "dropout_add_norm_backward",
-    "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor stats, Tensor? seed, Tensor mask, SymInt size, bool rms, "
-    "float p, bool inverted, bool[] want) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor stats, Tensor mask, Tensor? seed, float p, "
+    "bool inverted, SymInt size, float eps, bool rms, bool[] want) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     checks.dropout_add_norm_backward,
     _kernel_backward,
     _fake_backward,
+    options=[DropoutOptions, NormOptions],
 )

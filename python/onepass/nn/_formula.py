@@ -1,4 +1,4 @@
-"""The layers in torch operations, for what kernels cannot do: every transform, every order of derivative, every mode.
+"""The layers in torch operations, for what kernels cannot do: every transform and every order of derivative.
 
 Formulas and symbols are those of docs/layers.md. The arithmetic is float32 (float64 for float64), as in the kernels.
 """
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._dispatch import wide
+from .._dtypes import compute_dtype
+from .._native.batch_norm import BatchNormOptions, Operands, Running, Saved
+from .._native.layers import NormOptions
 
 
 def _centred_and_rstd(h: Tensor, dims: tuple[int, ...], eps: float, rms: bool) -> tuple[Tensor, Tensor]:
@@ -31,12 +33,12 @@ def _through_statistics(g: Tensor, xhat: Tensor, rstd: Tensor, dims: tuple[int, 
 
 
 def _rows(x: Tensor, size: int) -> Tensor:
-    return x.to(wide(x.dtype)).reshape(x.numel() // max(size, 1), size)
+    return x.to(compute_dtype(x.dtype)).reshape(x.numel() // max(size, 1), size)
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
-    """LayerNorm or RMSNorm over rows of `size` elements; weight and bias of `size` elements or one."""
-    centred, rstd = _centred_and_rstd(_rows(x, size), (1,), eps, rms)
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Tensor:
+    """LayerNorm or RMSNorm over rows; weight and bias have as many elements as a row, or one."""
+    centred, rstd = _centred_and_rstd(_rows(x, options.size), (1,), options.eps, options.rms)
     y = centred * rstd
     if weight is not None:
         y = y * weight.reshape(-1)
@@ -46,9 +48,10 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: 
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, size: int, eps: float, rms: bool, want: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Tensor | None, options: NormOptions, want: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias; the last two are of the arithmetic's dtype, autograd rounds them."""
+    """Gradients of x, weight and bias; the last two are of the compute dtype, autograd rounds them."""
+    size, eps, rms = options
     g = _rows(dy, size)
     centred, rstd = _centred_and_rstd(_rows(x, size), (1,), eps, rms)
     xhat = centred * rstd
@@ -70,9 +73,9 @@ def norm_by_torch(
     eps: float,
     rms: bool,
 ) -> Tensor:
-    """The same by torch's own function, which makes its own checks; input and weights of one dtype for it."""
+    """The same by torch's own function, which checks its operands itself and needs them of one dtype."""
     affine = [t.expand(shape) if t is not None and t.dim() == 0 else t for t in (weight, bias)]
-    dtype = x.dtype if all(t is None or t.dtype == x.dtype for t in affine) else wide(x.dtype)
+    dtype = x.dtype if all(t is None or t.dtype == x.dtype for t in affine) else compute_dtype(x.dtype)
     weight, bias = (None if t is None else _as(dtype, t) for t in affine)
     h = _as(dtype, x)
     y = F.rms_norm(h, tuple(shape), weight, eps) if rms else F.layer_norm(h, tuple(shape), weight, bias, eps)
@@ -80,7 +83,7 @@ def norm_by_torch(
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """No operation where the dtype is the same: tools look for patterns of operations."""
+    """No operation where the dtype is the same: quantization tools match patterns of operations."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -88,17 +91,17 @@ def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def dropout_scale(p: float, inverted: bool) -> float:
-    """What the elements that are kept are multiplied by; nothing is kept of p = 1."""
+    """The factor of kept elements; p = 1 keeps none."""
     return 1 / (1 - p) if inverted and p < 1 else 1.0
 
 
 def dropout(x: Tensor, keep: Tensor, p: float, inverted: bool) -> Tensor:
     """x where `keep`, scaled, else 0."""
-    return torch.where(keep, x.to(wide(x.dtype)) * dropout_scale(p, inverted), 0).to(x.dtype)
+    return torch.where(keep, x.to(compute_dtype(x.dtype)) * dropout_scale(p, inverted), 0).to(x.dtype)
 
 
 def dropout_by_torch(x: Tensor, p: float, inverted: bool, inplace: bool = False) -> Tensor:
-    """The same by torch's own function, which draws the mask."""
+    """The same by torch's own function, which draws its own mask."""
     if inverted:
         return F.dropout(x, p, True, inplace)
     y = torch.where(torch.rand_like(x, dtype=torch.float32) >= p, x, 0)
@@ -107,7 +110,7 @@ def dropout_by_torch(x: Tensor, p: float, inverted: bool, inplace: bool = False)
 
 def dropout_add(x: Tensor, residual: Tensor, keep: Tensor | None, p: float, inverted: bool) -> Tensor:
     """residual + dropout(x), rounded once."""
-    h = x.to(wide(x.dtype))
+    h = x.to(compute_dtype(x.dtype))
     if keep is not None:
         h = torch.where(keep, h * dropout_scale(p, inverted), 0)
     return (residual + h).to(x.dtype)
@@ -132,48 +135,53 @@ def activation(z: Tensor, residual: Tensor | None, slope: float | None) -> Tenso
     return z if slope is None else F.leaky_relu(z, slope) if slope != 0 else F.relu(z)
 
 
-def batch_norm(
-    x: Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    slope: float | None,
-) -> Tensor:
-    """torch's own batch_norm, which may update running statistics inside a transform; none of ours may."""
-    dtype = wide(x.dtype)
-    mean, var, weight, bias = (None if t is None else _as(dtype, t) for t in (*running, weight, bias))
-    z = F.batch_norm(_as(dtype, x), mean, var, weight, bias, training, momentum, eps)
+def batch_norm(operands: Operands, running: Running, options: BatchNormOptions, training: bool) -> Tensor:
+    """By torch's own batch_norm, which may update running statistics inside a transform; a custom operator may not."""
+    x, residual, weight, bias = operands
+    if isinstance(running.momentum, Tensor) and training and running.mean is not None and running.var is not None:
+        return _by_tensor_momentum(operands, running, options)
+    momentum = 0.0 if isinstance(running.momentum, Tensor) else running.momentum
+    dtype = compute_dtype(x.dtype)
+    statistics = running.mean, running.var
+    mean, var, weight, bias = (None if t is None else _as(dtype, t) for t in (*statistics, weight, bias))
+    z = F.batch_norm(_as(dtype, x), mean, var, weight, bias, training, momentum, options.eps)
     if training:
-        for statistic, updated in zip(running, (mean, var), strict=True):
+        for statistic, updated in zip(statistics, (mean, var), strict=True):
             if statistic is not None and updated is not None and updated is not statistic:
                 statistic.copy_(updated)
-    return _as(x.dtype, activation(z, residual, slope))
+    return _as(x.dtype, activation(z, residual, options.slope))
+
+
+def _by_tensor_momentum(operands: Operands, running: Running, options: BatchNormOptions) -> Tensor:
+    assert running.mean is not None
+    assert running.var is not None
+    batch = Running(
+        torch.zeros_like(running.mean), torch.zeros_like(running.var), momentum=1.0
+    )  # becomes the batch's own
+    y = batch_norm(operands, batch, options, True)
+    for statistic, value in ((running.mean, batch.mean), (running.var, batch.var)):
+        assert isinstance(running.momentum, Tensor)
+        assert value is not None
+        statistic.lerp_(value, running.momentum.to(value.dtype))
+    return y
 
 
 def batch_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor | None,
-    eps: float,
-    slope: float | None,
+    dy: Tensor, saved: Saved, options: BatchNormOptions, training: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias. stats: mean and rstd that are constants, or None: those of x."""
+    """Gradients of x, residual, weight and bias. In training the statistics are functions of x, otherwise constants."""
+    x, y, weight, stats = saved
+    slope = options.slope
     dims = but_channels(x.dim())
-    h, dz = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
+    h, dz = x.to(compute_dtype(x.dtype)), dy.to(compute_dtype(x.dtype))
     if slope is not None and y is not None:
         dz = torch.where(y <= 0, slope * dz if slope != 0 else torch.zeros_like(dz), dz)
-    if stats is None:
-        centred, rstd = _centred_and_rstd(h, dims, eps, False)
+    if training:
+        centred, rstd = _centred_and_rstd(h, dims, options.eps, False)
     else:
         mean, rstd, low = (per_channel(row, x.dim()) for row in stats)
         centred = h - mean - low
     xhat = centred * rstd
     g = dz if weight is None else dz * per_channel(weight, x.dim())
-    dx = g * rstd if stats is not None else _through_statistics(g, xhat, rstd, dims, False)
+    dx = _through_statistics(g, xhat, rstd, dims, False) if training else g * rstd
     return dx.to(x.dtype), dz.to(x.dtype), (dz * xhat).sum(dims), dz.sum(dims)

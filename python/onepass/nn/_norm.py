@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,26 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _compat
-from .._native import is_usual_norm
+from .._dtypes import compute_dtype
 from .._native import layers as native
+from .._native.layers import NormOptions
 from . import _formula
 from . import _operator_checks as checks
 from ._checks import default_eps, norm_operands
-from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, is_exact, plain, plain_or_none, route, route_back, wide
-from ._library import define, given, wanted
+from ._dispatch import (
+    FORMULA,
+    KERNEL,
+    OPERATOR,
+    TORCH,
+    choose_backward_route,
+    choose_route,
+    for_kernel,
+    for_kernel_or_none,
+    is_exact,
+    never_kernel,
+    wants_grad,
+)
+from ._library import define, drop_unwanted, pad_missing
 from ._sharding import opener
 
 
@@ -81,16 +94,20 @@ def row_norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
-    """layer_norm, or rms_norm with rms, where nobody overrides it."""
-    way = route(x, weight, bias)
-    if way == KERNEL and is_usual_norm(x, normalized_shape, weight, bias, eps):
-        return _on_kernel(x, weight, bias, normalized_shape[0], cast(float, eps), rms)
-    if way == TORCH and rms and is_compiling() and not _compat.RMS_NORM_TAKES_SYMBOLS:
-        way = FORMULA  # or the exported program would take one size of batch
-    if way == TORCH:
+    """layer_norm, or rms_norm with rms, after __torch_function__ was asked."""
+    route = choose_route(x, weight, bias)
+    if route == KERNEL:
+        if eps is None and rms:
+            eps = default_eps(x)
+        done = _on_kernel(x, normalized_shape, weight, bias, eps, rms)
+        if done is not None:
+            return done
+    if route == TORCH and rms and is_compiling() and not _compat.RMS_NORM_TAKES_SYMBOLS:
+        route = FORMULA  # torch's function would fix the batch size of the exported program
+    if route == TORCH:
         eps = default_eps(x) if eps is None else eps
         return _formula.norm_by_torch(x, normalized_shape, weight, bias, eps, rms)
-    if way == OPERATOR and (open_up := opener(x, weight, bias)) is not None:
+    if route == OPERATOR and (open_up := opener(x, weight, bias)) is not None:
         y: Tensor = open_up(
             function,
             lambda x, weight, bias: row_norm(function, x, normalized_shape, weight, bias, eps, rms),
@@ -100,21 +117,32 @@ def row_norm(
         )
         return y
     size, weight, bias, eps = norm_operands(function, x, normalized_shape, weight, bias, eps)
-    if way == FORMULA or x.numel() == 0:
-        return _formula.norm(x, weight, bias, size, eps, rms)
-    if way == KERNEL:
-        return _on_kernel(plain(x), plain_or_none(weight), plain_or_none(bias), size, eps, rms)
-    y = _operator(x.contiguous(), weight, bias, size, eps, rms)[0]
+    options = NormOptions(size, eps, rms)
+    if route == FORMULA or x.numel() == 0:
+        return _formula.norm(x, weight, bias, options)
+    if route == KERNEL:
+        x, weight, bias = for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(bias)
+        rows = x.reshape(-1, size) if weight is None else x  # for a bias [size] alone
+        shape = (size,) if weight is None else tuple(normalized_shape)
+        done = _on_kernel(rows, shape, weight, bias, eps, rms)
+        if done is None:
+            raise RuntimeError(
+                f"{function}(): input, weight or bias has no memory (its storage was freed or never made)."
+            )
+        return done.view(x.shape)
+    y = _operator(x.contiguous(), weight, bias, *options)[0]
     return y
 
 
-def _on_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Tensor:
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    ):
-        y: Tensor = _apply(x, weight, bias, (size, eps, rms))
+def _on_kernel(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool
+) -> Tensor | None:
+    """None, and nothing done, where checks or copies have to come first."""
+    if wants_grad(x, weight, bias):
+        y: Tensor | None = _apply(x, weight, bias, normalized_shape, eps, rms)
         return y
-    return native.norm_alone(x, weight, bias, size, eps, rms)
+    y, size = native.try_norm(x, normalized_shape, weight, bias, eps, rms, None)
+    return y if size else None
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -123,87 +151,87 @@ def _on_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int,
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[int, float, bool]
-    ) -> Tensor:
-        y, stats = native.norm_for_backward(x, weight, bias, *rest)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        normalized_shape: Sequence[int],
+        eps: float,
+        rms: bool,
+    ) -> Tensor | None:
+        stats = None
+        if x.numel() > native.TINY or not x.is_cpu:  # see TINY
+            stats = native.row_statistics(x, native.row_size(x, normalized_shape))
+        y, size = native.try_norm(x, normalized_shape, weight, bias, eps, rms, stats)
+        if not size:
+            return None
         ctx.save_for_backward(x, weight, stats)
-        ctx.rest = rest
+        ctx.options = NormOptions(size, eps, rms)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if route_back(dy) != KERNEL:
-            return *_gradients(ctx, dy), None
-        x, weight, stats = ctx.saved_tensors
-        size, eps, rms = ctx.rest
-        return *native.norm_backward(
-            plain(dy),
-            plain(x),  # as forward had it, but hooks of saved tensors may have laid it out anew
-            plain_or_none(weight),
-            plain_or_none(stats),
-            size,
-            eps,
-            rms,
-            ctx.needs_input_grad,
-        ), None
+        return *_gradients(ctx, dy, choose_backward_route(dy)), None, None, None
 
 
 _apply = _compat.applier(_Norm)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """For everyone but the kernel."""
+def _gradients(ctx: Any, dy: Tensor, route: int) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias."""
     x, weight, stats = ctx.saved_tensors
-    size, eps, rms = ctx.rest
+    options: NormOptions = ctx.options
     want = ctx.needs_input_grad[:3]
-    if route_back(dy) == FORMULA:
-        return _formula.norm_backward(dy, x, weight, size, eps, rms, want)
+    if route == KERNEL:
+        # Hooks of saved tensors may have changed their layout.
+        x, weight, stats = for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(stats)
+        return native.norm_backward(for_kernel(dy), x, weight, stats, options, want)
+    if route == FORMULA:
+        return _formula.norm_backward(dy, x, weight, options, want)
     if stats is None:
-        stats = _operator(x.contiguous(), None, None, size, eps, rms)[1]
-    return wanted(_operator_backward(dy.contiguous(), x, weight, stats, size, rms, want), want)
+        stats = _operator(x.contiguous(), None, None, *options)[1]
+    return drop_unwanted(_operator_backward(dy.contiguous(), x, weight, stats, *options, want), want)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Any:
-    return native.norm(plain(x), plain_or_none(weight), plain_or_none(bias), size, eps, rms)
+def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Any:
+    return native.norm(for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(bias), options)
 
 
-def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> Any:
+def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Any:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty((3, x.numel() // size), dtype=wide(x.dtype))
+    return y, x.new_empty((3, x.numel() // options.size), dtype=compute_dtype(x.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, *rest = inputs
-    # What checkpointing computes a second time may go straight to the kernel, and has to save as many tensors.
+    x, weight, _, options = inputs
+    ctx.options = options
+    # Checkpointing may recompute by another route, which has to save as many tensors.
     is_tiny = is_exact(x) and x.is_cpu and x.numel() <= native.TINY
     ctx.save_for_backward(x, weight, None if is_tiny else output[1])
-    ctx.rest = tuple(rest)
 
 
 def _kernel_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: NormOptions, want: Sequence[bool]
 ) -> Any:
-    gradients = native.norm_backward(
-        plain(dy), plain(x), plain_or_none(weight), plain(stats), size, 0.0, rms, tuple(want)
-    )
-    return given(gradients, x)
+    x, weight, stats = for_kernel(x), for_kernel_or_none(weight), for_kernel(stats)
+    return pad_missing(native.norm_backward(for_kernel(dy), x, weight, stats, options, want), x)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: tuple[bool, ...]
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: NormOptions, want: Sequence[bool]
 ) -> Any:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = fake_affine_gradient(x, weight, size)
-    return given(wanted((dx, dweight, torch.empty_like(dweight)), want), x)
+    dweight = fake_affine_gradient(x, weight, options.size)
+    return pad_missing(drop_unwanted((dx, dweight, torch.empty_like(dweight)), want), x)
 
 
 def fake_affine_gradient(x: Tensor, weight: Tensor | None, size: int) -> Tensor:
-    """Like the weight; that of a bias without one is of the arithmetic's dtype, autograd rounds it."""
+    """Like the weight; the gradient of a bias without one is of the compute dtype, autograd rounds it."""
     if weight is None:
-        return x.new_empty(size, dtype=wide(x.dtype))
+        return x.new_empty(size, dtype=compute_dtype(x.dtype))
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
@@ -214,13 +242,15 @@ _operator = define(
     _kernel,
     _fake,
     _setup_context,
-    lambda ctx, dy, dstats: (*_gradients(ctx, dy), None, None, None),
+    lambda ctx, dy, dstats: (*_gradients(ctx, dy, never_kernel(choose_backward_route(dy))), None, None, None),
+    options=[NormOptions],
 )
 _operator_backward = define(
     "norm_backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor stats, SymInt size, bool rms, bool[] want)"
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor stats, SymInt size, float eps, bool rms, bool[] want)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     checks.norm_backward,
     _kernel_backward,
     _fake_backward,
+    options=[NormOptions],
 )

@@ -1,19 +1,21 @@
-"""What torch.ops.onepass.* ask of their arguments, in the kernel and in its fake, before an address goes anywhere.
+"""The checks of torch.ops.onepass.*, made in the kernel and in its fake, before any memory is touched.
 
-Layers ask their own questions (_checks.py) and go straight to the kernels; these are for those who call operators by name,
-and for compilers. Sizes may be symbols: nothing here makes a number of one.
+Layers have their own checks (_checks.py) and go straight to the kernels; these are for compilers and for users who call an
+operator by name. Sizes may be symbolic: nothing here turns one into a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._compat import expect
-from ._checks import FLOATS
-from ._dispatch import wide
+from .._dtypes import FLOATS, compute_dtype
+from .._native.batch_norm import BatchNormOptions
+from .._native.layers import DropoutOptions, NormOptions
 
 
 class _Operands:
@@ -67,14 +69,14 @@ class _Operands:
     def stats(self, stats: Tensor, columns: int) -> None:
         """[3, columns] of what kernels compute in."""
         self.beside("stats", stats)
-        self._dtype("stats", stats, wide(self.first.dtype))
+        self._dtype("stats", stats, compute_dtype(self.first.dtype))
         self._shape("stats", stats, (3, columns))
 
-    def drop(self, p: float, seed: Tensor | None) -> None:
-        _check_probability(self.operator, p)
-        if seed is not None:
-            _check_seed(self.operator, seed)
-            self.beside("seed", seed)
+    def drop(self, options: DropoutOptions) -> None:
+        _check_probability(self.operator, options.p)
+        if options.seed is not None:
+            _check_seed(self.operator, options.seed)
+            self.beside("seed", options.seed)
 
     def mask(self, mask: Tensor) -> None:
         """Empty, or a bit for each element."""
@@ -96,7 +98,7 @@ class _Operands:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:
                 self.beside(name, tensor)
-                self._dtype(name, tensor, self.first.dtype, wide(self.first.dtype))
+                self._dtype(name, tensor, self.first.dtype, compute_dtype(self.first.dtype))
         if bias is not None:
             if weight is not None:
                 self._dtype("bias", bias, weight.dtype)
@@ -129,29 +131,29 @@ def _check_seed(operator: str, seed: Tensor) -> None:
     )
 
 
-# --- one function for each operator, with its arguments ---------------------------------------------------------------
+# --- one function per operator, with its arguments ----------------------------------------------------------------------
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float, rms: bool) -> None:
-    _Operands("norm", "x", x).rows(size, weight, bias)
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> None:
+    _Operands("norm", "x", x).rows(options.size, weight, bias)
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, size: int, rms: bool, want: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: NormOptions, want: Sequence[bool]
 ) -> None:
     operands = _Operands("norm_backward", "x", x)
     operands.alike("dy", dy)
-    operands.stats(stats, operands.rows(size, weight, None))
+    operands.stats(stats, operands.rows(options.size, weight, None))
     operands.want(want, 3)
 
 
-def dropout(x: Tensor, seed: Tensor, p: float, inverted: bool, keep_mask: bool) -> None:
-    _Operands("dropout", "x", x).drop(p, seed)
+def dropout(x: Tensor, options: DropoutOptions, keep_mask: bool) -> None:
+    _Operands("dropout", "x", x).drop(options)
 
 
-def dropout_backward(dy: Tensor, seed: Tensor, mask: Tensor, p: float, inverted: bool) -> None:
+def dropout_backward(dy: Tensor, options: DropoutOptions, mask: Tensor) -> None:
     operands = _Operands("dropout_backward", "dy", dy)
-    operands.drop(p, seed)
+    operands.drop(options)
     operands.mask(mask)
 
 
@@ -167,18 +169,14 @@ def dropout_add_norm(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    seed: Tensor | None,
-    size: int,
-    eps: float,
-    rms: bool,
-    p: float,
-    inverted: bool,
+    drop: DropoutOptions,
+    options: NormOptions,
     keep_mask: bool,
 ) -> None:
     operands = _Operands("dropout_add_norm", "x", x)
     operands.alike("residual", residual)
-    operands.rows(size, weight, bias)
-    operands.drop(p, seed)
+    operands.rows(options.size, weight, bias)
+    operands.drop(drop)
 
 
 def dropout_add_norm_backward(
@@ -187,36 +185,23 @@ def dropout_add_norm_backward(
     total: Tensor,
     weight: Tensor | None,
     stats: Tensor,
-    seed: Tensor | None,
     mask: Tensor,
-    size: int,
-    rms: bool,
-    p: float,
-    inverted: bool,
-    want: Sequence[bool],
+    *rest: Any,
 ) -> None:
+    drop, options, want = rest
     operands = _Operands("dropout_add_norm_backward", "sum", total)
     operands.alike("dy", dy)
     operands.alike("dsum", dsum)
-    operands.stats(stats, operands.rows(size, weight, None))
-    operands.drop(p, seed)
+    operands.stats(stats, operands.rows(options.size, weight, None))
+    operands.drop(drop)
     operands.mask(mask)
     operands.want(want, 4)
 
 
 def batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    slope: float | None,
-    channels_last: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: BatchNormOptions
 ) -> None:
-    operands = _Operands("batch_norm", "x", x)
-    operands.alike("residual", residual)
-    operands.channels(weight, bias, channels_last)
-    operands.slope(slope)
+    _channels("batch_norm", x, {"residual": residual}, weight, bias, options)
 
 
 def batch_norm_apply(
@@ -225,13 +210,10 @@ def batch_norm_apply(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
-    slope: float | None,
-    channels_last: bool,
+    options: BatchNormOptions,
 ) -> None:
-    operands = _Operands("batch_norm_apply", "x", x)
-    operands.alike("residual", residual)
-    operands.stats(stats, operands.channels(weight, bias, channels_last))
-    operands.slope(slope)
+    operands, channels = _channels("batch_norm_apply", x, {"residual": residual}, weight, bias, options)
+    operands.stats(stats, channels)
 
 
 def batch_norm_backward(
@@ -240,15 +222,28 @@ def batch_norm_backward(
     y: Tensor | None,
     weight: Tensor | None,
     stats: Tensor,
-    slope: float | None,
+    options: BatchNormOptions,
     training: bool,
-    channels_last: bool,
     want: Sequence[bool],
 ) -> None:
-    operands = _Operands("batch_norm_backward", "x", x)
-    operands.alike("dy", dy)
-    operands.alike("y", y)
-    operands.require(y is not None or slope is None, "y", "no value", "forward's result: there is a slope")
-    operands.stats(stats, operands.channels(weight, None, channels_last))
-    operands.slope(slope)
+    operands, channels = _channels("batch_norm_backward", x, {"dy": dy, "y": y}, weight, None, options)
+    missing = y is None and options.slope is not None
+    operands.require(not missing, "y", "no value", "forward's result: there is a slope")
+    operands.stats(stats, channels)
     operands.want(want, 4)
+
+
+def _channels(
+    operator: str,
+    x: Tensor,
+    beside: dict[str, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: BatchNormOptions,
+) -> tuple[_Operands, int]:
+    operands = _Operands(operator, "x", x)
+    for name, tensor in beside.items():
+        operands.alike(name, tensor)
+    channels = operands.channels(weight, bias, options.channels_last)
+    operands.slope(options.slope)
+    return operands, channels

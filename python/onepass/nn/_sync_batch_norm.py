@@ -1,4 +1,4 @@
-"""BatchNorm over the batches of all processes: moments are merged in forward, sums of the gradient in backward."""
+"""BatchNorm over the batches of all processes: forward merges their moments, backward their sums of gradients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from .. import _compat
+from .._dtypes import compute_dtype
 from .._native import batch_norm as native
+from .._native.batch_norm import BatchNormOptions, Operands, Running, Saved
 from ._batch_norm import is_counted, update_running
-from ._batch_norm_autograd import Running, count, dense, is_channels_last
+from ._batch_norm_autograd import count, dense, dense_operands, dense_saved, is_channels_last
 from ._batch_norm_checks import batch_norm_operands
-from ._dispatch import KERNEL, plain_or_none, route, wide
+from ._dispatch import KERNEL, choose_route
+from ._library import drop_unwanted
 
 
 def world_of(module: torch.nn.SyncBatchNorm, input: Tensor) -> Any:
-    """The process group to synchronise with, or None where this process is alone."""
+    """The process group to synchronise with, or None if this process is alone."""
     if input.size(1) == 0:
         raise ValueError("SyncBatchNorm number of input channels should be non-zero")
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -27,44 +30,20 @@ def world_of(module: torch.nn.SyncBatchNorm, input: Tensor) -> Any:
 
 
 @_compat.disable_dynamo
-def sync_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    slope: float | None,
-    group: Any,
-    batches: Tensor | None,
-) -> Tensor:
+def sync_batch_norm(operands: Operands, running: Running, eps: float, slope: float | None, group: Any) -> Tensor:
     """apply_batch_norm in training over the batches of all processes of `group`, every one of which must call it.
 
-    Raises: as batch_norm; RuntimeError inside of torch.func transforms, forward-mode AD and for tensor subclasses.
+    Raises: as batch_norm; RuntimeError inside torch.func transforms, forward-mode AD and for tensor subclasses.
     """
-    running = running_mean, running_var
-    momentum, eps = batch_norm_operands(x, *running, weight, bias, residual, True, momentum, eps)
-    if route(x, weight, bias, residual, *running) != KERNEL:
+    momentum, eps = batch_norm_operands(operands, running, True, eps)
+    if choose_route(*operands, running.mean, running.var) != KERNEL:
         raise RuntimeError(
             "SyncBatchNorm exchanges statistics between processes: not for torch.func transforms, forward-mode AD, tensor "
             "subclasses and devices without kernels"
         )
-    channels_last = is_channels_last(x)
-    y: Tensor = _SyncBatchNorm.apply(
-        dense(x, channels_last),
-        None if residual is None else dense(residual, channels_last),
-        plain_or_none(weight),
-        plain_or_none(bias),
-        running,
-        float(momentum),
-        eps,
-        slope,
-        group,
-        channels_last,
-        batches,
-    )  # type: ignore[no-untyped-call]
+    options = BatchNormOptions(eps, slope, is_channels_last(operands.x))
+    operands = dense_operands(*operands, options.channels_last)
+    y: Tensor = _SyncBatchNorm.apply(*operands, running._replace(momentum=float(momentum)), options, group)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -77,59 +56,54 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         running: Running,
-        momentum: float,
-        eps: float,
-        slope: float | None,
+        options: BatchNormOptions,
         group: Any,
-        channels_last: bool,
-        batches: Tensor | None,
     ) -> Tensor:
-        mean, var, values = _merged_moments(x, group)
+        mean, var, values = _merged_moments(x, options.channels_last, group)
         if is_counted():
-            counted = (values > 0) * torch.full_like(values, momentum)  # 0 where all batches are empty
-            update_running(running, mean, var, values.clamp(min=2), counted)
-            count(batches)
-        dtype = wide(x.dtype)
-        stats = torch.stack((mean, torch.rsqrt(var + eps), mean - mean.to(dtype))).to(dtype)
-        y = native.batch_norm_apply(x, stats, weight, bias, residual, slope) if x.numel() else torch.empty_like(x)
-        ctx.save_for_backward(x, None if slope is None else y, weight, stats, values)
-        ctx.rest = group, channels_last, slope
+            momentum = (values > 0) * torch.full_like(values, float(running.momentum))  # 0 where all batches are empty
+            update_running(running._replace(momentum=momentum), mean, var, values.clamp(min=2))
+            count(running.batches)
+        dtype = compute_dtype(x.dtype)
+        stats = torch.stack((mean, torch.rsqrt(var + options.eps), mean - mean.to(dtype))).to(dtype)
+        operands = Operands(x, residual, weight, bias)
+        y = native.batch_norm_apply(operands, stats, options) if x.numel() else torch.empty_like(x)
+        ctx.save_for_backward(x, None if options.slope is None else y, weight, stats, values)
+        ctx.options, ctx.group = options, group
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, stats, values = ctx.saved_tensors
-        group, channels_last, slope = ctx.rest
+        *saved_tensors, values = ctx.saved_tensors
+        options: BatchNormOptions = ctx.options
         want = ctx.needs_input_grad
-        x, dy = dense(x, channels_last), dense(dy, channels_last)
-        y = None if y is None else dense(y, channels_last)
-        empty = x.numel() == 0
-        sums = torch.zeros_like(stats[:2]) if empty else native.batch_norm_backward_sums(dy, x, y, stats, slope)
-        dbias, dweight = sums  # this process's: averaging gradients is DistributedDataParallel's
+        dy, saved = dense(dy, options.channels_last), dense_saved(Saved(*saved_tensors), options)
+        stats, is_empty = saved.stats, saved.x.numel() == 0
+        sums = torch.zeros_like(stats[:2]) if is_empty else native.batch_norm_backward_sums(dy, saved, options)
+        dbias, dweight = sums  # this process's alone: averaging gradients is DistributedDataParallel's task
         dx: Tensor | None = None
         dresidual: Tensor | None = dy
         means = sums
         if want[0]:
             means = sums.to(torch.float64, copy=True)
-            distributed.all_reduce(means, group=group)
+            distributed.all_reduce(means, group=ctx.group)
             means = (means / values).to(stats.dtype)
-            dx = torch.empty_like(x)
-        if not empty and (want[0] or want[1]):
-            dx, dresidual = native.batch_norm_backward_apply(dy, x, y, weight, stats, means, 1.0, slope, want[:2])
-        gradients = dx, dresidual, dweight, dbias
-        return *(g if wanted else None for g, wanted in zip(gradients, want, strict=False)), *(None,) * 7
+            dx = torch.empty_like(saved.x)
+        if not is_empty and (want[0] or want[1]):
+            dx, dresidual = native.batch_norm_backward_apply(dy, saved, means, 1.0, options, want[:2])
+        return *drop_unwanted((dx, dresidual, dweight, dbias), want[:4]), None, None, None
 
 
-def _merged_moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel and the values in it, over all processes, in float64. Chan et al. 1979.
+def _merged_moments(x: Tensor, channels_last: bool, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values per channel over all processes, in float64. Chan et al. 1979.
 
-    An empty batch weighs nothing. Gathered, not reduced: every process adds up in the same order and gets the same bits.
+    An empty batch weighs nothing. Gathered, not reduced: every process adds in the same order and gets the same bits.
     """
     channels = x.shape[1]
     own = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     if x.numel():
-        moments = native.batch_norm_moments(x)
+        moments = native.batch_norm_moments(x, channels_last)
         own[:-1] = moments[:2].reshape(-1)
         own[:channels] += moments[2]
         own[-1] = x.numel() // channels

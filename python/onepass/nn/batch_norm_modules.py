@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._compat import jit_tracing
+from .._native.batch_norm import Operands, Running
 from . import functional as F
 from ._batch_norm import activation_slope, apply_batch_norm, is_counted
 from ._batch_norm_autograd import count
@@ -20,7 +21,7 @@ from ._tools import GuardedEps, as_leaf, scripted
 
 
 def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
-    """What every BatchNorm here does: normalise by the batch's statistics or the running ones, then count the batch."""
+    """The forward of every BatchNorm here: normalise by the batch's statistics or the running ones, count the batch."""
     if has_torch_function_variadic(input, residual) and (node := as_leaf(module, input, residual)) is not None:
         return node
     module._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -34,33 +35,30 @@ def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, 
     if momentum is None and batches is not None:
         momentum = _cumulative_momentum(batches)
     momentum = 0.0 if momentum is None else momentum
-    operands = input, running_mean, running_var, module.weight, module.bias
+    operands = Operands(input, residual, module.weight, module.bias)
+    running = Running(running_mean, running_var, batches, momentum)
     group = world_of(module, input) if training and isinstance(module, SyncBatchNorm) else None
     if group is not None:
-        return sync_batch_norm(*operands, residual, momentum, module.eps, slope, group, batches)
+        return sync_batch_norm(operands, running, module.eps, slope, group)
     by_batch = training or (running_mean is None and running_var is None)
-    if not has_torch_function_variadic(*operands, residual):
-        return apply_batch_norm(*operands, residual, by_batch, momentum, module.eps, slope, batches)
-    y = _overridden(module, operands, residual, by_batch, momentum)
+    if not has_torch_function_variadic(*operands, running_mean, running_var):
+        return apply_batch_norm(operands, running, by_batch, module.eps, slope)
+    y = _overridden(module, operands, running, by_batch)
     if is_counted():
         count(batches)
     return y
 
 
-def _overridden(
-    module: _BatchNorm,
-    operands: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    by_batch: bool,
-    momentum: float | Tensor,
-) -> Tensor:
-    """The call for modes and tensor subclasses that override torch's functions: they see functional's."""
-    options: dict[str, Any] = {"training": by_batch, "momentum": momentum, "eps": module.eps}
+def _overridden(module: _BatchNorm, operands: Operands, running: Running, by_batch: bool) -> Tensor:
+    """The call for modes and tensor subclasses that override torch's functions: they see that of `functional`."""
+    arguments: Any = operands.x, running.mean, running.var, operands.weight, operands.bias
+    options: dict[str, Any] = {"training": by_batch, "momentum": running.momentum, "eps": module.eps}
     function: Any = F.batch_norm
     if isinstance(module, _Activation):
         function = F.batch_norm_activation
-        options |= {"activation": module.activation, "negative_slope": module.negative_slope, "residual": residual}
-    y: Tensor = handle_torch_function(function, (*operands, residual), *operands, **options)
+        options |= {"activation": module.activation, "negative_slope": module.negative_slope}
+        options["residual"] = operands.residual
+    y: Tensor = handle_torch_function(function, (*arguments, operands.residual), *arguments, **options)
     return y
 
 
@@ -133,7 +131,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class _Activation(_BatchNorm):
-    """What the BatchNormAct classes have in common."""
+    """The part that the BatchNormAct classes share."""
 
     eps = GuardedEps()
 

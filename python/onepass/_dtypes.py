@@ -1,0 +1,12 @@
+"""The floating dtypes of parameters and activations, and the dtype kernels compute in; csrc/core/types.hpp has the same."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype kernels compute in and keep statistics and states in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
