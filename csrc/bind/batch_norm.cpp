@@ -40,7 +40,7 @@ void run_batch(const Tensors& tensors, Call& call, const Place& place,
 void bind_batch_norm(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
                      const BatchNormArguments& norm, const py::tuple& place_arguments) {
   const Place place(place_arguments);
-  const auto [x, weight, bias, residual] = unpack<4>(inputs);
+  const auto [x, residual, weight, bias] = unpack<4>(inputs);
   const auto [y, stats, running_mean, running_var] = unpack<4>(outputs);
   const auto& [phase, eps, momentum, slope] = norm;
   Tensors tensors(x, std::get<3>(shape));

@@ -31,7 +31,7 @@ using BatchNormArguments = std::tuple<int, double, double, std::optional<double>
 // (phase, training, elements per channel, slope)
 using BatchNormBackwardArguments = std::tuple<int, bool, double, std::optional<double>>;
 
-// inputs: x, weight, bias, residual. outputs: y, stats, running_mean, running_var.
+// inputs: x, residual, weight, bias. outputs: y, stats, running_mean, running_var.
 void bind_batch_norm(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
                      const BatchNormArguments& norm, const py::tuple& place);
 // inputs: dy, x, y, weight, stats. outputs: sums, dx, dresidual, dweight, dbias.

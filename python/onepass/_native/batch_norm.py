@@ -54,25 +54,34 @@ class Saved(NamedTuple):
 
 def batch_norm(operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
     """Normalise by the batch, add the residual, apply the activation: (y, stats). Updates the running mean and variance."""
-    return _forward(_ALL, operands, running, options)
+    x = operands.x
+    y, stats = torch.empty_like(x), _channel_statistics(x)
+    outputs, shape = (y, stats, running.mean, running.var), _batch_shape(x, options.channels_last)
+    _C.batch_norm(operands, outputs, shape, (_ALL, options.eps, float(running.momentum), options.slope), stream_of(x))
+    return y, stats
 
 
 def batch_norm_running(operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
     """The same by the running statistics: (y, stats)."""
-    return _forward(_APPLY_RUNNING, operands, running, options)
+    x = operands.x
+    y, stats = torch.empty_like(x), _channel_statistics(x)
+    outputs, shape = (y, stats, running.mean, running.var), _batch_shape(x, options.channels_last)
+    _C.batch_norm(operands, outputs, shape, (_APPLY_RUNNING, options.eps, 0.0, options.slope), stream_of(x))
+    return y, stats
 
 
 def batch_norm_apply(operands: Operands, stats: Tensor, options: BatchNormOptions) -> Tensor:
     """The same by given statistics."""
-    y = torch.empty_like(operands.x)
-    _call(_APPLY, operands, (y, stats, None, None), options)
+    x = operands.x
+    y, shape = torch.empty_like(x), _batch_shape(x, options.channels_last)
+    _C.batch_norm(operands, (y, stats, None, None), shape, (_APPLY, 0.0, 0.0, options.slope), stream_of(x))
     return y
 
 
 def batch_norm_moments(x: Tensor, channels_last: bool) -> Tensor:
     """[3, C]: mean, biased variance and the rounding error of the mean, for each channel."""
-    stats = _channel_statistics(x)
-    _call(_STATISTICS, Operands(x, None, None, None), (None, stats, None, None), (0.0, None, channels_last))
+    stats, shape = _channel_statistics(x), _batch_shape(x, channels_last)
+    _C.batch_norm((x, None, None, None), (None, stats, None, None), shape, (_STATISTICS, 0.0, 0.0, None), stream_of(x))
     return stats
 
 
@@ -108,25 +117,6 @@ def batch_norm_backward_apply(
     shape, rest = _batch_shape(saved.x, options.channels_last), (_APPLY, True, count, options.slope)
     _C.batch_norm_backward((dy, *saved), (sums, dx, dresidual, None, None), shape, rest, stream_of(saved.x))
     return dx, dy if want[1] and options.slope is None else dresidual
-
-
-def _forward(phase: int, operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
-    y, stats = torch.empty_like(operands.x), _channel_statistics(operands.x)
-    _call(phase, operands, (y, stats, running.mean, running.var), options, float(running.momentum))
-    return y, stats
-
-
-def _call(
-    phase: int,
-    operands: Operands,
-    outputs: tuple[Tensor | None, ...],
-    options: tuple[float, float | None, bool],
-    momentum: float = 0.0,
-) -> None:
-    x, residual, weight, bias = operands
-    eps, slope, channels_last = options
-    shape = _batch_shape(x, channels_last)
-    _C.batch_norm((x, weight, bias, residual), outputs, shape, (phase, eps, momentum, slope), stream_of(x))
 
 
 def _batch_shape(x: Tensor, channels_last: bool) -> tuple[int, int, int, bool]:

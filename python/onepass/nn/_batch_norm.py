@@ -164,10 +164,11 @@ def apply_batch_norm(operands: Operands, running: Running, training: bool, eps: 
     momentum, eps = batch_norm_operands(operands, running, training, eps)
     if momentum is not running.momentum:
         running = running._replace(momentum=momentum)
-    operands = Operands(x, residual, _flat(weight), _flat(bias))
+    if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
+        operands = _flat(operands)
     options = BatchNormOptions(eps, slope, is_channels_last(x))
     if route == FORMULA or x.numel() == 0:
-        written = _if_counted(running) if training else running
+        written = running if not training or is_counted() else Running(None, None)
         y = _formula.batch_norm(operands, written, options, training)
         count(written.batches)
         return y
@@ -176,25 +177,23 @@ def apply_batch_norm(operands: Operands, running: Running, training: bool, eps: 
         operands = operands._replace(x=x.unsqueeze(-1), residual=None if residual is None else residual.unsqueeze(-1))
         return apply_batch_norm(operands, running, training, eps, slope).squeeze(-1)
     if route == KERNEL:
-        operands = dense_operands(*operands, options.channels_last)
+        operands = dense_operands(operands, options.channels_last)
     if not training:
         return _by_running_statistics(route, operands, running, options)
     return _by_batch(route, operands, running, options)
 
 
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.dim() == 1 else tensor.reshape(-1)
-
-
-def _if_counted(running: Running) -> Running:
-    """Nothing to update where the batch does not count."""
-    return running if is_counted() else Running(None, None)
+def _flat(operands: Operands) -> Operands:
+    """Weight and bias [C] instead of any shape of C elements."""
+    x, residual, weight, bias = operands
+    weight, bias = (None if tensor is None else tensor.reshape(-1) for tensor in (weight, bias))
+    return Operands(x, residual, weight, bias)
 
 
 def _by_batch(route: int, operands: Operands, running: Running, options: BatchNormOptions) -> Tensor:
     y: Tensor
     x = operands.x
-    written = _if_counted(running)
+    written = running if is_counted() else Running(None, None)
     if route == KERNEL and _is_accessible(written, written=True):
         if wants_grad(*operands):
             y = apply(*operands, written, options, True)

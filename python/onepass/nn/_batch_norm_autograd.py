@@ -56,12 +56,14 @@ def dense_or_none(x: Tensor | None, channels_last: bool) -> Tensor | None:
     return None if x is None else dense(x, channels_last)
 
 
-def dense_operands(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, channels_last: bool
-) -> Operands:
+def dense_operands(operands: Operands, channels_last: bool) -> Operands:
     """The operands as kernels take them."""
-    weight, bias = for_kernel_or_none(weight), for_kernel_or_none(bias)
-    return Operands(dense(x, channels_last), dense_or_none(residual, channels_last), weight, bias)
+    x, residual, weight, bias = operands
+    ready = dense(x, channels_last), dense_or_none(residual, channels_last)
+    ready_affine = for_kernel_or_none(weight), for_kernel_or_none(bias)
+    if ready[0] is x and ready[1] is residual and ready_affine[0] is weight and ready_affine[1] is bias:
+        return operands
+    return Operands(*ready, *ready_affine)
 
 
 def _memory_format(x: Tensor, channels_last: bool) -> torch.memory_format:
@@ -87,7 +89,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         run = normalise_and_count if training else native.batch_norm_running
         y, stats = run(Operands(x, residual, weight, bias), running, options)
-        _save(ctx, Saved(x, y, weight, stats), options, training)
+        _save(ctx, (x, y, weight, stats), options, training)
         return y
 
     @staticmethod
@@ -98,8 +100,10 @@ class _BatchNorm(torch.autograd.Function):
 apply = _compat.applier(_BatchNorm)
 
 
-def _save(ctx: Any, saved: Saved, options: BatchNormOptions, training: bool) -> None:
-    ctx.save_for_backward(*(saved._replace(y=None) if options.slope is None else saved))
+def _save(ctx: Any, saved: tuple[Any, ...], options: BatchNormOptions, training: bool) -> None:
+    """saved: the fields of Saved."""
+    x, y, weight, stats = saved
+    ctx.save_for_backward(x, None if options.slope is None else y, weight, stats)
     ctx.options, ctx.training = options, training
 
 
@@ -134,7 +138,7 @@ def dense_saved(saved: Saved, options: BatchNormOptions) -> Saved:
 
 
 def _kernel(x: Tensor, residual: Any, weight: Any, bias: Any, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
-    operands = dense_operands(x, residual, weight, bias, options.channels_last)
+    operands = dense_operands(Operands(x, residual, weight, bias), options.channels_last)
     return native.batch_norm(operands, Running(None, None), options)
 
 
@@ -146,11 +150,11 @@ def _fake(x: Tensor, residual: Any, weight: Any, bias: Any, options: BatchNormOp
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, weight, _, options = inputs
     y, stats = output
-    _save(ctx, Saved(x, y, weight, stats), options, True)
+    _save(ctx, (x, y, weight, stats), options, True)
 
 
 def _kernel_apply(x: Tensor, residual: Any, weight: Any, bias: Any, stats: Tensor, options: BatchNormOptions) -> Tensor:
-    operands = dense_operands(x, residual, weight, bias, options.channels_last)
+    operands = dense_operands(Operands(x, residual, weight, bias), options.channels_last)
     return native.batch_norm_apply(operands, for_kernel(stats), options)
 
 
@@ -160,7 +164,7 @@ def _fake_apply(x: Tensor, residual: Any, weight: Any, bias: Any, stats: Any, op
 
 def _setup_context_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, _, weight, _, stats, options = inputs
-    _save(ctx, Saved(x, output, weight, stats), options, False)
+    _save(ctx, (x, output, weight, stats), options, False)
 
 
 def _kernel_backward(

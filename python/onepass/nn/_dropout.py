@@ -199,8 +199,8 @@ _apply = _compat.applier(_Dropout)
 
 def save_dropout(ctx: Any, options: DropoutOptions, *tensors: Tensor | None) -> None:
     """Save tensors and the options for backward. The seed is a tensor, too: hooks of saved tensors have to see it."""
-    ctx.save_for_backward(*tensors, options.seed)
-    ctx.dropout = options.p, options.inverted
+    seed, *ctx.dropout = options
+    ctx.save_for_backward(*tensors, seed)
 
 
 def saved_dropout(ctx: Any) -> tuple[list[Any], DropoutOptions]:

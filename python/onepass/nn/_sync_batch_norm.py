@@ -42,7 +42,7 @@ def sync_batch_norm(operands: Operands, running: Running, eps: float, slope: flo
             "subclasses and devices without kernels"
         )
     options = BatchNormOptions(eps, slope, is_channels_last(operands.x))
-    operands = dense_operands(*operands, options.channels_last)
+    operands = dense_operands(operands, options.channels_last)
     y: Tensor = _SyncBatchNorm.apply(*operands, running._replace(momentum=float(momentum)), options, group)  # type: ignore[no-untyped-call]
     return y
 
