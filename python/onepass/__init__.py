@@ -2,6 +2,16 @@
 
 from . import nn, optim
 from ._config import __version__, has_cuda, show_config
-from ._convert import convert, restore
+from ._conversion import convert, patch, register_conversion, restore
 
-__all__ = ["__version__", "convert", "has_cuda", "nn", "optim", "restore", "show_config"]
+__all__ = [
+    "__version__",
+    "convert",
+    "has_cuda",
+    "nn",
+    "optim",
+    "patch",
+    "register_conversion",
+    "restore",
+    "show_config",
+]

@@ -283,3 +283,19 @@ def register_vmap(operator: str, rule: Callable[..., Any]) -> None:
     register = getattr(torch.library, "register_vmap", None)
     if register is not None:
         register(operator, rule)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks of its own, or those for every module."""
+    from torch.nn.modules import module as every
+
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )

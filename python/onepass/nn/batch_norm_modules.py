@@ -20,7 +20,7 @@ from ._sync_batch_norm import sync_batch_norm, world_of
 from ._tools import GuardedEps, as_leaf, scripted
 
 
-def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
+def normalise(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
     """The forward of every BatchNorm here: normalise by the batch's statistics or the running ones, count the batch."""
     if has_torch_function_variadic(input, residual) and (node := as_leaf(module, input, residual)) is not None:
         return node
@@ -43,21 +43,23 @@ def _forward(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, 
     by_batch = training or (running_mean is None and running_var is None)
     if not has_torch_function_variadic(*operands, running_mean, running_var):
         return apply_batch_norm(operands, running, by_batch, module.eps, slope)
-    y = _overridden(module, operands, running, by_batch)
+    y = _overridden(module, operands, running, by_batch, slope)
     if is_counted():
         count(batches)
     return y
 
 
-def _overridden(module: _BatchNorm, operands: Operands, running: Running, by_batch: bool) -> Tensor:
+def _overridden(
+    module: _BatchNorm, operands: Operands, running: Running, by_batch: bool, slope: float | None
+) -> Tensor:
     """The call for modes and tensor subclasses that override torch's functions: they see that of `functional`."""
     arguments: Any = operands.x, running.mean, running.var, operands.weight, operands.bias
     options: dict[str, Any] = {"training": by_batch, "momentum": running.momentum, "eps": module.eps}
     function: Any = F.batch_norm
-    if isinstance(module, _Activation):
+    if isinstance(module, _Activation) or slope is not None or operands.residual is not None:
         function = F.batch_norm_activation
-        options |= {"activation": module.activation, "negative_slope": module.negative_slope}
-        options["residual"] = operands.residual
+        options["activation"] = None if slope is None else "leaky_relu" if slope else "relu"
+        options |= {"negative_slope": slope or 0.0, "residual": operands.residual}
     y: Tensor = handle_torch_function(function, (*arguments, operands.residual), *arguments, **options)
     return y
 
@@ -76,7 +78,7 @@ class BatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
-            return _forward(self, input)
+            return normalise(self, input)
         return self._scripted(input)
 
 
@@ -87,7 +89,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
-            return _forward(self, input)
+            return normalise(self, input)
         return self._scripted(input)
 
 
@@ -98,7 +100,7 @@ class BatchNorm3d(nn.BatchNorm3d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
-            return _forward(self, input)
+            return normalise(self, input)
         return self._scripted(input)
 
 
@@ -113,7 +115,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
-            return _forward(self, input)
+            return normalise(self, input)
         return self._scripted(input)
 
     @classmethod
@@ -154,7 +156,7 @@ class _Activation(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not is_scripting():
-            return _forward(self, input, residual, activation_slope(self.activation, self.negative_slope))
+            return normalise(self, input, residual, activation_slope(self.activation, self.negative_slope))
         y: Tensor = self._scripted(input)  # type: ignore[operator]
         if residual is not None:
             y = y + residual

@@ -1,0 +1,52 @@
+"""Attention with dropout on the CPU, where torch has no fused kernel: torch's formula, with our dropout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..nn import functional as F
+
+
+def dropout_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """dropout(softmax(query key^T scale + mask)) value; torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        query: [*, heads, L, E]; key: [*, heads, S, E]; value: [*, heads, S, Ev]. With enable_gqa the last two may have fewer
+            heads, each shared by as many of the query's.
+        attn_mask: broadcastable to [*, heads, L, S], bool (True takes part) or added. Excludes is_causal.
+        scale: None is 1 / sqrt(E).
+
+    A row whose keys are all masked gives 0, as torch's does.
+    """
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True")
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    # Half of the scale on either side keeps the products in the range of 16-bit numbers.
+    half = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else abs(scale))
+    scores = (query * half) @ (key * (half if scale is None or scale >= 0 else -half)).transpose(-2, -1)
+    if attn_mask is None:
+        return F.dropout(scores.softmax(-1), dropout_p) @ value
+    is_bool = attn_mask.dtype is torch.bool
+    scores = scores.masked_fill(~attn_mask, -math.inf) if is_bool else scores + attn_mask
+    weights = scores.softmax(-1)
+    is_empty = (scores == -math.inf).all(-1, keepdim=True)
+    if is_empty.any():
+        weights = weights.masked_fill(is_empty, 0.0)
+    return F.dropout(weights, dropout_p) @ value

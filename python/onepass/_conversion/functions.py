@@ -1,0 +1,187 @@
+"""torch's functions that run on onepass's kernels while a patch is active."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .._dtypes import FLOATS
+from ..nn import _dispatch
+from ..nn import functional as F
+from ._attention import dropout_attention
+
+Function = Callable[..., Any]
+
+
+class patch:
+    """Within it, torch's functions run on onepass's kernels, wherever this thread calls them from.
+
+    These are torch.nn.functional's dropout, layer_norm, rms_norm, batch_norm and, on the CPU with dropout_p > 0,
+    scaled_dot_product_attention, which torch computes there step by step; and torch.layer_norm, torch.rms_norm. What a kernel
+    does not take (another dtype or device, a tensor subclass), and what torch.compile, torch.export and torch.jit trace, is
+    torch's as before. A dropout has another mask than torch's from the same seed, of the same distribution.
+
+        with onepass.patch():
+            loss = model(batch)
+
+    or `patcher = onepass.patch().start()` and `patcher.stop()`. Patches nest; other threads are not affected; when the last
+    one ends, torch's own functions are back.
+    """
+
+    def start(self) -> patch:
+        """Begin. Every start() needs a stop() by the same thread."""
+        _install()
+        _active.depth = getattr(_active, "depth", 0) + 1
+        return self
+
+    def stop(self) -> None:
+        """End.
+
+        Raises:
+            RuntimeError: no patch is active in this thread.
+        """
+        if not getattr(_active, "depth", 0):
+            raise RuntimeError("patch.stop(): no patch is active in this thread; start() comes first")
+        _active.depth -= 1
+        _uninstall()
+
+    def __enter__(self) -> patch:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __call__(self, function: Function) -> Function:
+        """As a decorator: the function runs within a patch."""
+
+        @functools.wraps(function)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            with type(self)():
+                return function(*args, **kwargs)
+
+        return patched
+
+
+_active = threading.local()
+_lock = threading.Lock()
+_users = 0
+_originals: list[tuple[Any, str, Function]] = []
+
+
+def _install() -> None:
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            for namespace, name, ours in _PATCHED:
+                own = getattr(namespace, name, None)
+                if own is not None:
+                    _originals.append((namespace, name, own))
+                    setattr(namespace, name, _patched(own, ours))
+
+
+def _uninstall() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            while _originals:
+                namespace, name, own = _originals.pop()
+                setattr(namespace, name, own)
+
+
+def _patched(own: Function, ours: Function) -> Function:
+    @functools.wraps(own)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or not getattr(_active, "depth", 0):
+            return own(*args, **kwargs)
+        return ours(own, *args, **kwargs)
+
+    return function
+
+
+def _takes(*tensors: Any) -> bool:
+    """Whether the kernels, or inside transforms the formulas, take a call with these tensors."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS or first.layout is not torch.strided:
+        return False
+    return _dispatch.choose_route(*tensors) in (_dispatch.KERNEL, _dispatch.FORMULA)
+
+
+def _dropout(own: Function, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    return F.dropout(input, p, training, inplace) if _takes(input) else own(input, p, training, inplace)
+
+
+def _layer_norm(
+    own: Function,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **cudnn: Any,
+) -> Any:
+    if torch.is_autocast_enabled(input.device.type) or not _takes(input, weight, bias):
+        return own(input, normalized_shape, weight, bias, eps, *rest, **cudnn)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _rms_norm(
+    own: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    if torch.is_autocast_enabled(input.device.type) or not _takes(input, weight):
+        return own(input, normalized_shape, weight, eps)
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
+def _batch_norm(
+    own: Function,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    operands = input, running_mean, running_var, weight, bias
+    function = F.batch_norm if _takes(*operands) else own
+    return function(*operands, training, momentum, eps)
+
+
+def _attention(
+    own: Function,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if enable_gqa:
+        options["enable_gqa"] = True
+    if not (dropout_p > 0 and query.is_cpu and _takes(query, key, value, attn_mask)):
+        return own(query, key, value, **options)
+    return dropout_attention(query, key, value, **options)
+
+
+_PATCHED: tuple[tuple[Any, str, Function], ...] = (
+    (torch.nn.functional, "dropout", _dropout),
+    (torch.nn.functional, "layer_norm", _layer_norm),
+    (torch.nn.functional, "rms_norm", _rms_norm),
+    (torch.nn.functional, "batch_norm", _batch_norm),
+    (torch.nn.functional, "scaled_dot_product_attention", _attention),
+    (torch, "layer_norm", _layer_norm),
+    (torch, "rms_norm", _rms_norm),
+)
