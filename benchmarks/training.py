@@ -1,0 +1,260 @@
+"""How long whole training steps of real models take: torch eager and, on request, torch.compile, against onepass.
+
+    python benchmarks/training.py --filter 'bert|vit'
+    python benchmarks/training.py --compile
+
+A step is forward, loss, backward, clipping to a global norm and AdamW (SGD with momentum for the ResNets). Beside torch:
+torch.optim (fused) and clip_grad_norm_. Beside onepass: convert(model), patch(), and the same optimizer with max_norm. Rows
+without their package (timm, transformers, torchvision: the extra "bench") are left out and named.
+
+The variants take turns, step by step. Columns: the median step in ms; the ratio torch / onepass with its quartiles over the
+rounds; the share of torch's step outside of matrix products and convolutions, which is all that onepass can change, and how
+many times less of it is left; the peak memory of a step beyond what was there before. Saves
+<out>/training-<date>-<machine>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib
+import importlib.util
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from harness import Json, Variant, onepass
+from torch import Tensor, nn
+
+MAX_NORM = 1.0
+_MINI = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One line of the table."""
+
+    package: str
+    make: Callable[[], nn.Module]
+    batch: tuple[int, ...]
+    sgd: bool = False
+
+
+def _of_transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        transformers: Any = importlib.import_module("transformers")
+        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
+        return made
+
+    return make
+
+
+def _of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        made: nn.Module = importlib.import_module("timm").create_model(name, num_classes=100, **options)
+        return made
+
+    return make
+
+
+def _of_torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        made: nn.Module = getattr(importlib.import_module("torchvision.models"), name)(num_classes=100)
+        return made
+
+    return make
+
+
+_TEXT = (8, 128)
+MODELS = {
+    "BERT-mini": Model(
+        "transformers",
+        _of_transformers("BertForMaskedLM", "BertConfig", vocab_size=2000, intermediate_size=1024, **_MINI),
+        _TEXT,
+    ),
+    "GPT-2-mini": Model(
+        "transformers",
+        _of_transformers("GPT2LMHeadModel", "GPT2Config", vocab_size=2000, n_embd=256, n_layer=4, n_head=4),
+        _TEXT,
+    ),
+    "Llama-mini": Model(
+        "transformers",
+        _of_transformers("LlamaForCausalLM", "LlamaConfig", vocab_size=2000, intermediate_size=688, **_MINI),
+        _TEXT,
+    ),
+    "T5-mini": Model(
+        "transformers",
+        _of_transformers(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            **{"vocab_size": 2000, "d_model": 256, "d_ff": 1024, "num_layers": 4, "num_heads": 4},
+            decoder_start_token_id=0,
+        ),
+        _TEXT,
+    ),
+    "ResNet-18": Model("torchvision", _of_torchvision("resnet18"), (16, 3, 112, 112), sgd=True),
+    "ResNet-50": Model("torchvision", _of_torchvision("resnet50"), (8, 3, 112, 112), sgd=True),
+    "MobileNetV3": Model("timm", _of_timm("mobilenetv3_small_100"), (16, 3, 112, 112)),
+    "ViT-tiny": Model(
+        "timm",
+        _of_timm("vit_tiny_patch16_224", img_size=112, proj_drop_rate=0.1, attn_drop_rate=0.1),
+        (16, 3, 112, 112),
+    ),
+    "ConvNeXt-atto": Model("timm", _of_timm("convnext_atto"), (8, 3, 112, 112)),
+}
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    if batch.dtype == torch.int64:
+        loss: Tensor = model(input_ids=batch, labels=batch).loss
+        return loss
+    return model(batch).square().mean()  # type: ignore[no-any-return]
+
+
+def steps(model: Model, device: torch.device, compiled: bool) -> list[Variant]:
+    """A training step of each variant; the models are equal."""
+    torch.manual_seed(0)
+    theirs = model.make().to(device).train()
+    batch = torch.randint(0, 2000, model.batch) if len(model.batch) == 2 else torch.randn(model.batch)
+    batch = batch.to(device)
+
+    def of_torch(name: str, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Variant:
+        params = list(module.parameters())
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(params, 0.01, 0.9, fused=True) if model.sgd else torch.optim.AdamW(params, 1e-4, fused=True)
+        )
+
+        def step() -> None:
+            optimizer.zero_grad()
+            forward(batch).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(params, MAX_NORM)
+            optimizer.step()
+
+        return Variant(name, step)
+
+    def of_onepass(module: nn.Module) -> Variant:
+        onepass.convert(module)
+        kind, options = (onepass.optim.SGD, {"momentum": 0.9}) if model.sgd else (onepass.optim.AdamW, {})
+        optimizer = kind(module.parameters(), lr=0.01 if model.sgd else 1e-4, max_norm=MAX_NORM, **options)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with onepass.patch():
+                loss_of(module, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        return Variant("onepass", step)
+
+    variants = [of_onepass(copy.deepcopy(theirs))]
+    if compiled:
+        twin = copy.deepcopy(theirs)
+        variants.append(of_torch("compile", twin, torch.compile(lambda batch: loss_of(twin, batch))))
+    return [of_torch("torch", theirs, lambda batch: loss_of(theirs, batch)), *variants]
+
+
+_PRODUCTS = re.compile(r"aten::(addmm|mm|bmm|baddbmm|mkldnn_convolution|convolution_backward|_convolution)$|^mkldnn_")
+
+
+def time_outside_of_products(variant: Variant) -> tuple[float, float]:
+    """Seconds of one step, and how many of them are spent outside of matrix products and convolutions."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        variant.run()
+    events = profile.key_averages()
+    products = sum(e.self_cpu_time_total for e in events if _PRODUCTS.search(e.key))
+    return products * 1e-6, sum(e.self_cpu_time_total for e in events) * 1e-6
+
+
+def measure(name: str, model: Model, device: torch.device, seconds: float, compiled: bool) -> Json:
+    variants = steps(model, device, compiled)
+    times = rounds_of(variants, seconds)
+    row: Json = {"row": name, "rounds": len(times["onepass"]), "variants": {}, "ratios": {}}
+    for variant in variants:
+        with harness.PeakMemory(device) as peak:
+            variant.run()
+        median = statistics.median(times[variant.name])
+        products = statistics.median(seconds_in_products(variant) for _ in range(3))
+        row["variants"][variant.name] = {
+            "median_ms": 1e3 * median,
+            "outside_ms": 1e3 * max(median - products, 0.0),
+            "peak_mib": None if peak.extra is None else peak.extra / 2**20,
+        }
+        if variant.name != "onepass":
+            ratios = [t / ours for t, ours in zip(times[variant.name], times["onepass"], strict=True)]
+            row["ratios"][variant.name] = statistics.quantiles(ratios, n=4)
+    return row
+
+
+def rounds_of(variants: list[Variant], seconds: float) -> dict[str, list[float]]:
+    """Seconds of the steps of each variant; entry i of each list is from round i. The order changes from round to round."""
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    end = time.perf_counter() + seconds
+    warm_up = 3
+    for i in range(warm_up + 1000):
+        if i >= warm_up + 6 and time.perf_counter() > end:
+            break
+        for variant in variants if i % 2 else reversed(variants):
+            start = time.perf_counter()
+            variant.run()
+            if i >= warm_up:
+                times[variant.name].append(time.perf_counter() - start)
+    return times
+
+
+def seconds_in_products(variant: Variant) -> float:
+    """Of one step: those in matrix products and convolutions."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        variant.run()
+    return float(sum(e.self_cpu_time_total for e in profile.key_averages() if _PRODUCTS.search(e.key))) * 1e-6
+
+
+def line(row: Json) -> str:
+    ours = row["variants"]["onepass"]
+    cells = [f"{row['row']:14s} {row['rounds']:4d} rounds  onepass {ours['median_ms']:8.1f} ms"]
+    for name, (low, median, high) in row["ratios"].items():
+        peer = row["variants"][name]
+        outside = peer["outside_ms"] / ours["outside_ms"] if ours["outside_ms"] else float("nan")
+        straddles = " (straddles 1)" if low < 1 < high else ""
+        cells.append(
+            f"{name} {peer['median_ms']:8.1f} ms = {median:.2f}x ({low:.2f} to {high:.2f}){straddles}, outside of products "
+            f"{peer['outside_ms'] / peer['median_ms']:.0%}, {outside:.2f}x less"
+        )
+        if ours["peak_mib"] is not None and peer["peak_mib"]:
+            cells.append(f"peak memory {ours['peak_mib']:.0f} of {peer['peak_mib']:.0f} MiB")
+    return "  ".join(cells)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="", help="regular expression on the model's name")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per model")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() and onepass.has_cuda else "cpu")
+    rows = []
+    for name, model in MODELS.items():
+        if not re.search(args.filter, name, re.IGNORECASE):
+            continue
+        if importlib.util.find_spec(model.package) is None:
+            print(f"{name}: left out, {model.package} is not installed", file=sys.stderr)
+            continue
+        rows.append(measure(name, model, device, args.seconds, args.compile))
+        print(line(rows[-1]), flush=True)
+        gc.collect()
+    if not rows:
+        return 1
+    print(f"geometric mean: {statistics.geometric_mean(row['ratios']['torch'][1] for row in rows):.3f}")
+    harness.save({"environment": harness.environment(device), "rows": rows}, args.out, "training")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
