@@ -1,4 +1,4 @@
-"""Bad input: an error of torch's type that names the parameter, before anything is written."""
+"""Bad input raises an error of torch's type that names the parameter, before anything is written."""
 
 import re
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 NAMES = ["first.weight", "first.bias", "second.weight", "bad.weight"]
-BAD = 3  # the position of the parameter that is wrong
+BAD = 3  # the position of the bad parameter
 NAMED = pytest.param(True, id="named", marks=needs_named_parameters)
 NUMBERED = pytest.param(False, id="numbered")
 
@@ -23,7 +23,7 @@ def good_parameters() -> list[torch.nn.Parameter]:
 
 
 def bad_step(rule, params, *, named: bool, two_groups: bool = False, usual: bool = True):
-    """The optimizer over three good parameters and a bad one, and how a message should call the bad one."""
+    """An optimizer over three good parameters and a bad one, and the name of the bad one in messages."""
     entries = list(zip(NAMES, params, strict=True)) if named else params
     groups = [{"params": entries[:BAD]}, {"params": entries[BAD:]}] if two_groups else [{"params": entries}]
     optimizer = rule.ours(groups, **(rule.usual if usual else {}))
@@ -32,7 +32,7 @@ def bad_step(rule, params, *, named: bool, two_groups: bool = False, usual: bool
 
 
 def assert_refused(optimizer, who: str, errors, text: str = "") -> None:
-    """step() raises, the message starts with `text` and names the parameter, nothing has changed."""
+    """Assert that step() raises, that the message starts with `text` and names the parameter, and that nothing changed."""
     readable = [p for g in optimizer.param_groups for p in g["params"] if not is_opaque(p)]
     before = [bits(p) for p in readable]
     states = snapshot_states(optimizer)
@@ -47,7 +47,7 @@ def assert_refused(optimizer, who: str, errors, text: str = "") -> None:
 
 
 def is_opaque(p: torch.Tensor) -> bool:
-    """Without values of its own that a test can look at."""
+    """Whether the tensor has no values that a test can compare."""
     if p.device.type != "cpu" or p.layout != torch.strided or type(p.data) is not torch.Tensor:
         return True
     return torch._is_functional_tensor(p) or p.untyped_storage().nbytes() == 0
@@ -135,7 +135,7 @@ def test_spoiled_after_a_good_step(rule, spoil, form, options):
 
 @EVERY_RULE
 def test_state_without_memory(rule):
-    """A state on the meta device has no values: no pointer to it may reach a kernel."""
+    """A state on the meta device has no memory, so no pointer to it may reach a kernel."""
     params = good_parameters()
     optimizer, who = bad_step(rule, params, named=has_named_parameters)
     optimizer.step()
