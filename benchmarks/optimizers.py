@@ -172,7 +172,7 @@ def some_rows(param: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def copies(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same parameters and gradients in memory of their own."""
+    """Copies of the parameters and their gradients."""
     result = []
     for param in params:
         copy = param.detach().clone().requires_grad_()

@@ -25,7 +25,7 @@ has_named_parameters = _has_named_parameters()
 """Whether torch.optim takes pairs of a name and a parameter, and keeps the names."""
 
 needs_named_parameters = pytest.mark.skipif(
-    not has_named_parameters, reason="this torch.optim takes no named parameters"
+    not has_named_parameters, reason="this torch.optim does not accept named parameters"
 )
 
 

@@ -36,7 +36,8 @@ SHAPES = [
     (2, 3, 2, 3, 4),
     (2, 16, 4, 4, 4),
 ]
-PICTURES = [shape for shape in SHAPES if len(shape) > 3 and shape[2:] != (1, 1)]  # whose memory format is ambiguous
+# The memory format of the others is ambiguous.
+PICTURES = [shape for shape in SHAPES if len(shape) > 3 and shape[2:] != (1, 1)]
 
 
 @pytest.mark.parametrize("kind", [k for k in AFFINE if k != "scalar"])
@@ -281,7 +282,7 @@ def test_statistics_survive_a_large_mean(shape, innermost, dtype, device):
     """x = 1e4 + noise of 1e-2: y, the gradients and the deviation have three digits, the running mean all of its
     digits."""
     if dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the noise is below its last place")
+        pytest.skip("the noise is smaller than a unit in the last place")
     x = (1e4 + 1e-2 * torch.randn(shape, device=device, dtype=torch.float64)).to(dtype)
     x = leaf(STRIDED["channels innermost"](x) if innermost else x)
     mean, var = torch.zeros(4, device=device, dtype=dtype), torch.ones(4, device=device, dtype=dtype)

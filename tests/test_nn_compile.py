@@ -300,7 +300,7 @@ def test_results_do_not_change_under_a_mode():
     assert_same(came, expected, "under a dispatch mode")
 
 
-@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics made anew", "statistics kept"])
+@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics recomputed", "statistics kept"])
 def test_a_mode_sees_operators_in_backward(rows):
     """It sees only the operators, not their parts, whether the norm kept its statistics or not."""
     x = torch.randn(rows, 8, requires_grad=True)

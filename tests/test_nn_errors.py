@@ -264,7 +264,7 @@ def test_torch_refuses_it_too(key):
     same = isinstance(came, no_kernel if bad.error is NotImplementedError else bad.error)
     same &= str(came).startswith(bad.text)
     if key in NEWER and not same:
-        pytest.skip("this torch takes it, or says it in other words")
+        pytest.skip("this torch accepts it, or refuses it in other words")
     assert same, f"torch's answer: {came!r}"
 
 
@@ -279,7 +279,7 @@ def test_freed_storage(name, freed):
     tensors[freed].untyped_storage().resize_(0)
     x, weight = tensors.values()
     if name == "dropout" and freed == "weight":
-        pytest.skip("it has none")
+        pytest.skip("dropout has no weight")
     calls = {
         "layer_norm": lambda: OF.layer_norm(x, (4,), weight),
         "rms_norm": lambda: OF.rms_norm(x, (4,), weight),

@@ -275,7 +275,7 @@ def test_negated_weights(negated, device):
     assert torch.equal(NORMS["layer_norm"](x, (8,), **operands), expected)
 
 
-@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics made anew", "statistics kept"])
+@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics recomputed", "statistics kept"])
 def test_saved_tensors_in_another_layout(rows, device):
     """A hook may return the saved tensors with other strides."""
     x, weight = leaf(torch.randn(rows, 8, device=device)), leaf(torch.randn(8, device=device))
@@ -292,7 +292,7 @@ def test_statistics_survive_a_large_mean(size, dtype, device):
     """x = 1e4 + noise of 1e-2: y and the gradients have three digits; with E[x²] - E[x]² they would have none, with a
     float32 mean one."""
     if dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the noise is below its last place")
+        pytest.skip("the noise is smaller than a unit in the last place")
     x = leaf((1e4 + 1e-2 * torch.randn(6, size, device=device, dtype=torch.float64)).to(dtype))
     weight, bias = map(leaf, affine("weight and bias", True, (size,), dtype, device))
     dy = torch.randn_like(x)

@@ -156,7 +156,7 @@ def test_export(name, training, strict):
 def test_exported_operators_are_those_of_torchs_layer(name):
     """The operators of torch's exported layer: a single one, with nothing around it, if torch has one."""
     if name == "RMSNorm" and not onepass._compat.RMS_NORM_TAKES_SYMBOLS:
-        pytest.skip("this torch exports its own rms_norm for one size of batch, which ours is not to be")
+        pytest.skip("this torch exports its own rms_norm for one batch size only")
     come, expected = [], []
     for lib, found in ((ours, come), (nn, expected)):
         layer = getattr(lib, name)(*([] if name == "Dropout" else [C]))
@@ -213,7 +213,7 @@ def trained() -> tuple[nn.Module, torch.Tensor]:
 def test_aot_inductor(tmp_path):
     """A converted model becomes a library that does not need onepass."""
     if not hasattr(torch._inductor, "aoti_compile_and_package"):
-        pytest.skip("this torch packs no such library")
+        pytest.skip("this torch cannot package a compiled library")
     model, x = trained()
     expected = model(x).detach()
     program = torch.export.export(onepass.convert(model), (x,))

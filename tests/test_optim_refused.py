@@ -141,7 +141,7 @@ def test_checkpoint_of_other_shapes(rule):
     """Refused when loaded or at the next step; the parameters do not change."""
     params, others = good_parameters(), good_parameters((5, 3, 8, 7))
     names = ["first.weight", "first.bias", "second.weight", "bad.weight"]
-    who = names[3] if has_named_parameters else "parameter 3 of group 0"
+    name = names[3] if has_named_parameters else "parameter 3 of group 0"
     optimizer = rule.ours(list(zip(names, params, strict=True)) if has_named_parameters else params, **rule.usual)
     saving = rule.ours(others, **rule.usual)
     for o in (optimizer, saving):
@@ -152,7 +152,7 @@ def test_checkpoint_of_other_shapes(rule):
         optimizer.load_state_dict(saving.state_dict())
         optimizer.step()
 
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(who)):
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(name)):
         load_and_step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)), "parameters were written"
 

@@ -232,4 +232,4 @@ def test_step_of_none() -> None:
     optimizer.step()
     optimizer.state[p]["step"] = None
     optimizer.step()
-    assert float(optimizer.state[p]["step"]) == 1, "counted anew"
+    assert float(optimizer.state[p]["step"]) == 1, "the count starts again"

@@ -133,7 +133,7 @@ def adagrad_steps_an_added_group() -> bool:
 def test_add_param_group_in_training(rule, device):
     """The new group starts at step 1 while the old one continues: different counts in one step."""
     if rule.theirs is torch.optim.Adagrad and not adagrad_steps_an_added_group():
-        pytest.skip("this torch's Adagrad takes no group that is added")
+        pytest.skip("this torch's Adagrad does not support added groups")
     both = BesideTorch(rule, device=device)
     both.train(4)
     for model, optimizer in ((both.model, both.ours), (both.twin, both.theirs)):
