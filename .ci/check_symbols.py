@@ -1,8 +1,8 @@
 """Check what the built extension needs and shares.
 
-1. It links no libtorch, no OpenMP and no CUDA library: that is why one wheel serves every torch.
-2. An object compiled for an instruction set defines no symbol outside its own namespace. Otherwise the linker could put
-   an AVX-512 copy of a common inline function in front of everybody, and older processors would stop at it.
+1. It links no libtorch, no OpenMP and no CUDA library, which is why one wheel works with every torch.
+2. An object compiled for an instruction set defines no symbol outside its own namespace. Otherwise the linker could choose
+   an AVX-512 copy of a common inline function for all callers, and older processors would crash in it.
 """
 
 import re
@@ -29,7 +29,7 @@ def foreign_symbols(extension: Path) -> list[str]:
 
 
 def objects_of(isa: str) -> list[Path]:
-    """Those of every build that is for use; sanitizers add symbols of their own."""
+    """The objects of all builds but the sanitized ones: sanitizers add symbols of their own."""
     return sorted(item for item in Path("build").glob(f"**/cpu_{isa}.dir/**/*.o") if "sanitized" not in item.parts)
 
 

@@ -1,9 +1,9 @@
-"""One way to measure, used by every benchmark here.
+"""How every benchmark here measures.
 
-Variants run in turn (A B C A B C ...), so that a slow minute of the machine hits all of them. A sample in which another
+Variants run in turn (A B C A B C ...), so that a slow minute of the machine affects all of them. A sample in which another
 process took a core away (an involuntary context switch) is discarded. A low percentile says what the code costs, the
-median what a user sees. Results are plain dictionaries, saved as JSON with the versions and the machine;
-presenting them is report.py's work.
+median what a user sees. Results are plain dictionaries, saved as JSON with the versions and the machine; report.py presents
+them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from typing import Any
 import torch
 
 LOW_PERCENTILE = 20
-# With fewer undisturbed samples than this the disturbed ones are kept as well, and the result says so.
+# With fewer undisturbed samples than this, the disturbed ones are kept as well, and the result says so.
 MIN_CLEAN = 3
 
 Json = dict[str, Any]
 
-# None where it is not installed: the peers can be measured without it.
+# None if it is not installed: torch can be measured alone.
 onepass: Any = importlib.import_module("onepass") if importlib.util.find_spec("onepass") else None
 
 
 @dataclass
 class Variant:
-    """Something to measure: ``run`` is timed, ``prepare`` comes before each run and is not.
+    """Something to measure: ``run`` is timed; ``prepare``, called before each run, is not.
 
-    A ``run`` that returns a float has timed itself, in seconds.
+    A ``run`` that returns a float has measured its own time, in seconds.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Variant:
 
 @dataclass
 class Samples:
-    """Seconds of the runs of one variant. On a GPU they are its own, and ``cpu`` has those until the call returned."""
+    """Seconds per run of one variant. On a GPU they are the GPU's time, and ``cpu`` is the time until the call returned."""
 
     clean: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
@@ -88,7 +88,7 @@ def measure(
     max_rounds: int = 200,
     warm_up: int = 2,
 ) -> dict[str, Samples]:
-    """Runs the variants in turn for about ``seconds``, preparations included, after ``warm_up`` unrecorded rounds."""
+    """Run the variants in turn for about ``seconds``, preparations included, after ``warm_up`` unrecorded rounds."""
     for _ in range(warm_up):
         for variant in variants:
             variant.prepare()
@@ -131,12 +131,12 @@ def _sample_cuda(variant: Variant, samples: Samples) -> None:
 
 
 def _involuntary_switches() -> int:
-    # RUSAGE_SELF and not RUSAGE_THREAD: torch's worker threads count as well, the slowest one ends the step.
+    # RUSAGE_SELF, not RUSAGE_THREAD: torch's worker threads count too, since the slowest one ends the step.
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def environment(device: torch.device) -> Json:
-    """What a reader needs to judge a number: when, on what, with which versions."""
+    """What a reader needs to judge a number: date, machine and versions."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if onepass is not None:
         versions["onepass"] = onepass.__version__
@@ -164,7 +164,7 @@ def environment(device: torch.device) -> Json:
 
 
 def slug(environment: Mapping[str, Any]) -> str:
-    """The machine as a part of a file name: ``amd-epyc-9354-2c`` or ``nvidia-h200``."""
+    """The machine as part of a file name, such as ``amd-epyc-9354-2c`` or ``nvidia-h200``."""
     machine = environment["machine"]
     name = machine.get("gpu") or f"{machine['cpu']} {machine['cores']}c"
     name = re.sub(r"\((r|tm)\)|processor|cpu|@.*?ghz|\d+-core", " ", name.lower())
@@ -172,7 +172,7 @@ def slug(environment: Mapping[str, Any]) -> str:
 
 
 def save(result: Mapping[str, Any], folder: Path, benchmark: str) -> Path:
-    """Writes ``<folder>/<benchmark>-<date>-<machine>.json`` whole or not at all, and returns its path."""
+    """Write ``<folder>/<benchmark>-<date>-<machine>.json`` atomically and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = result["environment"]
     path = folder / f"{benchmark}-{environment['date'][:10]}-{slug(environment)}.json"
@@ -190,10 +190,10 @@ def available_memory(device: torch.device) -> int:
 
 
 class PeakMemory:
-    """``with PeakMemory(device) as peak``: ``peak.extra`` is how many bytes the block needed at most beyond the start.
+    """``with PeakMemory(device) as peak``: ``peak.extra`` is the block's peak memory in bytes beyond that at its start.
 
-    On a CPU it is the process's resident memory, so that native allocations count as well; ``extra`` is None where the
-    system does not allow resetting its high-water mark (anything but Linux).
+    On a CPU it is the process's resident memory, so that native allocations count as well; ``extra`` is None if the
+    system cannot reset its high-water mark (only Linux can).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -225,7 +225,7 @@ class PeakMemory:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to five significant digits: more is noise, and a diff of two results should be readable."""
+    """Round to five significant digits: more is noise, and a diff of two results should be readable."""
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -258,7 +258,7 @@ def _status(key: str) -> int:
 
 
 def _kilobytes(path: Path, key: str) -> int:
-    """The bytes of a line ``key:  1234 kB``; 0 where the system has no such file."""
+    """The bytes of a line ``key:  1234 kB``; 0 if the system has no such file."""
     try:
         match = re.search(rf"^{key}:\s+(\d+) kB$", path.read_text(), re.MULTILINE)
     except OSError:

@@ -1,8 +1,8 @@
 """How long the layers take, forward and backward: onepass against torch.nn.functional and the memory's limit.
 
-What is timed is the call as a user makes it, outputs allocated: forward without gradients, backward as autograd runs it
-from a fresh forward, and for tiny inputs both together in grad mode. The columns are those of optimizers.py; the limit
-is a sweep that reads the inputs once and writes the outputs once, into memory that is there already.
+The timed call is the user's, including the allocation of outputs: forward without gradients, backward as autograd runs it
+after a new forward, and for tiny inputs both together in grad mode. The columns are those of optimizers.py; the limit
+is a sweep that reads the inputs once and writes the outputs once, into memory that is already allocated.
 
     python benchmarks/layers.py --filter 'LayerNorm.*backward'
 
@@ -28,7 +28,7 @@ from harness import Json, Variant, onepass
 from torch import Tensor
 from torch.nn import functional as F
 
-# Below this many bytes a call runs in the caches and the limit of the memory says nothing.
+# Below this many bytes a call runs in the caches, and the memory's limit does not apply.
 MEMORY_BOUND_BYTES = 8 * 2**20
 P = 0.1
 
@@ -37,12 +37,12 @@ Layer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Operands, and the same layer by several hands: {name: function of the operands that require gradients}."""
+    """Operands, and several implementations of one layer: {name: function of the operands that require gradients}."""
 
     name: str
     operands: Callable[[torch.device], list[Tensor]]
     layers: dict[str, Layer]
-    activations: int = 1  # operands of the size of the input: read in forward
+    activations: int = 1  # operands as large as the input, read in forward
     outputs: int = 1
 
 
@@ -57,7 +57,7 @@ def norm_case(rows: int, size: int, dtype: torch.dtype, rms: bool) -> Case:
             return lambda x, w: functional.rms_norm(x, (size,), w, 1e-5)
         return lambda x, w, b: functional.layer_norm(x, (size,), w, b)
 
-    return Case(f"{'RMSNorm' if rms else 'LayerNorm'} {rows}x{size}{suffix(dtype)}", operands, hands(layer))
+    return Case(f"{'RMSNorm' if rms else 'LayerNorm'} {rows}x{size}{suffix(dtype)}", operands, implementations(layer))
 
 
 def batch_norm_case(shape: tuple[int, ...], channels_last: bool) -> Case:
@@ -78,14 +78,14 @@ def batch_norm_case(shape: tuple[int, ...], channels_last: bool) -> Case:
         return call
 
     name = f"BatchNorm {'x'.join(map(str, shape))}{' last' if channels_last else ''}"
-    return Case(name, operands, hands(layer))
+    return Case(name, operands, implementations(layer))
 
 
 def dropout_case(rows: int, size: int, dtype: torch.dtype) -> Case:
     return Case(
         f"Dropout {rows}x{size}{suffix(dtype)}",
         lambda device: [torch.randn(rows, size, device=device).to(dtype)],
-        hands(lambda functional: lambda x: functional.dropout(x, P)),
+        implementations(lambda functional: lambda x: functional.dropout(x, P)),
     )
 
 
@@ -112,7 +112,7 @@ def fused_case(rows: int, size: int, dtype: torch.dtype) -> Case:
     return Case(f"dropout_add_layer_norm {rows}x{size}{suffix(dtype)}", operands, layers, activations=2, outputs=2)
 
 
-def hands(layer: Callable[[Any], Layer]) -> dict[str, Layer]:
+def implementations(layer: Callable[[Any], Layer]) -> dict[str, Layer]:
     ours = {"onepass": layer(onepass.nn.functional)} if onepass is not None else {}
     return {**ours, "torch": layer(F)}
 
@@ -149,7 +149,7 @@ def first(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def variants(case: Case, what: str, device: torch.device) -> list[Variant]:
-    """One for each hand, on operands and gradients of its own where they are small."""
+    """One per implementation, each on its own operands and gradients."""
     result = []
     for name, layer in case.layers.items():
         operands = case.operands(device)
@@ -176,7 +176,7 @@ def forward(layer: Layer, operands: list[Tensor]) -> Callable[[], object]:
 
 
 class Both:
-    """A forward whose backward is measured apart, or together with it."""
+    """A forward and its backward, to be measured separately or together."""
 
     def __init__(self, layer: Layer, operands: list[Tensor], gradients: list[Tensor]) -> None:
         self.layer, self.operands, self.gradients = layer, operands, gradients
@@ -194,7 +194,7 @@ class Both:
 
 
 def kept_bytes(case: Case, layer: Layer, device: torch.device) -> int:
-    """What the layer keeps for backward beside its operands and outputs."""
+    """Bytes that the layer saves for backward beyond its operands and outputs."""
     operands = [operand.requires_grad_() for operand in case.operands(device)]
     kept: dict[int, int] = {}
 
@@ -210,7 +210,7 @@ def kept_bytes(case: Case, layer: Layer, device: torch.device) -> int:
 
 
 def bytes_moved(case: Case, what: str, x: Tensor) -> int:
-    """Inputs read once, outputs written once; backward reads the gradients and what was normalised."""
+    """Bytes if inputs are read once and outputs written once; backward reads the gradients and the normalised input."""
     size = x.numel() * x.element_size()
     there = (case.activations + case.outputs) * size
     # Dropout's backward needs no input.
@@ -252,9 +252,9 @@ def measure(case: Case, what: str, device: torch.device, seconds: float, rounds:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few samples: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few samples, to show that it works")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches")
-    parser.add_argument("--seconds", type=float, help="time for each row (default 2, quick 0.1)")
+    parser.add_argument("--seconds", type=float, help="time per row (default 2, quick 0.1)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -1,8 +1,8 @@
 """The memory limit of this machine: how fast the streams of a step could move if arithmetic were free.
 
-On a CPU, ``stream.c`` is compiled for this machine and swept over memory of the same size, widths and order as the step
-it is compared with. On a GPU it is the bandwidth of a large device-to-device copy. Both are measured in the same run as
-what they limit: the bandwidth of a shared machine changes by the hour.
+On a CPU, ``stream.c`` is compiled for this machine and sweeps memory of the same size, widths and order as the step
+it is compared with. On a GPU the limit is the bandwidth of a large device-to-device copy. Both are measured in the same run
+as the step, because the bandwidth of a shared machine changes by the hour.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 
 import torch
 
-# Above this size the bandwidth no longer depends on the size: larger lists are measured here and scaled.
+# Above this size the bandwidth no longer depends on the size: larger lists are measured at this size and scaled.
 MAX_ELEMENTS = 32_000_000
 COPY_BYTES = 2**30
-# torch's OpenMP workers spin for some milliseconds after a parallel region, and would hold the cores of the sweep.
+# torch's OpenMP workers spin for some milliseconds after a parallel region and would occupy the sweep's cores.
 SETTLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Streams of one pass over an element, in bytes: what is read, each value updated in place, what is only written."""
+    """The streams of one pass, in bytes per element: what is read, each value updated in place, what is only written."""
 
     index: int  # in enum pattern of stream.c
     read: int
@@ -42,7 +42,7 @@ class Pattern:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Bytes of an element of each stream, in the order of stream.c."""
+        """Bytes per element of each stream, in the order of stream.c."""
         return tuple(width for width in (self.read, *self.inplace, self.write) if width)
 
 
@@ -62,7 +62,7 @@ _STEPS = {
 
 
 def passes(param_bytes: int, states: int, clip: bool) -> list[Pattern]:
-    """The passes of a step on parameters of 4 or 2 bytes and 1 to 3 float32 states; clipping first reads gradients."""
+    """The passes of a step on parameters of 4 or 2 bytes and 1 to 3 float32 states; clipping reads the gradients first."""
     norm = READ if param_bytes == 4 else READ_HALF
     return [norm] * clip + [_STEPS[param_bytes, states]]
 
@@ -75,7 +75,7 @@ class StreamLimit:
         self._elements = min(elements, MAX_ELEMENTS)
         self._scale = elements / self._elements
         widest = max(patterns, key=lambda pattern: pattern.bytes_per_element)
-        # zeros_ and not torch.zeros: untouched pages would all be the same page of zeros, and cached.
+        # zero_(), not torch.zeros: untouched pages would all map to one cached page of zeros.
         self._streams = [torch.empty(self._elements * width, dtype=torch.uint8).zero_() for width in widest.widths]
 
     def seconds(self) -> float:
@@ -104,7 +104,7 @@ class CopyLimit:
 
 
 def available() -> bool:
-    """Whether the limit of the CPU can be measured, which takes a C compiler."""
+    """Whether the limit of the CPU can be measured, which requires a C compiler."""
     return _compiler() is not None
 
 

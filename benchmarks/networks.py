@@ -1,4 +1,4 @@
-"""The parameters' shapes of two well-known networks."""
+"""The parameter shapes of two well-known networks."""
 
 from __future__ import annotations
 

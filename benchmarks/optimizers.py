@@ -1,9 +1,9 @@
 """How long a step takes: onepass against every path of torch.optim, on lists of tensors from one large to many tiny.
 
-What is timed is the whole ``step()`` as a user calls it, checks and bookkeeping included (with clipping, what a user
-writes for it). Lists too small to leave the caches get new gradient tensors before each step, as a backward pass would
-leave them. The columns: milliseconds (20th percentile) of onepass and of the fastest torch path, their ratio, the
-bytes a step has to move over the time onepass needs, and the part of the memory's limit that is (see limit.py).
+The timed call is the user's whole ``step()``, including checks and bookkeeping (and, with clipping, the code a user writes
+for it). Lists small enough for the caches get new gradient tensors before each step, as after a backward pass. The columns:
+milliseconds (20th percentile) of onepass and of the fastest torch path, their ratio, onepass's throughput (the bytes a step
+has to move per second), and its share of the memory's limit (see limit.py).
 
     python benchmarks/optimizers.py --filter 'adamw'     # rows whose name matches a regular expression
     python benchmarks/optimizers.py --device cuda
@@ -36,7 +36,7 @@ MAX_NORM = 1.0
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer with its arguments, and how many states an element has under them."""
+    """An optimizer, its arguments, and the number of states per element that they imply."""
 
     optimizer: str
     states: int
@@ -54,27 +54,27 @@ RULES = {
     "Adagrad": Rule("Adagrad", 1, {"lr": 1e-3}),
     "SparseAdam": Rule("SparseAdam", 2, {"lr": 1e-3}),
 }
-USUAL_RULES = ("SGD", "Adam", "AdamW")  # on whole networks and in the other forms
+USUAL_RULES = ("SGD", "Adam", "AdamW")  # those measured on whole networks
 SPARSE_RULES = ("Adagrad", "SparseAdam")  # on an embedding
 TORCH_PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
 
-# Where a step moves less than this, it runs in the caches and the limit of the memory says nothing.
+# A step that moves fewer bytes runs in the caches, and the memory's limit does not apply.
 MEMORY_BOUND_BYTES = 64 * 2**20
-# Larger lists share parameters and gradients between the variants, to fit the memory of a small machine. Smaller ones
-# must not: a variant would find the parameters in the cache, where the one before it left them.
+# Larger lists share parameters and gradients between the variants, to fit a small machine's memory. Smaller ones must
+# not: a variant would find the parameters in the cache, left there by the previous one.
 SHARED_ABOVE = 64_000_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a list of tensors and what is done to it."""
+    """One row of the table: a list of tensors and the step on it."""
 
     case: str
     shapes: Shapes
     rule: str
     dtype: torch.dtype = torch.float32
     clip: bool = False
-    rows: int = 0  # of a sparse gradient; 0: it is dense
+    rows: int = 0  # of a sparse gradient; 0: the gradient is dense
 
     @property
     def name(self) -> str:
@@ -103,14 +103,14 @@ class Row:
         return self.updated * sum(pattern.bytes_per_element for pattern in self.passes)
 
     def bytes_needed(self, variants: int) -> int:
-        """Memory of all variants together; torch's foreach and loop paths take up to two temporaries of all sizes."""
+        """Memory of all variants together; torch's foreach and loop paths take up to two temporaries of the whole list."""
         own = 1 if self.elements > SHARED_ABOVE else variants
         limit_streams = 4 * (2 + self.states) * min(self.elements, limit.MAX_ELEMENTS)
         return self.elements * (2 * self.dtype.itemsize * own + 4 * self.states * variants + 8) + limit_streams
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """The table, top to bottom. ``quick`` has the same kinds of rows on lists that take no time."""
+    """The table, top to bottom. ``quick`` has the same kinds of rows on small lists."""
     big: dict[str, Shapes]
     if quick:
         big = {"1 x 4M": [(4_000_000,)], "25 x 160k": [(400, 400)] * 25}
@@ -125,13 +125,13 @@ def rows(quick: bool) -> Iterator[Row]:
         if case in big:
             yield Row(case, shapes, "SGD", torch.bfloat16)
             yield Row(case, shapes, "AdamW", torch.bfloat16)
-        if case in tiny:  # twice as many: together they give the cost of a further tensor
+        if case in tiny:  # twice as many tensors: the difference is the cost per tensor
             yield from (Row("2000 x 256", shapes * 2, rule) for rule in ("SGD", "AdamW"))
     yield from (Row("8192 of 400k rows", [(400_000, 64)], rule, rows=8192) for rule in SPARSE_RULES)
 
 
 def arguments_of(rule: Rule) -> Mapping[str, object]:
-    """What torch's optimizer takes; most have no fused path."""
+    """The arguments of torch's optimizer; most have no fused path."""
     return inspect.signature(getattr(torch.optim, rule.optimizer)).parameters
 
 
@@ -156,7 +156,7 @@ def make_optimizer(
 
 
 def make_params(row: Row, device: torch.device) -> list[torch.Tensor]:
-    """Parameters with gradients, of the size they have in training."""
+    """Parameters with gradients, with the magnitude they have in training."""
     params = []
     for shape in row.shapes:
         param = torch.randn(shape, device=device).mul_(0.02).to(row.dtype).requires_grad_()
@@ -166,13 +166,13 @@ def make_params(row: Row, device: torch.device) -> list[torch.Tensor]:
 
 
 def some_rows(param: torch.Tensor, n: int) -> torch.Tensor:
-    """A sparse gradient as backward() makes it for an embedding: rows in any order, some of them twice."""
+    """A sparse gradient as backward() makes it for an embedding: rows in any order, some of them repeated."""
     rows = torch.randint(param.shape[0], (1, n), device=param.device)
     return torch.sparse_coo_tensor(rows, param.detach()[rows[0]], param.shape, check_invariants=False)
 
 
 def copies(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same parameters and gradients in memory of their own."""
+    """Copies of the parameters and their gradients."""
     result = []
     for param in params:
         copy = param.detach().clone().requires_grad_()
@@ -193,7 +193,7 @@ def fresh_gradients(params: Sequence[torch.Tensor]) -> Callable[[], None]:
 
 
 def first_steps(optimizer: torch.optim.Optimizer, step: Callable[[], object], device: torch.device) -> Json:
-    """The peak memory of the first step beyond the states it makes, and of a later step."""
+    """The peak memory of the first step beyond the states it creates, and of a later step."""
     with harness.PeakMemory(device) as first:
         step()
     with harness.PeakMemory(device) as later:
@@ -212,7 +212,7 @@ def first_steps(optimizer: torch.optim.Optimizer, step: Callable[[], object], de
 
 
 def make_variants(row: Row, paths: Sequence[str], device: torch.device) -> tuple[list[Variant], dict[str, Json]]:
-    """The variants of a row after two steps each, and what these steps tell of the memory."""
+    """The variants of a row after two steps each, and the memory that these steps needed."""
     torch.manual_seed(0)
     variants: list[Variant] = []
     memory: dict[str, Json] = {}
@@ -264,10 +264,12 @@ def measure_row(row: Row, paths: Sequence[str], device: torch.device, seconds: f
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small lists and few samples: shows that it works")
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches, as 'x 25M adamw'")
-    parser.add_argument("--seconds", type=float, help="time for each row (default 4, quick 0.1)")
-    parser.add_argument("--budget", type=float, default=math.inf, help="begin no row after this many seconds")
+    parser.add_argument("--quick", action="store_true", help="small lists and few samples, to show that it works")
+    parser.add_argument(
+        "--filter", default="", metavar="REGEX", help="only rows whose name matches, such as 'x 25M adamw'"
+    )
+    parser.add_argument("--seconds", type=float, help="time per row (default 4, quick 0.1)")
+    parser.add_argument("--budget", type=float, default=math.inf, help="start no row after this many seconds")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

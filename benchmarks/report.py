@@ -1,7 +1,7 @@
-"""From the JSON of a benchmark to what people read: text, a markdown table, a plot.
+"""Presents the JSON of a benchmark as text, a markdown table and a plot.
 
-python benchmarks/report.py benchmarks/results/optimizers-*.json                  # markdown to the terminal
-python benchmarks/report.py benchmarks/results/*.json --page docs/speed.md   # into the page, with its plots beside it
+python benchmarks/report.py benchmarks/results/optimizers-*.json             # markdown to the terminal
+python benchmarks/report.py benchmarks/results/*.json --page docs/speed.md   # into the page, with plots beside it
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
-# Where a result goes in a page: between two comments that name its benchmark.
+# A result goes between two comments of the page that name its benchmark.
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 OURS = "onepass"
 # Colour-blind safe (Okabe and Ito).
@@ -26,16 +26,16 @@ BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#999999"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row says: milliseconds of a step (20th percentile), None where something was not measured."""
+    """The numbers of a row: milliseconds per step (20th percentile); None if not measured."""
 
     name: str
     ours: float | None
     torch: float
     torch_path: str
-    gigabytes: float | None  # per second, that onepass moves
-    of_limit: float | None  # the part of the measured limit that onepass reaches
+    gigabytes: float | None  # per second, moved by onepass
+    of_limit: float | None  # onepass's share of the measured limit
     torch_of_limit: float | None
-    ours_cpu: float | None  # until step() returns, on a GPU
+    ours_cpu: float | None  # on a GPU: time until step() returns
     torch_cpu: float | None
 
     @property
@@ -49,7 +49,7 @@ def summarise(row: Json) -> Summary:
     best = min(peers, key=peers.__getitem__)
     ours = variants[OURS]["p20_ms"] if OURS in variants else None
     ceiling = row["limit"]["p20_ms"] if row["limit"] else None
-    # torch keeps 16-bit states for 16-bit parameters: it moves fewer bytes, the limit is not its own.
+    # torch keeps 16-bit states for 16-bit parameters: it moves fewer bytes, so this limit does not apply to it.
     same_bytes = row["dtype"] == "float32"
     return Summary(
         name=row["name"],
@@ -98,7 +98,7 @@ def heading(result: Json) -> str:
 
 
 def line(row: Json) -> str:
-    """One row as text of fixed width, to be printed as soon as it is measured."""
+    """One row as text of fixed width, printed as soon as it is measured."""
     cuda = any("cpu_p20_ms" in variant for variant in row["variants"].values())
     return _text_line(cells(summarise(row), cuda))
 
@@ -119,9 +119,9 @@ def describe(result: Json) -> str:
 
 
 def tensor_costs(result: Json) -> dict[str, dict[str, float]]:
-    """Microseconds that one more tiny tensor costs: {rule: {variant: slope between 1000 and 2000 tensors}}.
+    """Microseconds per additional tiny tensor: {rule: {variant: slope between 1000 and 2000 tensors}}.
 
-    On a GPU it is the time until step() returns that grows with the tensors.
+    On a GPU the time until step() returns is used, because it is what grows with the number of tensors.
     """
 
     def cost(variant: Json) -> float:
@@ -142,7 +142,7 @@ def tensor_costs(result: Json) -> dict[str, dict[str, float]]:
 
 
 def peak_memory(result: Json) -> dict[str, tuple[float, float]]:
-    """MB that a step needs beyond its states at most, over all rows: {variant: (first step, later steps)}."""
+    """Peak MB of a step beyond its states, over all rows: {variant: (first step, later steps)}."""
     peaks: dict[str, tuple[float, float]] = {}
     for row in result["rows"]:
         for name, variant in row["variants"].items():
@@ -154,36 +154,38 @@ def peak_memory(result: Json) -> dict[str, tuple[float, float]]:
 
 
 def _disturbed(row: Json) -> bool:
-    """Whether what the table shows of a row comes from samples that were disturbed."""
+    """Whether the numbers that the table shows for a row come from disturbed samples."""
     variants: Mapping[str, Json] = row["variants"]
     shown = [row["limit"] or {}, variants.get(OURS, {}), variants[summarise(row).torch_path]]
     return any(variant.get("disturbed", False) for variant in shown)
 
 
 def footnotes(result: Json) -> str:
-    """What is not a row of the table: the cost of a tensor, memory, disturbed samples."""
+    """What the table does not show: cost per tensor, memory, disturbed samples."""
     lines = []
     for rule, costs in tensor_costs(result).items():
         each = ", ".join(f"{name} {value:.2f}" for name, value in costs.items())
-        lines.append(f"Each further tiny tensor of {rule}, microseconds: {each}.")
+        lines.append(f"Microseconds per additional tiny tensor of {rule}: {each}.")
     peaks = peak_memory(result)
     if peaks:
         each = ", ".join(f"{name} {first:.1f} and {later:.1f}" for name, (first, later) in peaks.items())
-        lines.append(f"Peak memory of a step beyond the states, MB, first step and later ones, worst row: {each}.")
+        lines.append(
+            f"Peak memory of a step beyond the states in the worst row, MB, first step and later ones: {each}."
+        )
     kept = {
         row["case"]: row["kept_bytes"] for row in result["rows"] if row["rule"] == "Dropout" and "kept_bytes" in row
     }
     for case, by_variant in kept.items():
         each = ", ".join(f"{name} {bytes_ / 1e6:.2f}" for name, bytes_ in by_variant.items())
-        lines.append(f"MB kept for the backward of {case}: {each}.")
+        lines.append(f"MB saved for the backward of {case}: {each}.")
     disturbed = [row["name"] for row in result["rows"] if _disturbed(row)]
     if disturbed:
-        lines.append(f"Not to be relied on, other processes took a core in most samples: {', '.join(disturbed)}.")
+        lines.append(f"Unreliable, because other processes took a core in most samples: {', '.join(disturbed)}.")
     return "\n".join(lines)
 
 
 def markdown(result: Json) -> str:
-    """The table of the README with its footnotes."""
+    """The table of a page with its footnotes."""
     cuda = is_cuda(result)
     columns = headers(cuda)
     table = [columns, ["---", *["---:"] * (len(columns) - 1)]]
@@ -193,7 +195,7 @@ def markdown(result: Json) -> str:
 
 
 def plot(result: Json, path: Path) -> None:
-    """Two panels, a bar for each row: how many times faster than the best torch path, and the part of the limit."""
+    """Two panels, one bar per row: the ratio to the best torch path, and the share of the limit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +208,7 @@ def plot(result: Json, path: Path) -> None:
         1, 2, figsize=(11, 1.6 + 0.3 * len(summaries)), sharey=True, layout="constrained", width_ratios=(3, 2)
     )
     ratios = [summary.ratio or 1.0 for summary in summaries]
-    # On a logarithmic axis a bar begins at 1: to the right is faster, to the left slower.
+    # On the logarithmic axis a bar starts at 1: to the right is faster, to the left slower.
     colours = [BLUE if ratio >= 1 else ORANGE for ratio in ratios]
     left.barh(places, [ratio - 1 for ratio in ratios], left=1, color=colours)
     left.axvline(1, color="black", linewidth=1)
@@ -253,7 +255,7 @@ def insert(page: str, benchmark: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files that a benchmark saved")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files saved by benchmarks")
     parser.add_argument("--page", type=Path, help="write the tables between their markers, the plots beside the page")
     args = parser.parse_args()
     for result in (json.loads(path.read_text()) for path in args.results):

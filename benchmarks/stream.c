@@ -1,9 +1,9 @@
 /* What the memory of this machine allows: the streams of an optimizer step with next to no arithmetic.
  *
  * An optimizer reads a gradient once and updates the parameter and its states in place. These sweeps touch memory in
- * the same order and the same widths and only add integers, so that nothing but the memory can be the bottleneck (and
- * no value turns into a denormal or a NaN, whatever the number of sweeps). limit.py compiles this file for the machine
- * it runs on and calls stream_seconds() in the middle of every benchmark.
+ * the same order and the same widths but only add integers, so that memory is the only possible bottleneck (and no
+ * value becomes a denormal or a NaN, however many sweeps run). limit.py compiles this file for the machine it runs on
+ * and calls stream_seconds() in turn with the measured variants.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -15,7 +15,7 @@
 
 enum { MAX_THREADS = 256 };
 
-/* The order of limit.py's PATTERNS. */
+/* Numbered as Pattern.index in limit.py. */
 enum pattern {
   READ,
   READ_1_INPLACE_2,
@@ -97,8 +97,8 @@ static void inplace_2_alone(uint32_t* restrict p, uint32_t* restrict m, size_t b
   for (size_t i = begin; i < end; i++) m[i] = p[i] = p[i] + m[i];
 }
 
-/* The two sweeps that overwrite a stream fetch its cache lines themselves, as the kernels do: without reads of it no
- * hardware prefetcher does, and a copy takes 1.35 times as long. */
+/* The two sweeps that overwrite a stream prefetch its cache lines, as the kernels do: hardware prefetchers follow
+ * loads, not stores, and without this a copy takes 1.35 times as long. */
 enum { LINE = 64 / sizeof(uint32_t) };
 
 static void inplace_1_write_1(const uint32_t* restrict g, uint32_t* restrict p, uint32_t* restrict old, size_t begin,
@@ -114,7 +114,7 @@ static void inplace_1_write_1(const uint32_t* restrict g, uint32_t* restrict p, 
   for (; i < end; i++) old[i] = p[i];
 }
 
-/* + 1 keeps it a loop: memcpy goes around the caches, which no kernel does that finds its data there. */
+/* + 1 keeps the compiler from calling memcpy, which bypasses the caches; the kernels do not. */
 static void write_1(const uint32_t* restrict old, uint32_t* restrict p, size_t begin, size_t end) {
   size_t i = begin;
   for (; i + LINE <= end; i += LINE) {
@@ -144,7 +144,7 @@ static void* worker(void* argument) {
   job* j = argument;
   pthread_barrier_wait(j->barrier); /* start together */
   sweep(j);
-  pthread_barrier_wait(j->barrier); /* the last one ends the measurement */
+  pthread_barrier_wait(j->barrier); /* the last thread ends the measurement */
   return NULL;
 }
 
@@ -154,7 +154,7 @@ static double now(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Seconds of one sweep, thread creation not counted; negative for a number of threads it is not made for. */
+/* Seconds of one sweep, without thread creation; negative if the number of threads is out of range. */
 double stream_seconds(int pattern, void* const* streams, size_t elements, int threads) {
   if (threads < 1 || threads > MAX_THREADS) return -1.0;
   pthread_t handles[MAX_THREADS];
@@ -162,7 +162,7 @@ double stream_seconds(int pattern, void* const* streams, size_t elements, int th
   pthread_barrier_t barrier;
   pthread_barrier_init(&barrier, NULL, (unsigned)threads);
 
-  /* Parts are multiples of 1024 elements: whole pages and full-width accesses for every thread but the last. */
+  /* Parts are multiples of 1024 elements: whole pages and full-width accesses for all threads except the last. */
   size_t part = (elements / (size_t)threads + 1023) / 1024 * 1024;
   for (int t = 0; t < threads; t++) {
     size_t begin = part * (size_t)t < elements ? part * (size_t)t : elements;
@@ -171,7 +171,7 @@ double stream_seconds(int pattern, void* const* streams, size_t elements, int th
   }
   for (int t = 1; t < threads; t++) {
     if (pthread_create(&handles[t], NULL, worker, &jobs[t])) {
-      perror("stream_seconds: pthread_create"); /* the threads already started wait for this one: no way back */
+      perror("stream_seconds: pthread_create"); /* the threads already started wait for this one forever */
       abort();
     }
   }

@@ -2,8 +2,8 @@
 
     python benchmarks/wrappers.py --filter sam
 
-Rows: Lookahead's synchronisation, SAM's way to the perturbed weights (with the norm before it) and back. The columns
-are those of optimizers.py, and so are the lists of tensors; saves <out>/wrappers-<date>-<machine>.json.
+Rows: Lookahead's synchronisation, SAM's perturbation (with the norm before it) and its restoring of the weights. The
+columns and the lists of tensors are those of optimizers.py; saves <out>/wrappers-<date>-<machine>.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Pass:
-    """One line of the table: a list of tensors and what is done to it."""
+    """One row of the table: a list of tensors and the pass over it."""
 
     case: str
     what: str
@@ -55,20 +55,20 @@ def ours(what: str, params: list[torch.Tensor]) -> Variant:
         return Variant("onepass", lambda: optimizer._synchronise(ALPHA))
     optimizer = onepass.optim.SAM(params, onepass.optim.SGD, rho=RHO)
 
-    def there() -> None:
+    def perturb() -> None:
         if not optimizer.is_perturbed:
             optimizer.first_step()
 
-    def back() -> None:
+    def restore() -> None:
         if optimizer.is_perturbed:
             optimizer._restore()
 
-    run, prepare = (optimizer.first_step, back) if what == "sam perturb" else (optimizer._restore, there)
+    run, prepare = (optimizer.first_step, restore) if what == "sam perturb" else (optimizer._restore, perturb)
     return Variant("onepass", run, prepare)
 
 
 def theirs(what: str, params: list[torch.Tensor]) -> Variant:
-    """What a careful user writes with torch alone; the copies are made once."""
+    """What a careful user writes with torch alone; the copies are allocated once."""
     kept = [param.detach().clone() for param in params]
     weights = [param.detach() for param in params]
 
@@ -126,9 +126,11 @@ def measure(line: Pass, device: torch.device, seconds: float, rounds: int) -> Js
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small lists and few samples: shows that it works")
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches, as 'x 25M sam'")
-    parser.add_argument("--seconds", type=float, help="time for each row (default 4, quick 0.1)")
+    parser.add_argument("--quick", action="store_true", help="small lists and few samples, to show that it works")
+    parser.add_argument(
+        "--filter", default="", metavar="REGEX", help="only rows whose name matches, such as 'x 25M sam'"
+    )
+    parser.add_argument("--seconds", type=float, help="time per row (default 4, quick 0.1)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -1,14 +1,14 @@
-"""onepass beside torch on real data: the same losses, less time.
+"""onepass and torch on real data: the same losses, less time.
 
-Two networks learn to read handwritten digits (scikit-learn's), a third one, a character GPT, the text of Python's own
-help; nothing is downloaded. Each is trained twice from the same seed on the same batches: once by torch on its fastest
-path, once by onepass. The swap is two lines, the second for networks with norms and dropout:
+Two networks learn to read handwritten digits (from scikit-learn); a third, a character GPT, learns the text of Python's
+help. Nothing is downloaded. Each is trained twice from the same seed on the same batches: once with torch on its fastest
+path, once with onepass. The change is two lines, the second only for networks with norms or dropout:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
     optimizer = onepass.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model = onepass.convert(model)
 
-Prints a table, checks that the losses agree, and draws both into one picture.
+Prints a table, checks that the losses agree, and plots both in one figure.
 
     python examples/demo.py [--quick] [--out demo.png]
 """
@@ -35,77 +35,20 @@ import numpy as np
 import onepass
 import sklearn.datasets  # type: ignore[import-untyped]
 import torch
+from demo_networks import CharacterGPT, cnn, mlp
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 BATCH = 64
 MAX_NORM = 1.0
-# Two float32 programs that round differently drift apart as training amplifies the last bit of a weight: here to about
-# 1e-6 in the loss, between torch's own paths as well. Another seed changes it by 1e-1.
+# Two float32 programs that round differently drift apart, because training amplifies the last bit of a weight: here to
+# about 1e-6 in the loss, also between torch's own paths. Another seed changes the loss by 1e-1.
 LOSS_TOLERANCE = 1e-4
-# With dropout the two draw different masks, as two seeds of torch would: the curves agree on average, not bit by bit.
+# With dropout the two draw different masks, as two seeds of torch would: the curves agree on average only.
 MASK_TOLERANCE = 0.1
 
 Step = Callable[[], object]
 Batch = tuple[Tensor, Tensor]
-
-
-# tanh and not ReLU: it has no kink. With ReLU a unit that is +1e-8 in one run and -1e-8 in the other is a visible jump,
-# and the curves of any two optimizers that round differently part after some hundred steps, torch's own included.
-def cnn() -> nn.Module:
-    def block(inp: int, out: int) -> list[nn.Module]:
-        return [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.Tanh()]
-
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        *(*block(1, 16), *block(16, 16), nn.AvgPool2d(2)),
-        *(*block(16, 32), *block(32, 32), nn.AvgPool2d(2)),
-        *(nn.Flatten(), nn.Dropout(0.1), nn.Linear(32 * 2 * 2, 10)),
-    )
-
-
-def mlp() -> nn.Module:
-    hidden = [layer for _ in range(4) for layer in (nn.Linear(128, 128), nn.Tanh())]
-    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), *hidden, nn.Linear(128, 10))
-
-
-class Block(nn.Module):
-    """A transformer block that normalises before attention and before its two-layer network."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.drop1, self.drop2 = nn.Dropout(dropout), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.attend(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.drop1(self.project(mixed.transpose(1, 2).flatten(2)))
-        result: Tensor = x + self.drop2(self.network(self.norm2(x)))
-        return result
-
-
-class CharacterGPT(nn.Module):
-    """Predicts every next character of a text of at most `context` characters."""
-
-    def __init__(self, characters: int, context: int, width: int = 64, layers: int = 2, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, 4, dropout) for _ in range(layers)))
-        self.drop, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
-        self.head = nn.Linear(width, characters, bias=False)
-        for weight in self.parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
-
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.characters(text) + self.places.weight[: text.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(self.drop(x))))
-        flat: Tensor = logits.flatten(0, 1)
-        return flat
 
 
 def sgd_torch(model: nn.Module) -> Step:
@@ -161,7 +104,7 @@ class Run:
         self.model.eval()
         self.accuracy = (self.model(inputs).argmax(1) == targets).double().mean().item()
 
-    # The median of the steps: a busy neighbour on the machine shows in the mean.
+    # The median over the steps, because other processes on the machine distort the mean.
     @property
     def optimizer_ms(self) -> float:
         return 1e3 * statistics.median(self.optimizer_seconds)
@@ -180,8 +123,8 @@ class Data(Protocol):
 
 
 @dataclass
-class Contest:
-    """The same network, the same batches, the two libraries."""
+class Comparison:
+    """One network trained on the same batches by both libraries."""
 
     network: str
     optimizer: str
@@ -196,7 +139,7 @@ class Contest:
 
     @property
     def loss_difference(self) -> float:
-        """The largest one of all steps; with dropout that of the mean over the last quarter of the steps."""
+        """The largest over all steps; with dropout the relative difference of the means over the last quarter."""
         difference = np.subtract(self.torch.losses, self.onepass.losses)
         if self.dropout:
             last = len(difference) // 4 + 1
@@ -209,7 +152,7 @@ class Contest:
 
 
 class Digits:
-    """8 x 8 images of handwritten digits, a fifth of them kept for the test."""
+    """8 x 8 images of handwritten digits; a fifth is held out for the test."""
 
     def __init__(self) -> None:
         pixels, digits = sklearn.datasets.load_digits(return_X_y=True)
@@ -234,7 +177,7 @@ class Digits:
 
 
 class HelpText:
-    """The text of Python's own help, which varies with the version of Python; its last twentieth is kept for the test."""
+    """The text of Python's help, which depends on the Python version; its last twentieth is held out for the test."""
 
     context = 64
 
@@ -268,23 +211,23 @@ class HelpText:
         return self._cut(self.held_out, torch.arange(0, len(self.held_out) - self.context - 1, self.context))
 
 
-def train(contest: Contest, quick: bool) -> None:
-    """Batch by batch in turn, so that what slows one slows the other."""
-    turns = [contest.torch, contest.onepass]
-    batches = contest.data.batches(quick)
-    # disable=None: a bar on a terminal, nothing in a log.
+def train(comparison: Comparison, quick: bool) -> None:
+    """Alternate batch by batch, so that a slow moment of the machine affects both."""
+    turns = [comparison.torch, comparison.onepass]
+    batches = comparison.data.batches(quick)
+    # disable=None: a progress bar on a terminal, nothing in a log.
     progress = tqdm(
-        batches, desc=contest.network, total=contest.data.steps(quick), unit="step", disable=None, leave=False
+        batches, desc=comparison.network, total=comparison.data.steps(quick), unit="step", disable=None, leave=False
     )
     for inputs, targets in progress:
         for run in turns:
             run.learn(inputs, targets)
         turns.reverse()
     for run in turns:
-        run.test(*contest.data.test())
+        run.test(*comparison.data.test())
 
 
-def contests() -> list[Contest]:
+def comparisons() -> list[Comparison]:
     """SGD with momentum on a CNN, AdamW with clipping on an MLP and on a character GPT."""
     digits, text = Digits(), HelpText()
     print(text.name)
@@ -300,13 +243,13 @@ def contests() -> list[Contest]:
         return CharacterGPT(text.characters, text.context)
 
     return [
-        Contest("CNN", "SGD, momentum", digits, run(cnn, sgd_torch), run(cnn, sgd_onepass, True), dropout=True),
-        Contest("MLP", "AdamW, clipping", digits, run(mlp, adamw_torch), run(mlp, adamw_onepass)),
-        Contest("GPT", "AdamW, clipping", text, run(gpt, adamw_torch), run(gpt, adamw_onepass, True), dropout=True),
+        Comparison("CNN", "SGD, momentum", digits, run(cnn, sgd_torch), run(cnn, sgd_onepass, True), dropout=True),
+        Comparison("MLP", "AdamW, clipping", digits, run(mlp, adamw_torch), run(mlp, adamw_onepass)),
+        Comparison("GPT", "AdamW, clipping", text, run(gpt, adamw_torch), run(gpt, adamw_onepass, True), dropout=True),
     ]
 
 
-def table(results: list[Contest]) -> str:
+def table(results: list[Comparison]) -> str:
     titles = ["model", "optimizer", "loss", "", "test accuracy", "", "optimizer ms", "", "ratio", "whole step ms", ""]
     below = ["", "", *["torch", "onepass"] * 3, "", "torch", "onepass"]
     lines = [
@@ -326,9 +269,9 @@ def table(results: list[Contest]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def draw(results: list[Contest], path: Path) -> None:
-    """Left, the loss curves on top of each other; right, the time in the optimizer."""
-    torch_colour, onepass_colour = "#e69f00", "#0072b2"  # told apart by colour-blind readers as well
+def draw(results: list[Comparison], path: Path) -> None:
+    """Left: the loss curves on top of each other. Right: the time in the optimizer."""
+    torch_colour, onepass_colour = "#e69f00", "#0072b2"  # distinguishable for colour-blind readers
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
 
     for result in results:
@@ -365,24 +308,24 @@ def draw(results: list[Contest], path: Path) -> None:
 
 
 def smooth(losses: list[float], width: int = 20) -> list[float]:
-    """The mean of the last ``width`` losses: a single batch says little."""
+    """The mean of the last ``width`` losses, because a single batch says little."""
     return [statistics.fmean(losses[max(0, end - width) : end]) for end in range(1, len(losses) + 1)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps: shows that everything works")
-    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default demo.png)")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to show that everything works")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="file of the figure (default demo.png)")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # networks this small are no faster on more, and the times are calmer
+    torch.set_num_threads(1)  # networks this small are no faster on more threads, and the times vary less
     print(f"onepass {onepass.__version__}, torch {torch.__version__}, one thread")
-    results = contests()
-    for contest in results:
-        train(contest, args.quick)
+    results = comparisons()
+    for comparison in results:
+        train(comparison, args.quick)
     print(table(results))
     draw(results, args.out)
-    print(f"picture: {args.out}")
+    print(f"figure: {args.out}")
 
     for result in results:
         verdict = "the same" if result.agrees else "NOT the same"

@@ -1,8 +1,8 @@
-"""The worker of test_boundary.py: every public function on every kind of tensor, each cell reported as a line of JSON.
+"""The worker of test_boundary.py: every public function on every kind of tensor; each cell is reported as a line of JSON.
 
     python adversarial.py layer_norm
 
-A cell is right (equal to the same call on an ordinary copy of the tensor), or a clear error.
+A cell has to be right (equal to the same call on an ordinary copy of the tensor) or a clear error.
 """
 
 import json
@@ -17,7 +17,7 @@ from onepass.nn import functional as OF
 warnings.simplefilter("ignore")
 Tensors = dict[str, torch.Tensor]
 CLEAR = (TypeError, ValueError, RuntimeError, NotImplementedError)
-# What torch raises by itself in other types: real tensors beside fake ones, too few dimensions, a nested weight of rms_norm.
+# Errors of torch itself, of other types: real tensors beside fake ones, too few dimensions, a nested weight of rms_norm.
 TORCHS = ("convert all Tensors to FakeTensors", "at least [N, C] is expected", "no attribute '_ragged_idx'")
 
 
@@ -73,7 +73,7 @@ def freed(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-# Kinds that hold values: an ordinary copy of them says what is right.
+# Kinds that hold values: an ordinary copy of them gives the expected result.
 VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "plain": torch.clone,
     "subclass": lambda t: t.clone().as_subclass(Plain),
@@ -95,7 +95,7 @@ VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "float16": lambda t: t.half(),
     "nan": lambda t: torch.full_like(t, float("nan")),
 }
-# Kinds that may be refused only, or whose result has no values.
+# Kinds that must be refused, or whose result has no values.
 OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "meta": lambda t: t.to("meta"),
     "fake": fake,
@@ -128,7 +128,7 @@ def rand(*shape: int) -> torch.Tensor:
 
 
 def with_gradients(call: Callable[[Tensors], object]) -> Callable[[Tensors], list[torch.Tensor]]:
-    """The results, and the gradients of every operand that can have one."""
+    """The results, and the gradients of all operands that can have one."""
 
     def run(tensors: Tensors) -> list[torch.Tensor]:
         leaves = {
@@ -179,7 +179,7 @@ def module(make: Callable[[], torch.nn.Module]) -> Callable[[Tensors], object]:
 
 
 def step(make: Callable[[list], torch.optim.Optimizer]) -> Callable[[Tensors], list[torch.Tensor]]:
-    """A step; with a state that is given, the first state that the optimizer makes is replaced by it."""
+    """A step; a given `state` replaces the first state that the optimizer creates."""
 
     def run(tensors: Tensors) -> list[torch.Tensor]:
         parameter = torch.nn.Parameter(tensors["parameter"], requires_grad=tensors["parameter"].is_floating_point())
@@ -318,7 +318,7 @@ def attempt(call: Callable[[Tensors], object], tensors: Tensors) -> list[torch.T
 
 
 def cell(call: Callable[[Tensors], object], good: Tensors, name: str, kind: str) -> str:
-    """What is wrong about a cell; empty: nothing."""
+    """What is wrong with a cell; empty if nothing."""
     make = VALUES.get(kind) or OTHERS[kind]
     tensors = {k: make(t) if k == name else t.clone() for k, t in good.items()}
     copies = {k: ordinary(t) for k, t in tensors.items()} if kind in VALUES else None

@@ -1,8 +1,8 @@
-"""Fixtures: the device, the dtype and the native backend a test runs on, and a clean process state around each test."""
+"""Fixtures: the device, dtype and native backend of a test, and a clean process state around each test."""
 
 import os
 
-# torch.compile keeps graphs between runs, under keys that do not see an operator's fake change.
+# torch.compile caches graphs between runs, under keys that do not change with an operator's fake implementation.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 from cuda_on_host import backend
@@ -16,7 +16,7 @@ from support import DTYPES  # noqa: E402
 ON_HOST = BACKEND == "cuda-on-host"
 DEVICES = {BACKEND: "cpu"} if ON_HOST else {"cpu": "cpu", "cuda": "cuda"} if backend.kernel_device() else {"cpu": "cpu"}
 
-# What makes no sense where the CUDA kernels run on the host: a test by its name, and why.
+# Tests that make no sense when the CUDA kernels run on the host, by name, and why.
 NOT_ON_HOST = {
     "test_the_baseline_is_always_there": "about the CPU kernels",
     "test_same_bits_on_every_isa": "about the CPU kernels",
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With ONEPASS_TEST_EVERY_KERNEL a run that left out a kernel has failed."""
+    """With ONEPASS_TEST_EVERY_KERNEL a run fails if it did not launch every kernel."""
     if ON_HOST and os.environ.get("ONEPASS_TEST_EVERY_KERNEL") and not all(backend.kernels().values()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -88,9 +88,9 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """The same seed before every test, the thread count as it was after it; denormals, whatever ran before.
+    """Set the seed before every test, restore the thread count after it, and enable denormals whatever ran before.
 
-    Older torch compiles with -ffast-math: loading what inductor made lets the processor flush denormals to zero from then on.
+    Older torch compiles with -ffast-math: loading inductor's output makes the processor flush denormals to zero from then on.
     """
     torch.manual_seed(0)
     torch.set_flush_denormal(False)

@@ -1,4 +1,4 @@
-"""The table of norms, their operands in every dtype and layout, and a layer's call compared with its reference."""
+"""The table of norms, their operands in every dtype and layout, and the comparison of a layer's call with its reference."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Norm:
     forward: Callable[..., np.ndarray]
     backward: Callable[..., norm.Gradients]
     has_bias: bool
-    eps: Callable[[torch.dtype], float]  # where none is given
+    eps: Callable[[torch.dtype], float]  # the default
 
     def __call__(self, x, normalized_shape, weight=None, bias=None, eps=None) -> torch.Tensor:
         options = {} if eps is None else {"eps": eps}
@@ -46,7 +46,7 @@ AFFINE = ("none", "weight", "weight and bias", "bias", "scalar")
 
 
 def affine(kind: str, has_bias: bool, shape: Sequence[int], dtype: torch.dtype, device) -> Tensors:
-    """Weight and bias of a kind of AFFINE, around 1 and 0."""
+    """Weight and bias of one of the kinds in AFFINE, around 1 and 0."""
     shape = () if kind == "scalar" else shape
     weight = torch.randn(shape, device=device).mul(0.5).add(1).to(dtype) if kind not in ("none", "bias") else None
     bias = torch.randn(shape, device=device).to(dtype) if has_bias and kind not in ("none", "weight") else None
@@ -54,7 +54,7 @@ def affine(kind: str, has_bias: bool, shape: Sequence[int], dtype: torch.dtype, 
 
 
 def weight_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Weights are of the input's dtype, or float32 beside a 16-bit input."""
+    """Weights have the input's dtype, or float32 beside a 16-bit input."""
     return (dtype, torch.float32) if rounding(dtype) else (dtype,)
 
 
@@ -67,7 +67,7 @@ def as_numpy(*tensors: torch.Tensor | None) -> list[np.ndarray | None]:
 
 
 def gradients(y: torch.Tensor, inputs: Tensors, dy: torch.Tensor) -> list[torch.Tensor | None]:
-    """Of the inputs that are there, in their order; each of its input's dtype and shape."""
+    """The gradients of all inputs that are not None, in order, each of its input's dtype and shape."""
     there = [t for t in inputs if t is not None]
     found = iter(torch.autograd.grad(y, there, dy))
     result = [None if t is None else next(found) for t in inputs]
@@ -79,18 +79,18 @@ def gradients(y: torch.Tensor, inputs: Tensors, dy: torch.Tensor) -> list[torch.
 def assert_close_to(
     came: torch.Tensor, expected: np.ndarray, factor: float, what: str, x_dtype: torch.dtype | None = None
 ) -> None:
-    """Rounding of the arithmetic, which is x's, times `factor`, on top of rounding to the dtype it is stored in."""
+    """Allow rounding of x's compute dtype times `factor`, plus rounding to the dtype of storage."""
     tolerance = max(ARITHMETIC[arithmetic_dtype(dtype)] for dtype in (came.dtype, x_dtype or came.dtype))
     assert_close(came, expected.reshape(came.shape), tolerance * factor, what, rounding(came.dtype))
 
 
 def amplification(variance: np.ndarray, eps: float) -> float:
-    """What the division by the deviation makes of a rounding error in x - mean(x), at most; at least 1."""
+    """By how much, at most, dividing by the deviation amplifies a rounding error in x - mean(x); at least 1."""
     return float(np.fmax.reduce(1 / np.sqrt(variance.reshape(-1) + eps), initial=1.0))
 
 
 def assert_norm(kind: Norm, x, normalized_shape, weight=None, bias=None, dy=None, eps=None, what="") -> None:
-    """y and the gradients of everything against the reference."""
+    """Compare y and all gradients with the reference."""
     x, weight, bias = leaf(x), leaf(weight), leaf(bias)
     y = kind(x, normalized_shape, weight, bias, eps)
     assert (y.dtype, y.shape, y.device) == (x.dtype, x.shape, x.device), f"{what}: came {y.dtype} {y.shape} {y.device}"
@@ -106,7 +106,7 @@ def assert_norm(kind: Norm, x, normalized_shape, weight=None, bias=None, dy=None
     assert_close_to(y, kind.forward(rows, w, b, eps), factor, f"y of {what}")
     expected = kind.backward(to_numpy(dy).reshape(rows.shape), rows, w, b, eps)
     assert_close_to(came[0], expected.x, factor, f"gradient of x of {what}")
-    # Sums of as many terms of either sign.
+    # Sums of this many terms of either sign.
     terms = len(rows) * (size if weight is not None and weight.dim() == 0 else 1)
     for name, gradient, value in (("weight", came[1], expected.weight), ("bias", came[2], expected.bias)):
         if gradient is not None:
@@ -134,7 +134,7 @@ def assert_batch_norm(
     dy=None,
     what="",
 ) -> torch.Tensor:
-    """y, every gradient and the running statistics against the reference; y."""
+    """Compare y, every gradient and the running statistics with the reference; return y."""
     x, weight, bias, residual = leaf(x), leaf(weight), leaf(bias), leaf(residual)
     before, slope = as_numpy(*running), ACTIVATIONS[activation]
     if activation is None and residual is None:

@@ -1,4 +1,4 @@
-"""Tensors that are not dense and aligned, each inside a larger base whose other elements must survive."""
+"""Tensors that are not dense and aligned, each inside a larger base whose other elements must not change."""
 
 from collections.abc import Callable
 
@@ -69,7 +69,7 @@ def in_layout(name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def assert_only_view_written(base: torch.Tensor, view: torch.Tensor, what: str) -> None:
-    """Nothing around the view changed. The view's own content is lost."""
+    """Assert that nothing around the view changed. Overwrites the view."""
     with torch.no_grad():
         view.fill_(FILL)
         assert bool((base == FILL).all()), f"{what}: elements around the parameter were written"

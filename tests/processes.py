@@ -1,4 +1,4 @@
-"""Work done in a group of processes, over gloo."""
+"""Runs work in a group of processes, over gloo."""
 
 import os
 import tempfile
@@ -21,11 +21,11 @@ def in_group(rank: int, world: int, store: str, work: Callable[[], None]) -> Non
 
 def in_process(rank: int, world: int, store: str, work: Callable[[], None]) -> None:
     in_group(rank, world, store, work)
-    os._exit(0)  # gloo's threads may still be ending: an ordinary exit at that moment aborts, once in many
+    os._exit(0)  # gloo's threads may still be ending; an ordinary exit at that moment occasionally aborts
 
 
 def run(world: int, work: Callable[[], None]) -> None:
-    """The work in a group of `world` processes, in this one where there is only one."""
+    """Run the work in a group of `world` processes; in this process if there is only one."""
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         if world == 1:

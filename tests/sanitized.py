@@ -2,8 +2,8 @@
 
     python tests/sanitized.py [--build build/sanitized] [PYTEST_ARGUMENTS...]
 
-What it finds ends the process: reads and writes beyond an array, memory used after it was freed, arithmetic that C++
-leaves undefined. Kernels of every instruction set that this machine has are run by test_optim_exactness.py.
+A finding ends the process: reads and writes beyond an array, memory used after it was freed, arithmetic that C++ leaves
+undefined. test_optim_exactness.py runs the kernels of every instruction set that this machine has.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> int:
         "ONEPASS_TEST_EXTENSION": str(extension.resolve()),
     }
     tests = [str(path.relative_to(ROOT)) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
-    # Only what Python writes is captured: a sanitizer that ends the process has the last word.
+    # pytest captures only Python's output: the report of a sanitizer that ends the process has to get through.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *arguments]
     named = any(argument.startswith("tests/") for argument in arguments)
     return subprocess.run([*command, *([] if named else tests)], cwd=ROOT, env=environment, check=False).returncode

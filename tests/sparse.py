@@ -1,4 +1,4 @@
-"""Sparse gradients, the optimizers that take them, and a reference for the rows they touch."""
+"""Sparse gradients, the optimizers that accept them, and a reference for the rows they update."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from reference import adagrad, sgd, sparse_adam
 from reference.common import Reference
 from support import ARITHMETIC, arithmetic_dtype, assert_close, rounding, to_numpy
 
-torch.sparse.check_sparse_tensor_invariants.disable()  # said aloud, or torch warns that it does not check
+torch.sparse.check_sparse_tensor_invariants.disable()  # explicit, otherwise torch warns that it does not check
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ SPARSE = {
 
 
 def sparse(shape, rows: list[int], dtype=torch.float32, device="cpu") -> torch.Tensor:
-    """A gradient with a random row for each number; a row may come several times."""
+    """A gradient with a random row per number; a row may occur several times."""
     index = torch.tensor([rows], dtype=torch.int64, device=device)
     values = torch.randn(len(rows), *shape[1:], device=device).to(dtype)
     return torch.sparse_coo_tensor(index, values, shape)
@@ -43,7 +43,7 @@ def some_rows(shape, n: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
 
 
 class Beside:
-    """An optimizer, and a reference that is given the touched rows of a table as if they were all there is."""
+    """An optimizer beside a reference that receives the updated rows of a table as if they were the whole table."""
 
     def __init__(self, rule: Sparse, case: dict, params: list[torch.nn.Parameter]) -> None:
         self.params, self.optimizer = params, rule.ours(params, **case)

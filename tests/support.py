@@ -1,4 +1,4 @@
-"""Dtypes, tolerances, and comparisons that say what was expected and what came."""
+"""Dtypes, tolerances, and comparisons that report the expected and the actual values."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def parameter(values: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter that keeps the memory and the strides of `values`."""
+    """A parameter with the memory and strides of `values`."""
     return torch.nn.Parameter(values.detach())
 
 
@@ -25,26 +25,26 @@ has_named_parameters = _has_named_parameters()
 """Whether torch.optim takes pairs of a name and a parameter, and keeps the names."""
 
 needs_named_parameters = pytest.mark.skipif(
-    not has_named_parameters, reason="this torch.optim takes no named parameters"
+    not has_named_parameters, reason="this torch.optim does not accept named parameters"
 )
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what the rules compute and the states are kept: float32, float64 for float64."""
+    """The dtype of the rules' arithmetic and of the states: float64 for float64, otherwise float32."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-# Twenty steps of a few roundings each, on values around 1: about 50 half units in the last place.
+# Twenty steps with a few roundings each, on values around 1: about 50 half units in the last place.
 ARITHMETIC = {torch.float32: 4e-6, torch.float64: 1e-13}
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to a 16-bit dtype; 0 where the storage is as wide as the arithmetic."""
+    """The largest relative error of rounding to a 16-bit dtype; 0 if storage is as wide as the arithmetic."""
     return torch.finfo(dtype).eps / 2 if dtype in HALF else 0.0
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The values as float64 in memory of their own; complex numbers as pairs."""
+    """A copy of the values as float64; complex numbers as pairs."""
     tensor = tensor.detach().cpu().resolve_neg().resolve_conj()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -52,7 +52,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def assert_close(came, expected, tolerance: float, what: str, storage_rounding: float = 0.0) -> None:
-    """|came - expected| <= tolerance·(1 + |expected|), and half a unit of the storage's last place on top."""
+    """Assert |came - expected| <= tolerance·(1 + |expected|) plus half a unit in the last place of the storage."""
     came = to_numpy(came) if isinstance(came, torch.Tensor) else np.asarray(came, dtype=np.float64)
     expected = to_numpy(expected) if isinstance(expected, torch.Tensor) else np.asarray(expected, dtype=np.float64)
     assert came.shape == expected.shape, f"{what}: the shape should be {expected.shape}, came {came.shape}"

@@ -1,6 +1,6 @@
-"""Adversarial tensors x every public function, module, operator and optimizer: right, or a clear error, never a crash.
+"""Adversarial tensors x every public function, module, operator and optimizer: right or a clear error, never a crash.
 
-The cells run in processes of their own (adversarial.py), a batch of functions each, so that a crash is the failure of a cell.
+The cells run in separate processes (adversarial.py), a batch of functions each, so that a crash fails only its cell.
 """
 
 import json
@@ -15,8 +15,9 @@ from adversarial import FUNCTIONS
 
 NAMES = list(FUNCTIONS)
 BATCHES = [NAMES[i::3] for i in range(3)]
-# Cells that are known to be wrong: dense gradients and states with the sign pending. Only torch._neg_view, which is private,
-# makes them of more than one element, and asking every tensor would cost as much as reading it (csrc/bind_gather.cpp).
+# Cells that are known to be wrong: dense gradients and states with the negative bit set. Only torch._neg_view, which is
+# private, makes them with more than one element, and asking every tensor would cost as much as reading it (see
+# csrc/bind/gather.cpp).
 WRONG = {f"{name}, {operand}: neg" for name in NAMES if name.endswith(".step") for operand in ("gradient", "state")}
 counted: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""Random shapes, strides, dtypes and lists: the layers and steps equal torch in float64, and nothing crashes."""
+"""Random shapes, strides, dtypes and lists: layers and steps equal torch in float64, and nothing crashes."""
 
 import onepass
 import pytest
@@ -16,7 +16,7 @@ seeds = st.integers(0, 2**31)
 
 @st.composite
 def laid_out(draw, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Values around 1 in some dense, strided, offset or broadcast memory."""
+    """Values around 1 in dense, strided, offset or broadcast memory."""
     layout = draw(st.sampled_from(("contiguous", "offset", "strided", "permuted", "expanded")))
     values = (
         torch.rand(shape, generator=torch.Generator().manual_seed(draw(seeds)), dtype=torch.float64).add(0.5).to(dtype)
@@ -44,9 +44,9 @@ def leaf(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor
 
 
 def assert_layer(ours, theirs, operands: list[torch.Tensor], what: str) -> None:
-    """Values and gradients against torch in float64, from the same (rounded) operands."""
+    """Compare values and gradients with torch in float64 on the same (rounded) operands."""
     mine = [leaf(t) for t in operands]
-    # Contiguous: the backward of torch's batch_norm reads a strided weight as if it were (seen in 2.13).
+    # Contiguous, because the backward of torch's batch_norm reads a strided weight as if it were contiguous (seen in 2.13).
     wide = [leaf(t.contiguous(), torch.float64) for t in operands]
     y, expected = ours(*mine), theirs(*wide)
     dy = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).sub(0.5).to(y.dtype)
@@ -56,7 +56,7 @@ def assert_layer(ours, theirs, operands: list[torch.Tensor], what: str) -> None:
     for i, (a, b) in enumerate(
         zip(torch.autograd.grad(y, mine, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True)
     ):
-        # A gradient is a difference of larger numbers: what is rounded may be larger than what is left.
+        # A gradient is a difference of larger numbers, so a rounding error may be larger than the result.
         assert_close(a, b, few + 4 * rounding(dtype), f"gradient {i} of {what}", 2 * rounding(dtype))
 
 
@@ -65,7 +65,7 @@ def assert_layer(ours, theirs, operands: list[torch.Tensor], what: str) -> None:
 def test_norms(data, dtype, batch, row):
     shape = (*batch, *row)
     operands = [data.draw(laid_out(shape, dtype)), *(data.draw(laid_out(tuple(row), dtype)) for _ in range(2))]
-    eps = 0.1  # rows of one element, or of equal ones, have no variance
+    eps = 0.1  # rows of one element, or of equal elements, have no variance
     assert_layer(
         lambda x, w, b: OF.layer_norm(x, row, w, b, eps),
         lambda x, w, b: F.layer_norm(x, row, w, b, eps),
@@ -97,11 +97,11 @@ def test_batch_norm(data, dtype, batch, channels, space, training):
 @FUZZ
 @given(st.data(), dtypes, st.lists(st.integers(0, 17), max_size=4), st.floats(0, 1), st.integers(-(2**63), 2**63 - 1))
 def test_dropout(data, dtype, shape, p, seed):
-    """The mask alone says what is kept; the strides of the input say nothing."""
+    """Only the mask decides what is kept; the strides of the input have no influence."""
     x = data.draw(laid_out(tuple(shape), dtype))
     keep = OF.dropout_mask(shape, p, seed)
     scale = 1 / (1 - p) if p < 1 else 0.0
-    if scale < 1e4:  # float16 ends soon
+    if scale < 1e4:  # the range of float16 is small
         assert_layer(
             lambda x: OF.dropout(x, p, seed=seed), lambda x: torch.where(keep, x * scale, 0), [x], f"{shape}, {p}"
         )
@@ -120,7 +120,7 @@ shapes = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=1
 @FUZZ
 @given(st.data(), st.sampled_from(sorted(RULES)), st.lists(st.tuples(dtypes, st.integers(0, 3)), max_size=8), shapes)
 def test_steps(data, name, kinds, sizes):
-    """Lists of any length, dtypes mixed, some parameters without a gradient. 16 bits are left to the rules' own tests."""
+    """Lists of any length, with mixed dtypes; some parameters have no gradient. The rules' tests cover 16 bits."""
     params, twins = [], []
     for (dtype, gradient), shape in zip(kinds, sizes, strict=False):
         dtype = arithmetic_dtype(dtype)
@@ -152,7 +152,7 @@ def test_clip(data, dtype, sizes, norm_type, limit):
             group.append(torch.nn.Parameter(torch.empty_like(grad)))
             group[-1].grad = grad
     if norm_type == float("inf") and not all(p.numel() for p in params):
-        return  # torch has no such norm of an empty tensor
+        return  # torch does not define this norm for an empty tensor
     came = onepass.optim.clip_grad_norm_(params, limit, norm_type)
     expected = torch.nn.utils.clip_grad_norm_(twins, limit, norm_type)
     assert_close(came, expected.to(came.dtype), 1e-5, "norm", 2 * rounding(came.dtype))
@@ -162,7 +162,7 @@ def test_clip(data, dtype, sizes, norm_type, limit):
 
 @pytest.mark.parametrize("count", [0, 1, 3000])
 def test_long_lists(count):
-    """More tensors than one launch takes."""
+    """More tensors than fit in one launch."""
     params = [torch.nn.Parameter(torch.full((i % 5,), 1.0)) for i in range(count)]
     for p in params:
         p.grad = torch.ones_like(p)

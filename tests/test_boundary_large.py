@@ -1,4 +1,4 @@
-"""More elements than an int32 counts, where memory allows: indices, sizes and masks have 64 bits."""
+"""More elements than an int32 can count, if memory allows: indices, sizes and masks have 64 bits."""
 
 import onepass
 import pytest
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def available() -> int:
-    """Bytes that a process can still take; 0 where the system does not say."""
+    """Bytes that the process can still allocate; 0 if the system does not say."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -1,4 +1,4 @@
-"""Operators called by name with arguments that do not go together: an error that names both, in the kernel and its fake."""
+"""Operators called by name with arguments that do not match: an error that names both, in the kernel and its fake."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ X, C = t(4, 6), t(6)
 P = {"p": value(0.5), "inverted": value(True)}
 ROW = {"size": value(6), "eps": value(1e-5), "rms": value(False)}
 
-# Arguments that every operator takes.
+# Valid arguments of every operator.
 GOOD: dict[str, dict[str, Make]] = {
     "norm": {"x": X, "weight": C, "bias": C, **ROW},
     "norm_backward": {
@@ -105,7 +105,7 @@ LIKE_THE_FIRST = ("x", "residual", "dy", "dsum", "sum", "y")
 
 
 def bad_values(operator: str, name: str, good: Make) -> dict[str, Make]:
-    """What an argument must not be."""
+    """Values that an argument must not have."""
     if name in LIKE_THE_FIRST:
         return unlike(good().shape, alone=len(GOOD[operator].keys() & set(LIKE_THE_FIRST)) == 1)
     if name in ("weight", "bias"):
@@ -124,7 +124,7 @@ def bad_values(operator: str, name: str, good: Make) -> dict[str, Make]:
             "device": zeros(*shape, device="meta"),
         }
     if name == "seed":
-        anywhere = operator == "dropout_mask"  # the mask is made where its seed is
+        anywhere = operator == "dropout_mask"  # the mask is created on its seed's device
         return {
             "int32": zeros(dtype=torch.int32),
             "float": zeros(),
@@ -136,7 +136,7 @@ def bad_values(operator: str, name: str, good: Make) -> dict[str, Make]:
 
 
 def unlike(shape: torch.Size, alone: bool) -> dict[str, Make]:
-    """Tensors that are not like the others of a call; where there is only one, of another dtype or device."""
+    """Tensors that do not match the others of a call; if there is only one, of another dtype or device."""
     wrong = {str(d): zeros(*shape, dtype=d) for d in (torch.int32, torch.complex64, torch.float8_e5m2)}
     if not alone:
         wrong |= {
@@ -193,8 +193,8 @@ def call(operator: str, changes: dict[str, Make]):
 
 
 @pytest.mark.parametrize("operator", GOOD)
-def test_good_arguments(operator):
-    """They are taken, and their kernel and its fake agree; the table below changes one of them at a time."""
+def test_valid_arguments(operator):
+    """They are accepted, and kernel and fake agree; the tests below change one of them at a time."""
     came = call(operator, {})
     with FakeTensorMode():
         expected = call(operator, {})
@@ -227,19 +227,19 @@ def test_combinations_are_refused(operator, name, changes):
 
 
 def twice(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, every second one in memory."""
+    """The same values with a stride of 2."""
     return torch.stack((tensor, tensor), -1)[..., 0]
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, with the sign pending."""
+    """The same values, with the negative bit set."""
     return torch._neg_view(tensor.neg()) if tensor.dtype.is_signed else tensor
 
 
 @pytest.mark.parametrize("view", [twice, negated])
 @pytest.mark.parametrize("operator", GOOD)
 def test_any_strides_and_signs(operator, view):
-    """Every tensor argument, statistics, seeds and masks as well."""
+    """Every tensor argument, including statistics, seeds and masks."""
     expected = call(operator, {})
     changes = {
         name: (lambda made=made: view(made))

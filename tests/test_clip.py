@@ -38,12 +38,12 @@ def grads_of(params) -> dict[str, bytes]:
 @pytest.mark.parametrize("max_norm", [0.1, 1e6, 0.0])
 @pytest.mark.parametrize("p", NORMS)
 def test_norm_against_the_reference(p, max_norm, dtype, device):
-    """Each dtype, clipped and not: the norm of the exact gradients, one rounding of the scaled ones."""
-    params = with_grads(SHAPES if p != 0.5 else SHAPES[:2], dtype, device)  # of many elements it overflows float16
+    """Every dtype, clipped and not: the norm of the exact gradients, and one rounding of the scaled ones."""
+    params = with_grads(SHAPES if p != 0.5 else SHAPES[:2], dtype, device)  # with many elements it overflows float16
     norm, expected = clip.clip_grad_norm([to_numpy(q.grad) for q in params], max_norm, p)
     came = clip_grad_norm_(params, max_norm, p)
     assert came.shape == (), f"the norm should be 0-d, came {came!r}"
-    # The other norms are torch's, which rounds those of single tensors and the factor to 16 bits too.
+    # The other norms are compared with torch, which also rounds the norms of single tensors and the factor to 16 bits.
     roundings = rounding(dtype) if p == 2 else 4 * rounding(dtype)
     assert_close(came.double() / norm, torch.tensor(1.0), 10 * TOLERANCE[dtype], f"{p}-norm", roundings)
     for i, (q, g) in enumerate(zip(params, expected, strict=True)):
@@ -106,7 +106,7 @@ def test_one_tensor():
 
 
 def test_nothing_to_clip():
-    """A list of nothing and parameters without gradients: 0. An empty generator is torch's warning."""
+    """An empty list and parameters without gradients give 0. An empty generator gives torch's warning."""
     for params in ([], [parameter(torch.zeros(3))]):
         norm = clip_grad_norm_(params, 1.0)
         assert isinstance(norm, torch.Tensor)
@@ -117,7 +117,7 @@ def test_nothing_to_clip():
 
 
 def test_empty_and_mixed_tensors(device):
-    """Empty gradients among others, every dtype at once."""
+    """Empty gradients among others, and every dtype at once."""
     params = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
         params += with_grads([(0,), (40,)], dtype, device)
@@ -141,7 +141,7 @@ def test_complex_gradients(dtype, device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nonfinite(bad, device):
-    """As torch: NaN makes every gradient NaN, Inf makes them 0 and itself NaN."""
+    """As in torch: NaN makes every gradient NaN; Inf makes itself NaN and all others 0."""
     params = with_grads([(5,), (3,)], device=device)
     params[1].grad[1] = bad
     copies = twins(params)
@@ -154,7 +154,7 @@ def test_nonfinite(bad, device):
 @pytest.mark.parametrize("p", [2.0, math.inf, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_error_if_nonfinite(bad, p):
-    """torch's sentence, and the gradients as they were."""
+    """torch's error, and the gradients unchanged."""
     params = with_grads([(5,), (3,)])
     params[1].grad[1] = bad
     before = grads_of(params)
@@ -186,7 +186,7 @@ def test_gradients_in_any_layout(layout, what, dtype, device):
 
 @pytest.mark.parametrize("clip_value", [0.5, 0.0, 1e4, 2])
 def test_value_like_torch(clip_value, dtype, device):
-    """Exactly torch's: clamping does not round, NaN stays, Inf is clipped."""
+    """Exactly torch's result: clamping does not round, NaN stays, Inf is clipped."""
     params = with_grads([*SHAPES, (0,)], dtype, device)
     params[0].grad[:3] = torch.tensor([math.nan, math.inf, -math.inf])
     copies = twins(params)
@@ -199,7 +199,7 @@ def test_value_like_torch(clip_value, dtype, device):
 @pytest.mark.parametrize("coalesced", [True, False])
 @pytest.mark.parametrize("clip_function", [clip_grad_norm_, clip_grad_value_])
 def test_sparse_gradients(clip_function, coalesced):
-    """Clipped as the dense gradient that they stand for; rows that occur twice count as their sum."""
+    """Clipped like the dense gradient that they represent; repeated rows count as their sum."""
     indices = torch.tensor([[0, 2, 3]] if coalesced else [[0, 0, 2]])
     sparse = torch.sparse_coo_tensor(indices, torch.randn(3, 2), (5, 2), check_invariants=True)
     p, dense = parameter(torch.zeros(5, 2)), parameter(torch.zeros(5, 2))
@@ -211,7 +211,7 @@ def test_sparse_gradients(clip_function, coalesced):
 
 
 def test_versions_rise():
-    """Clipping writes the gradients: autograd must know."""
+    """Clipping writes the gradients, so autograd must know."""
     for clip_function in (clip_grad_norm_, clip_grad_value_):
         (p,) = with_grads([(5,)])
         version = p.grad._version
@@ -220,7 +220,7 @@ def test_versions_rise():
 
 
 def test_gradient_with_a_graph():
-    """backward(create_graph=True) leaves one: clipping happens outside of autograd, as in torch."""
+    """backward(create_graph=True) leaves gradients with a graph; clipping is not recorded by autograd, as in torch."""
     (p,) = with_grads([(5,)])
     p.grad = torch.ones(5, requires_grad=True) * 2
     clip_grad_norm_([p], 1.0)
@@ -264,7 +264,7 @@ def flat(params) -> torch.Tensor:
 @settings(deadline=None, max_examples=60)
 @given(gradients, positive, orders)
 def test_law_norm_and_direction(values, max_norm, p):
-    """Afterwards the norm is at most max_norm, and the gradients are one positive factor times the old ones."""
+    """After clipping the norm is at most max_norm, and the gradients are the old ones times one positive factor."""
     params = made_of(values)
     before = flat(params)
     norm = clip_grad_norm_(params, max_norm, p)
@@ -298,7 +298,7 @@ def test_law_value_is_idempotent_and_bounded(values, clip_value):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_law_norm_in_sixteen_bits(dtype):
-    """The norm of 100,000 small gradients is not lost by adding in 16 bits."""
+    """The norm of 100,000 small gradients is not lost by accumulating in 16 bits."""
     p = parameter(torch.zeros(100_000, dtype=dtype))
     p.grad = torch.full_like(p, 0.125)
     norm = clip_grad_norm_([p], 1.0)

@@ -1,6 +1,6 @@
-"""What only a GPU shows: its arithmetic, streams, graphs, several devices, 64-bit offsets, its own memory checker.
+"""What only a GPU shows: its arithmetic, streams, graphs, several devices, 64-bit offsets and its memory checker.
 
-`make gpu` runs this beside the rest of the suite on the device "cuda".
+`make gpu` runs this together with the rest of the suite on the device "cuda".
 """
 
 import os
@@ -22,11 +22,11 @@ if not (onepass.has_cuda and torch.cuda.is_available()):
 pytestmark = pytest.mark.cuda_kernels
 GPU = torch.device("cuda")
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-LONG = 500_000_000  # cycles that the GPU is kept busy: a quarter of a second or more
+LONG = 500_000_000  # cycles for which the GPU is kept busy: a quarter of a second or more
 
 
 def usual(rule, **more) -> dict:
-    """The rule's usual arguments for a step that never asks the host."""
+    """The rule's usual arguments for a step that never synchronises with the host."""
     return {**rule.usual, **({"capturable": True} if "capturable" in rule.options else {}), **more}
 
 
@@ -41,7 +41,7 @@ def params_with_grads(sizes=(5, 1000, 20_000), device=GPU) -> list[torch.nn.Para
 
 
 def test_same_bits_as_the_cpu():
-    """Every rule, case and dtype, aligned and not, many tensors, values that are not ordinary."""
+    """Every rule, case and dtype, aligned and not, many tensors, special values."""
     expected, came = (element_wise.digests(torch.device(name)) for name in ("cpu", "cuda"))
     different = [case for case in expected if came[case] != expected[case]]
     assert not different, f"{len(different)} of {len(expected)} cases have other bits on the GPU: {different[:5]}"
@@ -51,7 +51,7 @@ def test_same_bits_as_the_cpu():
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @EVERY_RULE
 def test_like_torch_on_the_gpu(rule, max_norm, path):
-    """torch's own kernels, on more elements than a block's chunk."""
+    """Compared with torch's kernels, on more elements than a block's chunk."""
     sizes = (1, 300, 1_000_003)
     params = [parameter(torch.randn(n, device=GPU)) for n in sizes]
     twins = [parameter(p.detach().clone()) for p in params]
@@ -92,7 +92,7 @@ def test_more_elements_than_32_bits_count():
 
 @EVERY_RULE
 def test_runs_on_the_current_stream(rule):
-    """Gradients that a busy side stream has still to write: only a step on that stream sees them."""
+    """A busy side stream has yet to write the gradients: only a step on that stream sees them."""
     params = params_with_grads()
     both = BesideReference(rule, usual(rule, max_norm=0.5), params)
     both.step([p.grad for p in params])
@@ -120,7 +120,7 @@ def test_runs_on_the_current_stream(rule):
 )
 @EVERY_RULE
 def test_never_waits_for_the_gpu(rule, options):
-    """The step returns while the work before it still runs, and torch is asked nothing that would wait."""
+    """The step returns while earlier work still runs, and calls nothing in torch that would wait."""
     params = params_with_grads()
     if options.get("lr") == "tensor":
         options = {"lr": torch.tensor(0.1, device=GPU)}
@@ -131,7 +131,7 @@ def test_never_waits_for_the_gpu(rule, options):
             optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=GPU), torch.zeros((), device=GPU)
         optimizer.step()
 
-    step()  # makes the states
+    step()  # creates the states
     torch.cuda.synchronize()
     busy = torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")
@@ -155,7 +155,7 @@ def new_model() -> torch.nn.Module:
 
 
 def train(model, optimizer, x: torch.Tensor, max_norm: float | None = None) -> torch.Tensor | None:
-    """One step; clipped outside of it if max_norm is given, and then the norm."""
+    """One step, clipped before it if max_norm is given; returns the norm in that case."""
     optimizer.zero_grad(set_to_none=True)
     (model(x) - x[:, :4].sin()).square().mean().backward()
     norm = None if max_norm is None else torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -166,7 +166,7 @@ def train(model, optimizer, x: torch.Tensor, max_norm: float | None = None) -> t
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 @EVERY_RULE
 def test_graph_of_a_training_step(rule, max_norm):
-    """Forward, backward and step captured once; replays follow the data and the lr, as torch.optim does without a graph."""
+    """Forward, backward and step are captured once; replays follow data and lr, as torch.optim does without a graph."""
     model, twin = new_model(), new_model()
     lr = torch.tensor(0.1, dtype=torch.float64, device=GPU)
     ours = rule.ours(model.parameters(), **usual(rule, lr=lr, max_norm=max_norm))
@@ -175,7 +175,7 @@ def test_graph_of_a_training_step(rule, max_norm):
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    for _ in range(3):  # the states must exist, and cuBLAS its workspace
+    for _ in range(3):  # the states and cuBLAS's workspace must exist
         x.normal_()
         with torch.cuda.stream(side):
             side.wait_stream(torch.cuda.default_stream())
@@ -258,7 +258,7 @@ def test_lr_tensor_on_the_cpu(rule):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @EVERY_RULE
 def test_two_devices(rule):
-    """Whichever is current, and it stays so."""
+    """Whichever device is current, and it stays current."""
     for current in (0, 1):
         with torch.cuda.device(current):
             beside_reference_on(rule, ["cuda:0", "cuda:1"])
@@ -271,7 +271,7 @@ def test_two_devices(rule):
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
 def test_compute_sanitizer():
-    """Chunks, tails and unaligned tensors under NVIDIA's memory checker; every tensor in an allocation of its own."""
+    """Chunks, tails and unaligned tensors under NVIDIA's memory checker; every tensor has its own allocation."""
     tests = Path(__file__).parent / "cuda_on_host" / "test_kernels.py"
     checker = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99", "--report-api-errors", "no"]
     command = [sys.executable, "-m", "pytest", "-q", str(tests), "-k", "chunks_and_alignment and (float32 or bfloat16)"]

@@ -1,4 +1,4 @@
-"""The last checks before an address goes to a kernel, what a failed launch leaves behind, and what an import costs."""
+"""The last checks before a kernel gets an address, the state after a failed launch, and the cost of an import."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_p_is_a_probability(p):
 
 
 def test_rows_are_contiguous():
-    """Dense is not enough: the rows of a transposed matrix are its columns."""
+    """Density is not enough: the rows of a transposed matrix are its columns."""
     x = torch.randn(6, 8)
     for transposed in (x.t(), torch.randn(4, 3, 8).transpose(0, 1)):
         with pytest.raises(ValueError, match="x is not of the size, dtype, device or layout"):
@@ -75,7 +75,7 @@ def test_channels_are_where_the_call_says():
     _, stats = batch_norm.batch_norm(Operands(last, None, None, None), Running(None, None), options)
     with pytest.raises(ValueError, match="dy is not of"):
         batch_norm.batch_norm_backward(torch.randn(2, 3, 4, 5), Saved(last, None, None, stats), options, True, want)
-    innermost_batch = Operands(torch.randn(3, 4, 5, 2).permute(3, 0, 1, 2), None, None, None)  # dense all the same
+    innermost_batch = Operands(torch.randn(3, 4, 5, 2).permute(3, 0, 1, 2), None, None, None)  # dense nevertheless
     for channels_last in (False, True):
         options = BatchNormOptions(1e-5, None, channels_last)
         with pytest.raises(ValueError, match="x is not of"):
@@ -85,7 +85,7 @@ def test_channels_are_where_the_call_says():
 @pytest.mark.parametrize("weight", [None, torch.ones(8), torch.ones(())])
 def test_gradients_of_an_empty_batch_are_zero(weight):
     x = torch.empty(0, 8)
-    torch.full((10_000,), 7.0)  # freed at once: memory that is not zero
+    torch.full((10_000,), 7.0)  # freed at once, to leave memory that is not zero
     stats = torch.empty(3, 0)
     norm = NormOptions(8, 1e-5, False)
     _, dweight, dbias = layers.norm_backward(x, x, weight, stats, norm, (True, weight is not None, True))
@@ -111,14 +111,14 @@ def gathered(plan, params: list[torch.Tensor]) -> Mender:
 
 
 @pytest.mark.skipif(_native.cuda_kernels and not _native.has_cuda, reason="the CUDA kernels take such numbers")
-def test_what_ran_before_a_failure_is_seen():
-    """A launch that fails leaves the groups before it written: their copies go back, their versions rise."""
-    first = torch.full((4, 6), 3.0)[:, ::2]  # not dense: updated in a copy
+def test_updates_before_a_failure_are_completed():
+    """A launch that fails leaves the groups before it written: their copies are written back, their versions bumped."""
+    first = torch.full((4, 6), 3.0)[:, ::2]  # not dense, so updated in a copy
     second = torch.full((3,), 3.0)
     plan = _native.new_plan()
     menders = [gathered(plan, [first])]
     group = _native.Group("clip", (), [second], {}, {"limit": 1.0}, menders[0], reads_grad=False)
-    group.hyper = (torch.tensor(1.0),)  # a number in device memory, which no CPU kernel reads
+    group.hyper = (torch.tensor(1.0),)  # a number in device memory, which CPU kernels cannot read
     group.gather(plan)
     version = first._version
     with pytest.raises(ValueError, match="hyper-parameter in device memory"):
@@ -130,7 +130,7 @@ def test_what_ran_before_a_failure_is_seen():
 
 @pytest.mark.parametrize("overflow", [True, False])
 def test_overflow_on_another_device_is_skipped(overflow, monkeypatch):
-    """A scaler on CUDA leaves the decision to kernels there; parameters on the CPU have none."""
+    """With found_inf on CUDA the kernels there decide; for parameters on the CPU the host has to."""
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = onepass.optim.AdamW([param], lr=0.1, fused_unscale=True)
     param.grad = torch.full((3,), float("inf") if overflow else 1.0)
@@ -149,7 +149,7 @@ def test_overflow_on_another_device_is_skipped(overflow, monkeypatch):
 @pytest.mark.parametrize("shape", [(8, 3, 5, 7), (40, 3), (9, 3, 4, 4)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_batch_norm_of_huge_numbers_is_finite(shape, channels_last):
-    """Their squares, and the distance of two of them, overflow float32."""
+    """Their squares, and the difference of two of them, overflow float32."""
     x = torch.randn(shape)
     x = x / x.abs().max() * 3.4e38
     if channels_last and x.dim() == 4:
@@ -159,7 +159,7 @@ def test_batch_norm_of_huge_numbers_is_finite(shape, channels_last):
     y = onepass.nn.functional.batch_norm(x, *running, training=True)
     assert (
         y == 0
-    ).all()  # as torch where its layout does not make them NaN: beside an infinite deviation all is nothing
+    ).all()  # as torch, unless its layout makes them NaN: any difference divided by an infinite deviation is 0
     assert_close(running[0] / 1e36, x.double().mean((0, *range(2, x.dim()))) / 1e37, 1e-5, "running_mean")
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert dx.isfinite().all()
@@ -179,7 +179,7 @@ def test_an_element_alone_in_its_row_has_no_gradient(dtype, device):
 
 
 def test_import_needs_no_compiler():
-    """What takes longer to import than all of onepass stays where it is until somebody needs it."""
+    """Modules that take longer to import than all of onepass are imported only when needed."""
     program = (
         "import sys, torch; before = set(sys.modules); import onepass; "
         "print(*(name for name in ('torch._dynamo', 'sympy', 'torch.distributed') if name in sys.modules.keys() - before))"

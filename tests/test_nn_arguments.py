@@ -1,4 +1,4 @@
-"""Arguments that are no Python floats or no tensors: taken where torch takes them, refused in torch's words."""
+"""Arguments that are not Python floats or tensors: accepted where torch accepts them, refused with torch's sentences."""
 
 import numpy as np
 import onepass
@@ -20,7 +20,7 @@ NUMBERS = {
     "0-d float64 tensor": lambda value: torch.tensor(value, dtype=torch.float64),
 }
 
-# Modules by a number, and what is the same with a Python float.
+# Modules made with a number, and the same module made with a Python float.
 TAKES = {
     "LayerNorm's eps": lambda lib, v: lib.LayerNorm(C, eps=v),
     "RMSNorm's eps": lambda lib, v: lib.RMSNorm(C, eps=v),
@@ -32,7 +32,7 @@ TAKES = {
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("name", TAKES)
 def test_numbers(name, kind):
-    """Outputs and statistics are those by a float, and torch's."""
+    """Outputs and statistics are those of a float, and torch's."""
     value = NUMBERS[kind](0.25)
     theirs, ours, plain = TAKES[name](nn, value), TAKES[name](onepass.nn, value), TAKES[name](onepass.nn, 0.25)
     for x in (X, X.double()):
@@ -44,7 +44,7 @@ def test_numbers(name, kind):
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
-def test_numbers_of_ours(kind):
+def test_numbers_in_our_own_arguments(kind):
     value = NUMBERS[kind](0.25)
     pairs = {
         "p": (lambda v: OF.dropout(X, v, seed=1)),
@@ -115,7 +115,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("function", "arguments"), REFUSED, ids=[f"{f}-{i}" for i, (f, _) in enumerate(REFUSED)])
 def test_types_that_torch_refuses(function, arguments):
-    """Its sentence, word for word: the function, the argument and its position."""
+    """torch's sentence, word for word: the function, the argument and its position."""
     with pytest.raises(TypeError) as expected:
         getattr(F, function)(*arguments)
     with pytest.raises(TypeError) as came:
@@ -123,7 +123,7 @@ def test_types_that_torch_refuses(function, arguments):
     assert str(came.value).startswith(str(expected.value).split("\n")[0])
 
 
-# What torch has no sentence for, or another.
+# Calls for which torch has no sentence, or another one.
 NAMED = {
     "a later element": (lambda: OF.layer_norm(X, (4, "a")), "but found element of type str at pos 1"),
     "no input in training": (lambda: OF.batch_norm(None, None, None, training=True), "'input' (position 1)"),
@@ -139,7 +139,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_types_that_are_named(name):
+def test_types_that_only_we_refuse(name):
     call, text = NAMED[name]
     with pytest.raises(TypeError) as caught:
         call()
@@ -153,11 +153,11 @@ def test_types_that_are_named(name):
 @pytest.mark.parametrize("shape", [(0,), (3,), ()], ids=str)
 @pytest.mark.parametrize("statistics", [None, 0, 3])
 def test_batch_norm_of_few_dimensions(shape, statistics, training):
-    """torch takes an empty vector and nothing else; the same errors for the rest."""
+    """torch accepts an empty vector only; the errors for the rest are the same."""
     x = torch.zeros(shape)
     running = (None, None) if statistics is None else (torch.zeros(statistics), torch.ones(statistics))
     if shape == () and not training and statistics == 0:
-        pytest.skip("torch runs out of memory that nobody has")
+        pytest.skip("torch fails to allocate an absurd amount of memory")
     error = None
     try:
         expected = F.batch_norm(x, *running, training=training)
@@ -169,6 +169,6 @@ def test_batch_norm_of_few_dimensions(shape, statistics, training):
         return
     with pytest.raises((RuntimeError, IndexError)) as came:
         OF.batch_norm(x, *running, training=training)
-    if shape != () or not training:  # there torch's own look for the batch's size fails
+    if shape != () or not training:  # torch's own check of the batch's size fails there
         assert type(came.value) is type(error)
         assert str(came.value).startswith(str(error).split("\n")[0])

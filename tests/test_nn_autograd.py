@@ -1,4 +1,4 @@
-"""First and second derivatives, forward mode, torch.func's transforms, vmap and checkpointing, beside torch's formulas."""
+"""First and second derivatives, forward mode, torch.func's transforms, vmap and checkpointing against torch's formulas."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*performance drop:UserWarning"),  # vmap's, about what it has no rule for
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # forward mode's own
+    pytest.mark.filterwarnings(
+        "ignore:.*performance drop:UserWarning"
+    ),  # vmap's warning about operators without a batching rule
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # forward mode's own warning
 ]
 
 SEED, P, SIZE = 6, 0.4, 5
@@ -23,8 +25,8 @@ SEED, P, SIZE = 6, 0.4, 5
 @dataclass(frozen=True)
 class Op:
     ours: Callable[..., torch.Tensor]
-    formula: Callable[..., torch.Tensor]  # the same in elementary operations, which every transform knows how to do
-    shapes: tuple[tuple[int, ...], ...]  # of the operands
+    formula: Callable[..., torch.Tensor]  # the same in elementary operations, which every transform supports
+    shapes: tuple[tuple[int, ...], ...]  # shapes of the operands
 
 
 def normalized(x: torch.Tensor, dims, eps: float = 1e-5, centred: bool = True) -> torch.Tensor:
@@ -40,7 +42,7 @@ def times(x: torch.Tensor, w=None, b=None) -> torch.Tensor:
 
 
 def per_channel(x: torch.Tensor, *values) -> list:
-    """[C] as [1, C, 1 ...]; inside of vmap too."""
+    """[C] as [1, C, 1 ...]; works inside vmap."""
     return [None if v is None else v.reshape(1, -1, *(1,) * (x.dim() - 2)) for v in values]
 
 
@@ -63,7 +65,7 @@ def masked(x: torch.Tensor, scale: float = 1 / (1 - P)) -> torch.Tensor:
 
 
 def both_of(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Two results in one tensor."""
+    """Both results in one tensor."""
     return torch.stack([y, total])
 
 
@@ -147,7 +149,7 @@ def assert_equal(came, expected, what: str) -> None:
 
 @EVERY_OP
 def test_gradcheck(op, device):
-    """Against finite differences: backward, forward mode, batched gradients, gradients that are missing."""
+    """Against finite differences: backward, forward mode, batched gradients and missing gradients."""
     assert gradcheck(
         op.ours, operands(op, device, True), check_forward_ad=True, check_batched_grad=True, check_undefined_grad=True
     )
@@ -217,7 +219,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @EVERY_OP
 def test_function_transforms(op, transform, device):
-    """The same as of torch's own formula. Dropout with a seed of its own has the same mask for every sample."""
+    """Equal to the transforms of torch's formula. Dropout with an explicit seed has the same mask for every sample."""
     if "dropout" in next(key for key, value in OPS.items() if value is op) and "vmap" in transform:
         pytest.skip("test_vmap_of_dropout")
     inputs = operands(op, device)
@@ -226,7 +228,7 @@ def test_function_transforms(op, transform, device):
 
 
 def test_gradients_reach_weights_inside_transforms(device):
-    """Per-sample gradients of a module's parameters, by functional_call."""
+    """Per-sample gradients of a module's parameters, with functional_call."""
     import onepass
 
     model = (
@@ -262,7 +264,7 @@ def test_vmap_of_dropout(device):
 
 
 def test_gradient_through_vmapped_dropout(device):
-    """The mask of backward is that of forward."""
+    """Backward uses forward's mask."""
     for randomness in ("same", "different"):
         x = torch.randn(4, 50, device=device, requires_grad=True)
         y = vmap(lambda t: OF.dropout(t, 0.5), randomness=randomness)(x)
@@ -287,7 +289,7 @@ def test_checkpointing_uses_the_same_mask(use_reentrant, device):
     (expected,) = torch.autograd.grad(y.square().sum(), x)
     torch.manual_seed(3)
     came = checkpoint(block, x, use_reentrant=use_reentrant)
-    torch.manual_seed(99)  # what happens between forward and backward
+    torch.manual_seed(99)  # random numbers drawn between forward and backward
     came.square().sum().backward()
     assert bits(came) == bits(y)
     assert bits(x.grad) == bits(expected)
@@ -298,7 +300,7 @@ def test_checkpointing_uses_the_same_mask(use_reentrant, device):
 
 @EVERY_OP
 def test_saved_tensors_hooks(op, device):
-    """What backward needs comes from torch's saved tensors, moved elsewhere in between."""
+    """Backward reads torch's saved tensors, which hooks may have moved elsewhere in between."""
     inputs = operands(op, device, True)
     y = op.ours(*inputs)
     expected = torch.autograd.grad(y.sin().sum(), inputs)

@@ -21,7 +21,7 @@ from support import arithmetic_dtype, assert_close, assert_same, bits
 from torch.nn import functional as F
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-# [N, C], [N, C, L], pictures and volumes; few and many channels, one position, one sample; nothing a multiple of a vector.
+# [N, C], [N, C, L], images and volumes; few and many channels, one position, one sample; no multiples of a vector's width.
 SHAPES = [
     (2, 1),
     (5, 3),
@@ -36,7 +36,8 @@ SHAPES = [
     (2, 3, 2, 3, 4),
     (2, 16, 4, 4, 4),
 ]
-PICTURES = [shape for shape in SHAPES if len(shape) > 3 and shape[2:] != (1, 1)]  # of which the format cannot be told
+# The memory format of the others is ambiguous.
+PICTURES = [shape for shape in SHAPES if len(shape) > 3 and shape[2:] != (1, 1)]
 
 
 @pytest.mark.parametrize("kind", [k for k in AFFINE if k != "scalar"])
@@ -68,7 +69,7 @@ def test_large(training, shape, dtype, device):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
 def test_momentum(momentum, device):
-    """0 leaves the statistics as they are, 1 replaces them by the batch's."""
+    """0 leaves the statistics unchanged, 1 replaces them with the batch's."""
     x = torch.randn(4, 5, 6, device=device)
     running = running_statistics(5, device=device)
     before = [r.clone() for r in running]
@@ -83,7 +84,7 @@ def test_momentum(momentum, device):
 @pytest.mark.parametrize("running_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @TRAINING
 def test_running_statistics_of_any_dtype(training, running_dtype, dtype, device):
-    """As model.to(dtype) and autocast leave them: rounded once, to their own dtype, and kept there."""
+    """As model.to(dtype) and autocast leave them: rounded once, to their own dtype, which stays."""
     x = torch.randn(6, 7, 3, device=device).to(dtype)
     weight, bias = affine("weight and bias", True, (7,), dtype, device)
     running = running_statistics(7, running_dtype, device)
@@ -92,7 +93,7 @@ def test_running_statistics_of_any_dtype(training, running_dtype, dtype, device)
 
 
 def test_without_running_statistics(dtype, device):
-    """track_running_stats=False: the batch's statistics in training; evaluation has nothing to go by and says so."""
+    """track_running_stats=False: training uses the batch's statistics; evaluation has none and raises."""
     x = torch.randn(6, 7, 3, device=device).to(dtype)
     assert_batch_norm(x, what="no statistics")
     with pytest.raises(RuntimeError, match=r"^running_mean must be defined in evaluation mode"):
@@ -101,7 +102,7 @@ def test_without_running_statistics(dtype, device):
 
 @TRAINING
 def test_running_statistics_that_are_not_dense(training, device):
-    """Slices of a larger array: only they are written, and where autograd looks."""
+    """Slices of a larger array: only they are written, and autograd sees it."""
     base = torch.full((4, 14), 7.0, device=device)
     base[1, ::2], base[2, 1::2] = torch.randn(7, device=device), torch.rand(7, device=device) + 0.5
     running = base[1, ::2], base[2, 1::2]
@@ -111,7 +112,7 @@ def test_running_statistics_that_are_not_dense(training, device):
 
 
 def test_writing_statistics_is_seen_by_autograd(device):
-    """The versions of both rise in training; a graph that saved them before refuses to run."""
+    """The versions of both rise in training, so a graph that saved them before refuses to run."""
     x = torch.randn(6, 7, device=device)
     running = running_statistics(7, device=device)
     versions = [r._version for r in running]
@@ -172,7 +173,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", PICTURES, ids=str)
 @TRAINING
 def test_channels_last(training, shape, dtype, device):
-    """Without a copy: y and dx are channels_last too, and the values those of the contiguous tensor."""
+    """Without a copy: y and dx are channels_last too, with the values of the contiguous tensor."""
     x = channels_last((torch.randn(shape, device=device) * 2 + 0.5).to(dtype))
     weight, bias = affine("weight and bias", True, shape[1:2], dtype, device)
     running = running_statistics(shape[1], dtype, device)
@@ -212,7 +213,7 @@ STRIDED = {
 @pytest.mark.parametrize("layout", STRIDED)
 @TRAINING
 def test_layouts(training, layout, dtype, device):
-    """x and dy in memory of any order and alignment, [N, C] and [N, L, C].transpose(1, 2) among them."""
+    """x and dy in memory of any order and alignment, including [N, C] and [N, L, C].transpose(1, 2)."""
     for shape in [(6, 5), (4, 3, 7), (3, 5, 4, 6), (2, 3, 2, 3, 4)]:
         x, dy = (STRIDED[layout](torch.randn(shape, device=device).to(dtype)) for _ in range(2))
         running = running_statistics(shape[1], dtype, device)
@@ -240,7 +241,7 @@ def test_inputs_are_only_read(training, dtype, device):
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 5), (2, 3, 0)], ids=str)
 @TRAINING
 def test_empty(training, shape, dtype, device):
-    """The statistics stay, gradients of weights are zero."""
+    """The statistics stay unchanged, and gradients of the weights are zero."""
     x = leaf(torch.empty(shape, device=device, dtype=dtype))
     weight, bias = map(leaf, affine("weight and bias", True, shape[1:2], dtype, device))
     running = running_statistics(shape[1], dtype, device)
@@ -278,10 +279,10 @@ def test_nan_in_the_gradient(training, device):
 @pytest.mark.parametrize("shape", [(500, 4), (6, 4, 20, 20), (6, 4, 501)], ids=str)
 @pytest.mark.parametrize("innermost", [False, True], ids=["contiguous", "channels innermost"])
 def test_statistics_survive_a_large_mean(shape, innermost, dtype, device):
-    """x = 1e4 + noise of 1e-2: three digits of y, of the gradients and of the deviation, the running mean to its last
-    place."""
+    """x = 1e4 + noise of 1e-2: y, the gradients and the deviation have three digits, the running mean all of its
+    digits."""
     if dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the noise is below its last place")
+        pytest.skip("the noise is smaller than a unit in the last place")
     x = (1e4 + 1e-2 * torch.randn(shape, device=device, dtype=torch.float64)).to(dtype)
     x = leaf(STRIDED["channels innermost"](x) if innermost else x)
     mean, var = torch.zeros(4, device=device, dtype=dtype), torch.ones(4, device=device, dtype=dtype)
@@ -304,7 +305,7 @@ def test_statistics_survive_a_large_mean(shape, innermost, dtype, device):
 @pytest.mark.parametrize("shape", [(2048, 3, 2), (500, 3, 7, 7), (4096, 3)], ids=str)
 @pytest.mark.parametrize("innermost", [False, True], ids=["contiguous", "channels innermost"])
 def test_statistics_survive_a_first_sample_unlike_the_others(shape, innermost, device):
-    """Distances are taken from the mean of the first few values; these are 40 deviations off."""
+    """The pivot is the mean of the first few values, which here are 40 deviations off."""
     x = torch.randn(shape, device=device)
     x[0] += 40
     x = STRIDED["channels innermost"](x) if innermost else x
@@ -316,7 +317,7 @@ def test_statistics_survive_a_first_sample_unlike_the_others(shape, innermost, d
 
 
 def test_channels_of_very_different_size(dtype, device):
-    """A channel's statistics are its own: 1e-4, 1 and 1e4 beside each other, in both formats."""
+    """Each channel has its own statistics: 1e-4, 1 and 1e4 beside each other, in both formats."""
     scale = torch.tensor([1e-4, 1.0, 1e4], device=device).view(3, 1, 1)
     x = (torch.randn(4, 3, 6, 6, device=device) * scale).to(dtype)
     for values in (x, channels_last(x)):
@@ -327,7 +328,7 @@ def test_channels_of_very_different_size(dtype, device):
 
 
 def test_against_torch_where_it_agrees(device):
-    """float64 in evaluation and training with all defaults, beside torch itself."""
+    """float64 in evaluation and training with all defaults, against torch itself."""
     x = torch.randn(4, 3, 5, 5, device=device, dtype=torch.float64)
     ours, theirs = (running_statistics(3, torch.float64, device) for _ in range(2))
     for a, b in zip(ours, theirs, strict=True):

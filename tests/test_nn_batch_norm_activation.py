@@ -1,4 +1,4 @@
-"""batch_norm_activation: BatchNorm, + residual, ReLU or leaky ReLU, against float64 and against torch's three calls."""
+"""batch_norm_activation (BatchNorm, + residual, ReLU or leaky ReLU) against float64 and against torch's three calls."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ SHAPES = [(5, 3), (33, 17), (4, 3, 7), (3, 19, 9, 11), (7, 64, 1, 1), (2, 3, 2, 
 
 
 def formats(x: torch.Tensor) -> list[torch.Tensor]:
-    """In every memory format, and in none."""
+    """In every memory format, and in none of them."""
     views = [x, torch.stack([x, -x], -1).flatten(-2)[..., ::2]]
     if x.dim() > 3:
         views.append(x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d))
@@ -90,7 +90,7 @@ def test_every_subset_of_gradients(training, with_residual, device):
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-38])
 @ACTIVATION
 def test_special_values_are_activated_as_in_torch(activation, special, device):
-    """In evaluation, where they stay alone: ReLU of -Inf is 0 and of NaN NaN, and an infinite gradient stops at it."""
+    """In evaluation, where elements are independent: ReLU of -Inf is 0, of NaN NaN, and it stops an infinite gradient."""
     x = leaf(torch.tensor([[special, 1.0], [-1.0, 2.0]], device=device))
     running = torch.zeros(2, device=device), torch.ones(2, device=device)
     y = OF.batch_norm_activation(x, *running, activation=activation, negative_slope=0.2, eps=0.0)
@@ -113,7 +113,7 @@ def test_special_values_are_activated_as_in_torch(activation, special, device):
 
 @TRAINING
 def test_an_infinite_gradient_stops_at_relu(training, device):
-    """dy = Inf where y is 0 does not reach the sums over the channel."""
+    """dy = Inf where y is 0 does not enter the sums over the channel."""
     x = torch.randn(6, 3, device=device)
     y = OF.batch_norm_activation(x, *running_statistics(3, device=device), training=training)
     dy = torch.where(y > 0, 1.0, math.inf)
@@ -133,7 +133,7 @@ MODULES = {2: "BatchNormAct1d", 4: "BatchNormAct2d", 5: "BatchNormAct3d"}
 
 @pytest.mark.parametrize("dims", MODULES)
 def test_modules(dims, device):
-    """Beside torch's modules in a row; the state dict is that of torch's BatchNorm."""
+    """Against a sequence of torch's modules; the state dict is that of torch's BatchNorm."""
     module = getattr(onepass.nn, MODULES[dims])(6, activation="leaky_relu", negative_slope=0.2).to(device)
     plain = getattr(torch.nn, MODULES[dims].replace("Act", ""))(6).to(device)
     assert isinstance(module, type(plain))
@@ -222,14 +222,14 @@ REBUILDERS = {
 @pytest.mark.parametrize("name", REBUILDERS)
 @pytest.mark.parametrize("kind", [*ACTIVATED.values(), onepass.nn.SyncBatchNormAct])
 def test_torchs_functions_are_refused_by_name(kind, name):
-    """They would make the same numbers without the activation, silently; of the layers that are torch's they may."""
+    """They would silently drop the activation; on layers that torch has too they work."""
     with pytest.raises(RuntimeError, match=rf"^{name.split()[0]} would drop the activation .*{kind.__name__}"):
         REBUILDERS[name](kind(4).eval())
     REBUILDERS[name](onepass.nn.BatchNorm2d(4).eval())
 
 
 def test_folding_by_hand():
-    """What the error says to do."""
+    """The workaround that the error message suggests."""
     conv, bn = torch.nn.Conv2d(3, 4, 1), onepass.nn.BatchNormAct2d(4)
     x = torch.randn(2, 3, 5, 5)
     bn(conv(x))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a batch counts once, every other forward counts, and what is saved does not depend on the way."""
+"""Activation checkpointing: a batch counts once, every other forward counts, and every route saves the same tensors."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ ours = onepass.nn
 
 
 class Nothing(TorchDispatchMode):
-    """A mode that changes nothing, but takes calls off the short way to the kernels."""
+    """A mode that changes nothing, but keeps calls off the direct route to the kernels."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -41,7 +41,7 @@ def batches(*models: nn.Module) -> list[int]:
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """Checkpointing as libraries of their own have it."""
+    """Checkpointing as other libraries implement it."""
 
     @staticmethod
     def forward(ctx, run, x):
@@ -97,7 +97,9 @@ WAYS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of nested reentrant ones
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # torch's warning about nested reentrant checkpoints
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_batch_counts_once(way, momentum):
@@ -115,7 +117,7 @@ def test_a_batch_counts_once(way, momentum):
 
 
 def test_selective_checkpointing_counts_on_the_order_of_operators():
-    """What it keeps of an operator it hands out again in order: an update of statistics must not be in between."""
+    """It replays the saved results of an operator in order, so an update of statistics must not come between them."""
     aten = torch.ops.aten
     kept = (aten.square.default, aten.reciprocal.default, aten.lerp.Scalar, aten.mul.Tensor, aten.clamp.default)
 
@@ -134,7 +136,7 @@ def test_selective_checkpointing_counts_on_the_order_of_operators():
 
 
 def hooked(kind: str, learn):
-    """A model and what to do with it, so that `learn` runs in its backward."""
+    """A model, and the function that runs it, such that `learn` runs in its backward."""
     model = network()
     if kind == "tensor":
 
@@ -155,7 +157,7 @@ def hooked(kind: str, learn):
 @pytest.mark.parametrize("outer", ["plain", "reentrant", "not reentrant"])
 @pytest.mark.parametrize("kind", ["tensor", "parameter", "module"])
 def test_a_network_trained_in_a_hook(kind, outer, inner):
-    """Its batches count, one each, whoever is checkpointed; and the statistics are torch's."""
+    """Its batches count once each, whichever model is checkpointed, and the statistics are torch's."""
     if kind != "parameter" and outer == "reentrant":
         pytest.skip("hooks of a forward without gradients: torch refuses or repeats them")
 
@@ -188,7 +190,7 @@ def test_a_network_trained_in_a_hook(kind, outer, inner):
 
 
 def test_a_function_that_runs_a_forward_in_its_backward():
-    """Nobody says that it is a recomputation, so it is a forward, as with torch."""
+    """Nothing marks it as a recomputation, so it counts as a forward, as in torch."""
 
     class Learns(torch.autograd.Function):
         @staticmethod
@@ -214,7 +216,7 @@ def strided(bn: nn.Module) -> nn.Module:
     return bn
 
 
-# Calls with one tensor, whose shape is the second value.
+# Calls with one tensor; the second value is its shape.
 CALLS = {
     "LayerNorm, small": (ours.LayerNorm(C), (4, C)),
     "LayerNorm, large": (ours.LayerNorm(64), (200, 64)),
@@ -283,10 +285,10 @@ def test_checkpointing_from_one_way_to_another(name, first):
     assert_close(gradients[1], gradients[0], 1e-5, name)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # forward mode's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # forward mode's own warning
 @pytest.mark.parametrize("name", CALLS)
 def test_checkpointing_beside_forward_mode(name):
-    """A level of forward-mode AD that has no tangent for the call changes nothing, so that backward may lie behind it."""
+    """A level of forward-mode AD without a tangent for the call changes nothing, so backward may run after it ended."""
     call, shape = CALLS[name]
     layer = copy.deepcopy(call) if isinstance(call, nn.Module) else call
     x = torch.randn(shape)

@@ -1,4 +1,4 @@
-"""Operators that torch.library's checks accept; torch.compile and torch.export without a graph break, forward and backward."""
+"""Operators pass torch.library's checks; torch.compile and torch.export have no graph break, forward and backward."""
 
 import copy
 
@@ -11,7 +11,7 @@ from support import assert_close, assert_same, bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own warning, while it compiles
     pytest.mark.filterwarnings("ignore:.*graph break:UserWarning"),
 ]
 C = 6  # channels or elements of a row
@@ -21,7 +21,7 @@ def statistics() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linspace(-1, 1, C), torch.linspace(0.5, 2, C)
 
 
-# What is called, and the shapes of its operands.
+# Calls, and the shapes of their operands.
 CALLS = {
     "layer_norm": (lambda x, w, b: OF.layer_norm(x, (C,), w, b), ((4, C), (C,), (C,))),
     "layer_norm without weights": (lambda x: OF.layer_norm(x, (C,)), ((4, C),)),
@@ -71,7 +71,7 @@ def operands(shapes) -> list[torch.Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Every call of an operator of ours, with copies of its arguments."""
+    """Records every call of our operators, with copies of the arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "onepass":
-            grad = "backward" not in func.name()  # which nobody differentiates: that is the formula's work
+            grad = "backward" not in func.name()  # backward operators are not differentiated: the formula is
             copies = (
                 a.detach().clone().requires_grad_(grad and a.requires_grad) if isinstance(a, torch.Tensor) else a
                 for a in args
@@ -102,13 +102,13 @@ def record(call, shapes) -> list:
 
 @EVERY_CALL
 def test_opcheck(call, shapes):
-    """Schema, fake, autograd and tracing of every operator that the call and its backward make."""
+    """Schema, fake, autograd and tracing of every operator that the call and its backward use."""
     for op, args, kwargs in record(call, shapes):
         torch.library.opcheck(op, args, kwargs)
 
 
 def test_every_operator_is_checked():
-    """Those of SyncBatchNorm run under its processes: test_nn_distributed."""
+    """SyncBatchNorm's operators run in several processes: test_nn_distributed."""
     called = {op.name() for call, shapes in CALLS.values() for op, _, _ in record(call, shapes)}
     missed = {name for name in registered() if "sync" not in name} - {name.split(".")[0] for name in called}
     assert not missed, f"operators that no call of the table reaches: {missed}"
@@ -133,7 +133,7 @@ def assert_same_results(came, expected, what) -> None:
 
 @EVERY_CALL
 def test_compiled_as_one_graph(call, shapes):
-    """With sizes that are not known when it is compiled; test_compiled_network knows them."""
+    """With dynamic sizes; test_compiled_network has static ones."""
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (4, 7):
@@ -146,7 +146,7 @@ def test_compiled_as_one_graph(call, shapes):
 
 @pytest.mark.parametrize("name", ["layer_norm", "batch_norm_activation", "dropout", "dropout_add_rms_norm"])
 def test_the_graph_holds_the_operator(name):
-    """One node, that compilers neither look into nor cut apart."""
+    """One node, which compilers neither decompose nor split."""
     torch._dynamo.reset()
     nodes = []
 
@@ -160,7 +160,7 @@ def test_the_graph_holds_the_operator(name):
     assert len(ours) == 1, f"one operator of ours expected in the graph, it has {nodes}"
 
 
-# Nothing between the operators, and so no C++ to compile, which takes longer than everything else here.
+# Nothing between the operators, so no C++ to compile, which would take longer than everything else here.
 @pytest.mark.parametrize(
     "name", ["layer_norm", "rms_norm", "batch_norm without statistics", "dropout", "dropout_add_layer_norm"]
 )
@@ -173,7 +173,7 @@ def test_inductor_calls_the_operators(name):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiled_memory_formats(memory_format):
-    """The fake gives the strides that the kernel gives."""
+    """The fake returns the kernel's strides."""
     torch._dynamo.reset()
     call = CALLS["batch_norm"][0]
     x, w, b = operands(((4, C, 3, 2), (C,), (C,)))
@@ -183,7 +183,7 @@ def test_compiled_memory_formats(memory_format):
 
 
 class Net(torch.nn.Module):
-    """Every layer once, and other operations between them."""
+    """Every layer once, with other operations between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Net(torch.nn.Module):
 
 
 def trained(model, runner, batches) -> list[torch.Tensor]:
-    """Outputs and gradients of some batches, in training and then in evaluation."""
+    """Outputs and gradients of several batches, in training and then in evaluation."""
     torch.manual_seed(1)
     results = []
     for i, x in enumerate(batches):
@@ -213,11 +213,11 @@ def trained(model, runner, batches) -> list[torch.Tensor]:
     ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)], ids=str
 )
 def test_compiled_network(backend, dynamic):
-    """Training and evaluation beside eager: outputs, gradients, running statistics, the counter."""
+    """Training and evaluation against eager: outputs, gradients, running statistics, the counter."""
     torch._dynamo.reset()
     model = Net()
     twin = copy.deepcopy(model)
-    if backend == "inductor":  # which draws random numbers of its own
+    if backend == "inductor":  # opcheck draws random numbers itself
         model.layers[4].p = twin.layers[4].p = 0.0
     batches = [torch.randn(rows, C) for rows in ((5, 7, 9, 4) if dynamic else (5, 5, 5))]
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic or None)
@@ -230,7 +230,7 @@ def test_compiled_network(backend, dynamic):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_dropout_draws(backend):
-    """A mask of its own for every call, the same again after the same manual_seed, the same in backward."""
+    """A new mask for every call, the same after the same manual_seed, and the same in backward."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: OF.dropout(x, 0.4), fullgraph=True, backend=backend)
     x = torch.ones(4000, requires_grad=True)
@@ -245,7 +245,7 @@ def test_compiled_dropout_draws(backend):
 
 
 def test_compiled_transforms():
-    """torch.func inside of a compiled function: right, or refused; never silently wrong."""
+    """torch.func inside a compiled function: right or refused, never silently wrong."""
     torch._dynamo.reset()
     x, w = torch.randn(3, C), torch.randn(C)
 
@@ -269,12 +269,12 @@ def test_exported():
 
 
 def test_fake_tensors():
-    """Shapes without memory, for every call."""
+    """Every call works on tensors without memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, (call, shapes) in CALLS.items():
         if "batch_norm" in name and "without" not in name:
-            continue  # its statistics are real tensors
+            continue  # the module's statistics are real tensors
         expected = call(*operands(shapes))
         with FakeTensorMode():
             came = call(*operands(shapes))
@@ -283,7 +283,7 @@ def test_fake_tensors():
 
 
 def test_results_do_not_change_under_a_mode():
-    """The operators and the short way to the kernels give the same bits."""
+    """The operators and the direct route to the kernels give the same bits."""
 
     def results() -> dict[str, bytes]:
         found = {}
@@ -300,9 +300,9 @@ def test_results_do_not_change_under_a_mode():
     assert_same(came, expected, "under a dispatch mode")
 
 
-@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics made anew", "statistics kept"])
+@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics recomputed", "statistics kept"])
 def test_a_mode_sees_operators_in_backward(rows):
-    """And nothing of what they are made of, whether the norm kept its statistics or not."""
+    """It sees only the operators, not their parts, whether the norm kept its statistics or not."""
     x = torch.randn(rows, 8, requires_grad=True)
     y = OF.layer_norm(x, (8,))
     names = []

@@ -1,4 +1,4 @@
-"""onepass.convert: torch's modules swapped in place, everything about them kept, everything else left."""
+"""onepass.convert replaces torch's modules in place, keeps everything about them and leaves everything else."""
 
 import copy
 import logging
@@ -39,7 +39,7 @@ class Net(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_root_module(kind):
-    """The root too is swapped; what comes back is of our class, with the same Parameter objects and settings."""
+    """The root is replaced too: the result has our class and the same Parameter objects and settings."""
     module = KINDS[kind]()
     if kind != "Dropout":
         module.train(False)
@@ -75,7 +75,7 @@ def test_a_model():
     assert type(model.first[2]) is onepass.nn.Dropout
     assert type(model.second["rms"]) is onepass.nn.RMSNorm
     assert type(model.bn) is onepass.nn.BatchNorm1d
-    assert type(model.special) is Subclass, "a subclass has a forward of its own and is left"
+    assert type(model.special) is Subclass, "a subclass may compute something else and is left"
     assert type(model.first[0]) is torch.nn.Linear
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert [name for name, _ in model.named_modules()] == [name for name, _ in twin.named_modules()]
@@ -106,7 +106,7 @@ def test_hooks_are_kept():
     norm.register_forward_hook(lambda m, args, out: seen.append("forward"))
     norm.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
     handle = norm.register_forward_hook(lambda m, args, out: seen.append("removed"))
-    register = getattr(norm, "register_state_dict_post_hook", norm._register_state_dict_hook)  # its name in older torch
+    register = getattr(norm, "register_state_dict_post_hook", norm._register_state_dict_hook)  # the name in older torch
     register(lambda m, state, prefix, meta: seen.append("state"))
     norm.weight.register_hook(lambda g: seen.append("weight"))
     onepass.convert(model)
@@ -127,7 +127,7 @@ def test_what_was_done_is_logged(caplog):
 
 
 def test_an_instance_with_a_forward_of_its_own_is_left():
-    """Somebody replaced the method on the instance: swapping the class would not undo it, but who knows what it expects."""
+    """A forward replaced on the instance survives a change of class, but may rely on torch's class."""
     norm = torch.nn.LayerNorm(6)
     norm.forward = lambda x: x + 1
     x = torch.zeros(2, 6)
@@ -154,7 +154,7 @@ def test_parametrized_and_lazy_modules_still_work():
 
 
 def test_transformer_layers():
-    """Modules inside torch's own; torch's fast path in evaluation must not be fooled."""
+    """Modules inside torch's modules; torch's fast path in evaluation must not bypass them wrongly."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
     twin = copy.deepcopy(layer)
@@ -167,7 +167,7 @@ def test_transformer_layers():
 
 
 def test_parametrized_modules():
-    """Swapped like others, and each by itself: copies of a module share the class that torch made for it."""
+    """Replaced like others, each on its own: copies of a module share the class that torch created for it."""
     norm = torch.nn.utils.parametrizations.weight_norm(torch.nn.LayerNorm([2, 6]))
     twin, x = copy.deepcopy(norm), torch.randn(3, 2, 6)
     expected = norm(x)
@@ -192,7 +192,7 @@ def test_parametrized_modules():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_restore_undoes(kind):
-    """The very class, the same objects, settings, hooks and numbers."""
+    """The same class, objects, settings, hooks and numbers."""
     module = KINDS[kind]()
     if kind != "Dropout":
         for p in module.parameters():
@@ -247,7 +247,7 @@ LEFT = {
 
 @pytest.mark.parametrize("kind", LEFT)
 def test_restore_leaves_what_torch_does_not_have(kind, caplog):
-    """And says so, for the tool that made somebody call it will stumble over it."""
+    """And warns, because the tool for which restore was called will not know these layers."""
     make, reason = LEFT[kind]
     model = torch.nn.Sequential(make(), onepass.nn.RMSNorm(6))
     before = type(model[0])

@@ -1,4 +1,4 @@
-"""SyncBatchNorm on two processes: BatchNorm of the whole batch, however it is divided."""
+"""SyncBatchNorm in two processes equals BatchNorm of the whole batch, however it is divided."""
 
 import copy
 
@@ -11,11 +11,11 @@ from support import assert_close, bits
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
-    pytest.mark.filterwarnings("ignore"),  # torch's own, about what it deprecates
+    pytest.mark.filterwarnings("ignore"),  # torch's own deprecation warnings
 ]
 
 CHANNELS = 5
-# Samples of the two ranks. One rank may have nothing, or a single value.
+# Numbers of samples of the two ranks. One rank may have none, or a single value.
 PARTS = [(4, 4), (1, 6), (7, 2), (0, 5), (3, 0), (1, 1)]
 
 
@@ -30,7 +30,7 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pair(**kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """SyncBatchNorm, and the BatchNorm that sees everything."""
+    """SyncBatchNorm, and a BatchNorm that sees the whole batch."""
     torch.manual_seed(1)
     sync = onepass.nn.SyncBatchNorm(CHANNELS, **kwargs).double()
     whole = torch.nn.BatchNorm1d(CHANNELS, **kwargs).double()
@@ -59,7 +59,7 @@ def assert_like_the_whole_batch(sync, whole, x, dy, parts, what: str) -> None:
 
 
 def division() -> None:
-    """Every division of a batch, in several shapes and formats; training, then evaluation."""
+    """Every division of a batch, in several shapes and formats, in training and then in evaluation."""
     torch.manual_seed(0)
     for parts in PARTS:
         for space in ((), (3,), (2, 3), (2, 2, 2)):
@@ -83,7 +83,7 @@ def options() -> None:
 
 
 def large_mean() -> None:
-    """1e4 + noise of 1e-2 in float32, in uneven parts. Each process's mean is rounded to 1e4's last place: 1e-3 of σ."""
+    """1e4 + noise of 1e-2 in float32, in uneven parts: the deviation is right to 1e-3."""
     torch.manual_seed(0)
     x = 1e4 + 1e-2 * torch.randn(400, CHANNELS)
     sync = onepass.nn.SyncBatchNorm(CHANNELS, momentum=1.0, eps=1e-12)
@@ -108,7 +108,7 @@ def low_precision() -> None:
 
 
 def averaged_gradients() -> None:
-    """Gradients of the mean loss, averaged as DistributedDataParallel does, are those of one process.
+    """Gradients of the mean loss, averaged as DistributedDataParallel does, equal those of one process.
 
     (DistributedDataParallel itself refuses modules with a SyncBatchNorm on the CPU.)
     """
@@ -138,7 +138,7 @@ def averaged_gradients() -> None:
 
 
 def from_ours() -> None:
-    """torch's convert_sync_batchnorm takes our BatchNorm for what it subclasses; ours can be asked the same way."""
+    """torch's convert_sync_batchnorm treats our BatchNorm as its base class; ours can be called the same way."""
     model = torch.nn.Sequential(onepass.nn.BatchNorm1d(CHANNELS), onepass.nn.BatchNorm2d(CHANNELS))
     weight = model[0].weight
     synced = onepass.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -152,7 +152,7 @@ def from_ours() -> None:
 
 
 def with_activation() -> None:
-    """A converted BatchNormAct: activation and residual of the whole batch's BatchNorm, in every division."""
+    """A converted BatchNormAct, in every division: activation and residual as with BatchNorm of the whole batch."""
     torch.manual_seed(0)
     for parts in PARTS:
         for activation, slope in (("relu", 0.01), ("leaky_relu", 0.2), (None, 0.01)):
@@ -177,7 +177,7 @@ def with_activation() -> None:
 
 
 def a_group_of_one() -> None:
-    """A process group of its own: nothing is exchanged with the other rank."""
+    """A process group of one rank: nothing is exchanged with the other rank."""
     groups = [dist.new_group([rank]) for rank in range(2)]
     sync = onepass.nn.SyncBatchNorm(CHANNELS, process_group=groups[dist.get_rank()]).double()
     torch.manual_seed(dist.get_rank())
@@ -186,7 +186,7 @@ def a_group_of_one() -> None:
 
 
 def work() -> None:
-    """In one pair of processes: starting them takes longer than the work."""
+    """All parts in one pair of processes, because starting them takes longer than the work."""
     for part in (
         division,
         options,

@@ -1,4 +1,4 @@
-"""Dropout: the mask of (seed, index), values and gradients bit for bit, seeds and generators, statistics of the mask."""
+"""Dropout: the mask as a function of (seed, index), values and gradients bit for bit, seeds, statistics of the mask."""
 
 import math
 
@@ -16,7 +16,7 @@ SHAPES = [(), (0,), (1,), (3,), (7,), (8,), (9,), (31,), (127,), (64,), (1025,),
 
 
 def expected_bits(x: torch.Tensor, p: float, seed: int, inverted: bool = True) -> torch.Tensor:
-    """select(keep, x·scale, 0) in one rounding of float32, and one to the dtype it is stored in."""
+    """select(keep, x·scale, 0) with one rounding in float32 and one to the dtype of storage."""
     keep = torch.from_numpy(philox.keep_mask(tuple(x.shape), p, seed)).to(x.device)
     arithmetic = arithmetic_dtype(x.dtype)
     scale = torch.tensor(dropout.scale(p, inverted), dtype=arithmetic, device=x.device)
@@ -46,7 +46,7 @@ def test_mask_is_on_the_cpu_by_default():
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_large_mask(p):
-    """Chunks of several threads."""
+    """Large enough for several threads."""
     n = 700_003
     expected = philox.keep_mask((n,), p, 42)
     assert np.array_equal(OF.dropout_mask((n,), p, 42).numpy(), expected)
@@ -57,7 +57,7 @@ def test_large_mask(p):
     "p", [0.5 - 2.0**-33, 0.5 + 2.0**-33, 2.0**-33, 2.0**-34, 1 - 2.0**-33, 1 - 2.0**-34], ids=lambda p: p.hex()
 )
 def test_threshold_is_rounded(p, device):
-    """T = floor(p·2³² + 0.5): seen at a word that is exactly T or just beside it."""
+    """T = floor(p·2³² + 0.5), tested at a word that equals T or differs by one."""
     n, seed = 20000, 9
     words = philox.words(seed, n)
     for i in range(0, n, 4999):
@@ -95,7 +95,7 @@ def test_large(dtype):
 
 @pytest.mark.parametrize("p", RATES)
 def test_evaluation(p, dtype, device):
-    """The identity; of the paper's form (1 - p)·x, with the gradient of that. No random number is drawn."""
+    """The identity; in the paper's form (1 - p)·x, with its gradient. No random number is drawn."""
     x, dy = (torch.randn(37, device=device).to(dtype) for _ in range(2))
     x = leaf(x)
     state = torch.get_rng_state()
@@ -116,8 +116,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_mask_goes_by_the_logical_index(inplace, layout, dtype, device):
-    """Whatever the strides of x and dy: the mask is that of the contiguous tensor."""
+def test_mask_follows_the_logical_index(inplace, layout, dtype, device):
+    """Whatever the strides of x and dy, the mask is that of the contiguous tensor."""
     for shape in [(5, 7), (16, 24)]:
         values, dy = (LAYOUTS[layout](torch.randn(shape, device=device).to(dtype)) for _ in range(2))
         x = leaf(values.clone(memory_format=torch.contiguous_format))
@@ -135,7 +135,7 @@ def test_channels_last_stays(device):
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 def test_inplace(layout, dtype, device):
-    """Writes x and nothing around it, returns it, and autograd knows."""
+    """Writes x and nothing around it, returns it, and autograd sees the write."""
     base = torch.full((6, 20), 7.0, device=device).to(dtype)
     x = {
         None: base[2:4],
@@ -161,7 +161,7 @@ def test_inplace_in_a_graph(device):
     y = OF.dropout(h, 0.5, inplace=True, seed=8)
     y.sum().backward()
     assert bits(w.grad) == bits(expected_bits(torch.full((40,), 2.0, device=device), 0.5, 8))
-    h = w.exp()  # whose backward needs its result
+    h = w.exp()  # its backward needs its result
     OF.dropout(h, 0.5, inplace=True, seed=8)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         h.sum().backward()
@@ -186,7 +186,7 @@ def test_special_values(special, device):
 
 
 def test_backward_does_not_need_x(dtype, device):
-    """At most a bit an element, and the seed, is kept for backward."""
+    """Backward keeps the seed and at most one bit per element."""
     x, n = leaf(torch.randn(4096, device=device).to(dtype)), 4096
     kept = []
 
@@ -267,7 +267,7 @@ def test_rate(p, device):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_independence(p, device):
-    """Between neighbours at any distance within counters and vectors, and between neighbouring seeds."""
+    """Between elements at any distance within counters and vectors, and between adjacent seeds."""
     kept = OF.dropout_mask((N,), p, 3, device=device)
     for lag in (1, 2, 3, 4, 5, 8, 16, 32, 64, 100, 1024):
         both = int((kept[:-lag] & kept[lag:]).sum())

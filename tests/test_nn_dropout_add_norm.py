@@ -1,4 +1,4 @@
-"""dropout_add_layer_norm and dropout_add_rms_norm: sum = residual + dropout(x) and the norm of it, in one pass."""
+"""dropout_add_layer_norm and dropout_add_rms_norm: sum = residual + dropout(x) and its norm, in one pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ SHAPES = [(1, 1), (3, 7), (4, 16), (2, 5, 33), (67, 12), (2, 515)]
 
 
 def assert_fused(fused, x, residual, weight=None, bias=None, dy=None, dsum=None, what="", **options) -> None:
-    """Both results and every gradient. y belongs to the sum that is returned: of 16 bits, to the rounded one."""
+    """Compare both results and every gradient. y is the norm of the returned sum, which is rounded in 16 bits."""
     inputs = [leaf(t) for t in (x, residual, weight, bias)]
     y, total = fused(*inputs, **options)
     for tensor in (y, total):
@@ -121,8 +121,8 @@ def test_large(fused, shape, dtype, device):
 
 
 @EVERY_FUSED
-def test_is_the_three_calls(fused, device):
-    """The same mask as dropout's of the same seed, the same numbers, gradients that add up; also with a drawn seed."""
+def test_equals_the_three_calls(fused, device):
+    """The mask of dropout with the same seed, the same numbers, gradients that add up; also with a drawn seed."""
     x, residual = (torch.randn(5, 40, device=device, dtype=torch.float64) for _ in range(2))
     weight, bias = affine("weight and bias", fused.norm.has_bias, (40,), torch.float64, device)
     for seed in (None, 7):
@@ -143,7 +143,7 @@ def test_is_the_three_calls(fused, device):
 
 @EVERY_FUSED
 def test_only_one_result_is_used(fused, device):
-    """Only y, only the sum: the other's gradient is missing, not wrong."""
+    """Only y or only the sum is used: the other's gradient is None."""
     x, residual = (torch.randn(5, 12, device=device) for _ in range(2))
     weight, bias = affine("weight and bias", fused.norm.has_bias, (12,), torch.float32, device)
     inputs = [leaf(t) for t in (x, residual, weight, bias)]
@@ -182,7 +182,7 @@ def test_every_subset_of_gradients(fused, device):
 
 @EVERY_FUSED
 def test_strides_and_reading_only(fused, dtype, device):
-    """Operands in memory of any order; none of them is written."""
+    """Operands in memory of any order; none is written."""
     x, residual, dy, dsum = (torch.randn(40, 6, device=device).to(dtype).t() for _ in range(4))
     weight, bias = affine("weight and bias", fused.norm.has_bias, (40,), dtype, device)
     tensors = {"x": x, "residual": residual, "dy": dy, "dsum": dsum}
@@ -216,7 +216,7 @@ def test_empty(fused, dtype, device):
 
 @EVERY_FUSED
 def test_what_is_kept_for_backward(fused, device):
-    """The sum, three numbers a row, the weight and at most a bit an element."""
+    """The sum, three numbers per row, the weight and at most one bit per element."""
     x, residual = (leaf(torch.randn(64, 128, device=device)) for _ in range(2))
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Layers on DTensors: sequence parallel, tensor parallel, replicated; equal to one process, values and gradients."""
+"""Layers on DTensors (sequence parallel, tensor parallel, replicated): values and gradients equal one process."""
 
 import onepass
 import pytest
@@ -10,7 +10,7 @@ from support import assert_close, bits
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
-    pytest.mark.filterwarnings("ignore"),  # torch's own, about what it deprecates
+    pytest.mark.filterwarnings("ignore"),  # torch's own deprecation warnings
 ]
 
 if dist.is_available():
@@ -42,7 +42,7 @@ def assert_gradient(came: torch.Tensor, expected: torch.Tensor, what: str) -> No
 
 
 def norms() -> None:
-    """Every placement of the input beside whole and sharded weights; sums of two parts of a value as well."""
+    """Every placement of the input with whole and sharded weights, including partial sums."""
     mesh = mesh_of_all()
     torch.manual_seed(0)
     x, dy = torch.randn(2, *SHAPE, dtype=torch.float64)
@@ -78,7 +78,7 @@ def norms() -> None:
 
 
 def sequence_parallel() -> None:
-    """torch's plan for these layers, beside torch's own layer under the same plan."""
+    """torch's plan for these layers, against torch's own layer under the same plan."""
     mesh = mesh_of_all()
     torch.manual_seed(0)
     world = dist.get_world_size()
@@ -103,7 +103,7 @@ def sequence_parallel() -> None:
 
 
 def dropout_with_a_seed() -> None:
-    """The mask of the whole tensor, wherever its parts are."""
+    """The mask is that of the whole tensor, wherever its parts are."""
     mesh = mesh_of_all()
     x = torch.linspace(1, 2, 90, dtype=torch.float64).view(SHAPE).requires_grad_()
     expected = OF.dropout(x, 0.4, seed=7)
@@ -118,7 +118,7 @@ def dropout_with_a_seed() -> None:
 
 
 def dropout_draws() -> None:
-    """Parts have masks of their own though all generators are alike, copies have one though the generators differ."""
+    """Parts have different masks although all generators agree; copies share one although the generators differ."""
     mesh = mesh_of_all()
     world = dist.get_world_size()
     ones = torch.ones(world, 4096)
@@ -172,7 +172,7 @@ def dropout_add_norms() -> None:
 
 
 def batch_norms() -> None:
-    """Statistics of the whole batch, however it is divided; in evaluation it stays divided. Channels may be, too."""
+    """Statistics of the whole batch, however it is sharded; in evaluation it stays sharded. Channels may be sharded too."""
     mesh = mesh_of_all()
     world = dist.get_world_size()
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def compiled() -> None:
 
 
 def two_dimensions() -> None:
-    """A mesh of 2 x 2: rows divided along both, copies along one."""
+    """A mesh of 2 x 2: rows sharded along both dimensions, replicated along one."""
     mesh = init_device_mesh("cpu", (2, 2))
     torch.manual_seed(0)
     x, w = torch.randn(*SHAPE, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
@@ -304,7 +304,7 @@ PARTS = [
 
 
 def work() -> None:
-    """In one group of processes: starting them takes longer than the work."""
+    """All parts in one group of processes, because starting them takes longer than the work."""
     for part in PARTS if dist.get_world_size() == 2 else [two_dimensions]:
         try:
             part()

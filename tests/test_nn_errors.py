@@ -1,4 +1,4 @@
-"""Bad input: torch's exception with torch's sentence, before anything is written or drawn."""
+"""Bad input raises torch's exception with torch's sentence, before anything is written or drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,15 +17,15 @@ Call = Callable[[object], object]
 
 @dataclass(frozen=True)
 class Bad:
-    call: Call  # takes the module with the functions, torch's or ours
+    call: Call  # called with the module of functions, torch's or ours
     error: type[Exception] | tuple[type[Exception], ...]
-    text: str = ""  # how the message begins, in torch as here
-    names: str = ""  # what it has to mention besides
+    text: str = ""  # the beginning of the message, in torch and here
+    names: str = ""  # what the message also has to mention
     in_torch: bool = field(default=True)  # whether torch refuses it too
 
 
 def norms(name: str) -> dict[str, Bad]:
-    """What both norms refuse."""
+    """Calls that both norms refuse."""
 
     def call(*args, x=X, **kwargs) -> Call:
         return lambda f: getattr(f, name)(x, *args, **kwargs)
@@ -237,7 +237,7 @@ def test_refused(bad):
     assert content() == before, "something was written before the error"
 
 
-# What older torch takes, or says in other words.
+# What older torch accepts, or refuses in other words.
 NEWER = {
     "rms_norm: normalized_shape",
     "rms_norm: normalized_shape longer than x",
@@ -250,7 +250,7 @@ NEWER = {
 def error_of(call: Callable[[], object]) -> Exception | None:
     try:
         call()
-    except Exception as error:  # of any type: the callers compare them
+    except Exception as error:  # any type: the callers compare them
         return error
     return None
 
@@ -264,7 +264,7 @@ def test_torch_refuses_it_too(key):
     same = isinstance(came, no_kernel if bad.error is NotImplementedError else bad.error)
     same &= str(came).startswith(bad.text)
     if key in NEWER and not same:
-        pytest.skip("this torch takes it, or says it in other words")
+        pytest.skip("this torch accepts it, or refuses it in other words")
     assert same, f"torch's answer: {came!r}"
 
 
@@ -279,7 +279,7 @@ def test_freed_storage(name, freed):
     tensors[freed].untyped_storage().resize_(0)
     x, weight = tensors.values()
     if name == "dropout" and freed == "weight":
-        pytest.skip("it has none")
+        pytest.skip("dropout has no weight")
     calls = {
         "layer_norm": lambda: OF.layer_norm(x, (4,), weight),
         "rms_norm": lambda: OF.rms_norm(x, (4,), weight),

@@ -1,4 +1,4 @@
-"""Bit for bit: any number of threads, any run; dropout on every instruction set too. Norms between instruction sets: close."""
+"""Results have the same bits for any number of threads and in any run; dropout also on every instruction set, norms nearly."""
 
 from collections.abc import Callable
 
@@ -72,7 +72,7 @@ def of_batches_activated(memory_format=torch.contiguous_format) -> Callable[...,
     return run
 
 
-# Enough elements for both threads; rows and blocks that no number of threads divides.
+# Enough elements for two threads; numbers of rows and blocks that no number of threads divides.
 CASES: dict[str, tuple[Callable[..., Results], tuple]] = {
     "layer_norm, many rows": (row_norm(OF.layer_norm), ((20011, 67),)),
     "layer_norm": (row_norm(OF.layer_norm), ((1501, 1027),)),
@@ -106,7 +106,7 @@ def as_bits(results: Results) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @EVERY_CASE
 def test_same_bits_for_any_thread_count(run, arguments, dtype):
-    """One thread, two, three: partial sums are cut by the shape and not by who computes them."""
+    """One, two and three threads: the shape alone determines the partial sums."""
     results = {}
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -126,7 +126,7 @@ SMALL = [(1, 1), (3, 7), (5, 16), (9, 33), (4, 129), (33, 65)]
 
 
 def test_dropout_has_the_same_bits_on_every_isa(dtype):
-    """And so has what the fused function adds to the residual."""
+    """Also what the fused function adds to the residual."""
     for shape in [*SMALL, (301, 1009)]:
         results = {}
         for isa in ISAS:
@@ -151,7 +151,7 @@ def test_dropout_has_the_same_bits_on_every_isa(dtype):
     ],
 )
 def test_every_isa_is_close_to_the_baseline(case, dtype):
-    """Sums are in another order, so the last places differ; no more. (What the numbers are: test_nn_norm, test_nn_batch_norm.)"""
+    """Only the last places differ, because sums have another order. (test_nn_norm and test_nn_batch_norm check values.)"""
     run = CASES[case][0]
     batches = "batch_norm" in case
     for shape in [(3, 7, 5, 3), (2, 17, 3, 11), (2, 64, 4, 4)] if batches else SMALL[1:]:

@@ -1,4 +1,4 @@
-"""Faults from outside: a hook, a parametrisation or a Ctrl-C in the middle; copies and pickles before and after a conversion."""
+"""Faults from outside: a hook, a parametrization or Ctrl-C interrupts; copies and pickles before and after a conversion."""
 
 import copy
 import io
@@ -48,7 +48,7 @@ def content(layer: nn.Module) -> dict[str, bytes]:
 
 
 def results(layer: nn.Module) -> list[torch.Tensor]:
-    """Outputs and gradients of a whole step."""
+    """Outputs and gradients of one step."""
     layer.zero_grad()
     inputs = inputs_of(layer)
     torch.manual_seed(9)
@@ -59,14 +59,14 @@ def results(layer: nn.Module) -> list[torch.Tensor]:
 
 
 def assert_counted(layer: nn.Module, untouched: dict[str, bytes], counted: dict[str, bytes]) -> None:
-    """Statistics and count belong together: both are those from before, or both those from after."""
+    """Assert that statistics and count match: both from before the batch, or both from after it."""
     assert content(layer) in (untouched, counted), (
         "the running statistics without the count of batches, or the other way"
     )
 
 
 class Fault:
-    """Raises at the n-th call and never again."""
+    """Raises at the n-th call only."""
 
     def __init__(self, error: type[BaseException], call: int = 0):
         self.error, self.left = error, call
@@ -90,7 +90,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_hook_that_raises(name, place, error):
-    """The next step is what it would have been: of a layer that saw the batch, or did not."""
+    """The next step is that of a layer that either saw the batch or did not."""
     layer = LAYERS[name]()
     if place == "gradient's hook" and not list(layer.parameters()):
         pytest.skip("no parameters")
@@ -111,8 +111,8 @@ def test_a_hook_that_raises(name, place, error):
 @pytest.mark.parametrize("error", FAULTS)
 @pytest.mark.parametrize("call", range(5))
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_saves_tensors_raises(name, call, error):
-    """Hooks of saved tensors run between the kernel and the end of the call, where offloading may run out of memory."""
+def test_a_saved_tensor_hook_that_raises(name, call, error):
+    """Hooks of saved tensors run between the kernel and the end of the call; offloading may run out of memory there."""
     layer = LAYERS[name]()
     fresh = copy.deepcopy(layer)
     untouched = content(layer)
@@ -137,7 +137,7 @@ def test_what_saves_tensors_raises(name, call, error):
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "BatchNorm" in name])
 def test_memory_that_runs_out(name, monkeypatch):
-    """An allocation that fails before the kernel: nothing has changed, the batch is not counted, a smaller one works."""
+    """An allocation fails before the kernel: nothing changes, the batch is not counted, and a smaller one works."""
     layer = LAYERS[name]()
     untouched = content(layer)
 
@@ -157,7 +157,7 @@ def test_memory_that_runs_out(name, monkeypatch):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", [name for name in LAYERS if "BatchNorm" in name and "statistics" not in name])
 def test_an_interrupted_kernel(name, grad, monkeypatch):
-    """Python raises KeyboardInterrupt when the kernel that was running returns: the batch is in the statistics and counts."""
+    """Python raises KeyboardInterrupt when the running kernel returns: the batch is in the statistics and is counted."""
     layer = LAYERS[name]()
     fresh = copy.deepcopy(layer)
     kernel = native.batch_norm
@@ -178,7 +178,7 @@ def test_an_interrupted_kernel(name, grad, monkeypatch):
 
 
 class Sometimes(nn.Module):
-    """A parametrization that fails when it is told to."""
+    """A parametrization that fails on demand."""
 
     fault = staticmethod(lambda: None)
 
@@ -204,7 +204,7 @@ def test_a_parametrization_that_raises(name, error):
 
 
 def test_weight_norm_trains_the_same():
-    """torch's own parametrization, converted and not."""
+    """torch's own parametrization, with and without conversion."""
     made = []
     for convert in (lambda layer: layer, onepass.convert):
         torch.manual_seed(2)
@@ -257,7 +257,7 @@ def step(model: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_of_models(way):
-    """Before and after a conversion, and after its undoing: the same classes, results and states."""
+    """Before and after a conversion, and after undoing it: the same classes, results and states."""
     take = COPIES[way]
     plain = model()
     converted = onepass.convert(model())
@@ -288,7 +288,7 @@ def test_copies_of_layers(name, way):
 
 
 def test_state_dicts_go_either_way():
-    """Checkpoints know nothing of a conversion."""
+    """Checkpoints are independent of a conversion."""
     plain, converted = model(), onepass.convert(model())
     step(plain)
     converted.load_state_dict(plain.state_dict())

@@ -1,4 +1,4 @@
-"""What holds for every input: invariances, identities between the functions, prefixes of masks; by hypothesis."""
+"""What holds for every input (invariances, identities between functions, prefixes of masks), tested with hypothesis."""
 
 import numpy as np
 import pytest
@@ -23,15 +23,15 @@ def rows(draw, max_rows=6, max_size=70):
 
 
 def tolerance(x: torch.Tensor) -> float:
-    return 1e-10 if x.dtype == torch.float64 else 2e-3  # two nearly equal elements lose digits
+    return 1e-10 if x.dtype == torch.float64 else 2e-3  # nearly equal elements lose digits
 
 
 @QUICK
 @given(rows(), st.sampled_from([-8.0, -1.0, 0.125, 1.0, 64.0]), st.integers(-50, 50))
 def test_layer_norm_is_invariant_under_affine_maps(x, a, b):
-    """y(a·x + b) = sign(a)·y(x) without eps, for maps without a rounding of their own."""
+    """y(a·x + b) = sign(a)·y(x) without eps, for maps that do not round."""
     size = x.shape[-1:]
-    x = (x * 64).round() / 64  # a·x + b is then exact
+    x = (x * 64).round() / 64  # then a·x + b is exact
     x[:, 0] = x[:, 1] + 1  # no row is constant
     y = OF.layer_norm(x, size, eps=0.0)
     assert_close(OF.layer_norm(a * x + b, size, eps=0.0), y if a > 0 else -y, tolerance(x), f"{a}x + {b}")
@@ -40,7 +40,7 @@ def test_layer_norm_is_invariant_under_affine_maps(x, a, b):
 @QUICK
 @given(rows(), st.sampled_from([-8.0, 0.125, 64.0]))
 def test_rms_norm_is_invariant_under_scaling(x, a):
-    """Powers of two: not a bit changes but the sign."""
+    """Powers of two change no bit except the sign."""
     y = OF.rms_norm(x, x.shape[-1:], eps=0.0)
     assert bits(OF.rms_norm(a * x, x.shape[-1:], eps=0.0)) == bits(y if a > 0 else -y)
 
@@ -59,7 +59,7 @@ def test_normalized_rows_have_mean_0_and_variance_1(x):
 @QUICK
 @given(rows())
 def test_layer_norm_of_centred_rows_is_rms_norm(x):
-    x = torch.cat([x, -x], 1)  # mean 0 without a rounding
+    x = torch.cat([x, -x], 1)  # mean 0 without rounding
     size = x.shape[-1:]
     assert_close(OF.layer_norm(x, size, eps=1e-6), OF.rms_norm(x, size, eps=1e-6), tolerance(x), "mean 0")
 
@@ -67,7 +67,7 @@ def test_layer_norm_of_centred_rows_is_rms_norm(x):
 @QUICK
 @given(rows())
 def test_gradient_of_x_is_orthogonal(x):
-    """dx of LayerNorm sums to zero and is orthogonal to x̂: y does not change along either."""
+    """dx of LayerNorm sums to zero and is orthogonal to x̂, because y does not change along either direction."""
     x[:, 0] = x[:, 1] + 1
     x.requires_grad_()
     y = OF.layer_norm(x, x.shape[-1:], eps=0.0)
@@ -103,7 +103,7 @@ def test_batch_norm_is_layer_norm_of_the_transpose(x):
 @QUICK
 @given(SEEDS, RATES, st.integers(0, 600), st.integers(0, 600))
 def test_mask_is_a_prefix_stable_function_of_seed_and_index(seed, p, n, more):
-    """The first n elements are the same whatever follows them, whatever the shape, packed or not."""
+    """The first n elements are the same whatever follows, for every shape, packed or not."""
     mask = OF.dropout_mask((n + more,), p, seed)
     assert torch.equal(OF.dropout_mask((n,), p, seed), mask[:n])
     assert np.array_equal(mask.numpy(), philox.keep_mask((n + more,), p, seed))

@@ -1,4 +1,4 @@
-"""The modules are torch.nn's: classes, names, state dicts, numbers, copies, the meta device, autocast, training loops."""
+"""The modules behave as torch.nn's: classes, names, state dicts, numbers, copies, meta device, autocast, training."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ from reference import batch_norm, dropout
 from support import assert_close, assert_same, bits
 from torch.utils.checkpoint import checkpoint
 
-# Name, arguments, keyword arguments, shape of an input.
+# Name, arguments, keyword arguments and an input's shape.
 MODULES = {
     "LayerNorm": ("LayerNorm", (6,), {}, (4, 6)),
     "LayerNorm of a list": ("LayerNorm", ([3, 6],), {"eps": 1e-3}, (4, 3, 6)),
@@ -35,7 +35,7 @@ EVERY_MODULE = pytest.mark.parametrize("spec", MODULES.values(), ids=MODULES)
 
 
 def pair(spec, device, dtype=torch.float64) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours and torch's, with the same weights, which are not those of initialization."""
+    """Ours and torch's, with the same weights, which differ from the initial ones."""
     name, args, kwargs, _ = spec
     ours, theirs = (getattr(nn, name)(*args, **kwargs).to(device, dtype) for nn in (onepass.nn, torch.nn))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_is_torchs_module(spec, device):
 
 
 @EVERY_MODULE
-def test_fresh_weights_are_torchs(spec):
+def test_initial_weights_are_torchs(spec):
     name, args, kwargs, _ = spec
     more = {} if name == "Dropout" else {"device": "cpu", "dtype": torch.bfloat16}
     ours, theirs = (getattr(nn, name)(*args, **kwargs, **more) for nn in (onepass.nn, torch.nn))
@@ -108,7 +108,7 @@ def test_trains_like_torchs(spec, device):
 
 
 def test_mean_of_all_batches(device):
-    """momentum=None: after t batches the mean of their statistics."""
+    """momentum=None: after t batches, the mean of their statistics."""
     bn = onepass.nn.BatchNorm1d(3, momentum=None).to(device)
     batches = torch.randn(6, 7, 3, device=device)
     for t, x in enumerate(batches, 1):
@@ -127,7 +127,7 @@ def test_an_empty_batch_is_counted(device):
 
 
 def test_evaluation_mode_is_by_the_flag_and_the_buffers(device):
-    """Without buffers the batch's statistics serve in evaluation too."""
+    """Without buffers, evaluation uses the batch's statistics too."""
     x = torch.randn(5, 3, device=device)
     tracked, untracked = (onepass.nn.BatchNorm1d(3, track_running_stats=t).to(device).eval() for t in (True, False))
     state = content(tracked)
@@ -163,7 +163,7 @@ def test_dropout_module(device):
 
 @EVERY_MODULE
 def test_state_dict_both_ways(spec, device):
-    """In mid-training, and both go on equally."""
+    """Mid-training; both continue equally."""
     ours, theirs = pair(spec, device)
     batches = torch.randn(6, *spec[3], dtype=torch.float64, device=device)
     for x in batches[:3]:
@@ -202,14 +202,14 @@ def test_copies(spec, device):
 
 
 def test_pickled_by_torch_is_torchs():
-    """A module of torch's own, pickled before, stays what it is: nothing in torch.nn is replaced."""
+    """A pickled module of torch stays torch's: nothing in torch.nn is replaced."""
     assert type(pickle.loads(pickle.dumps(torch.nn.LayerNorm(3)))) is torch.nn.LayerNorm
     assert torch.nn.functional.layer_norm is not onepass.nn.functional.layer_norm
 
 
 @EVERY_MODULE
 def test_meta_device(spec):
-    """Made without memory, run without memory, then filled."""
+    """Created without memory, run without memory, then filled."""
     name, args, kwargs, shape = spec
     if kwargs.get("momentum", 0) is None:
         pytest.skip("the count of batches has no value to divide by, as in torch")
@@ -244,7 +244,7 @@ def test_module_of_another_dtype(spec, to, device):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @EVERY_MODULE
 def test_autocast(spec, low, device):
-    """float32 parameters beside what an autocast matmul gives; and float32 inputs. Dtypes are torch's or the input's."""
+    """float32 parameters with an autocast matmul's result, and with float32 inputs. Dtypes are torch's or the input's."""
     name, args, kwargs, shape = spec
     module = getattr(onepass.nn, name)(*args, **kwargs).to(device)
     module.eval()
@@ -272,7 +272,7 @@ def test_autocast(spec, low, device):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_checkpointing_counts_a_batch_once(momentum, use_reentrant, device):
-    """The recomputation in backward sees the same batch again: it does not enter the running statistics twice."""
+    """The recomputation in backward sees the same batch, which does not enter the running statistics twice."""
     plain, checkpointed = (onepass.nn.BatchNorm1d(3, momentum=momentum).to(device) for _ in range(2))
     for _ in range(2):
         x = torch.randn(6, 3, device=device)
@@ -287,7 +287,7 @@ def test_checkpointing_counts_a_batch_once(momentum, use_reentrant, device):
 
 
 def test_a_network_learns_the_same(device):
-    """Convolutions, norms, dropout of rate 0, an optimizer of ours: twenty steps beside torch's modules."""
+    """Convolutions, norms, dropout with p = 0 and one of our optimizers: twenty steps against torch's modules."""
 
     def network(nn):
         torch.manual_seed(2)

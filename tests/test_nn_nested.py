@@ -1,4 +1,4 @@
-"""Nested tensors: rows of examples of different lengths, as torch's layers take them, or a sentence that says why not."""
+"""Nested tensors (examples of different lengths) work as in torch's layers, or an error says why not."""
 
 import onepass
 import pytest
@@ -16,20 +16,20 @@ def jagged(*lengths: int, size: int = 6) -> torch.Tensor:
 
 
 def twins(nested: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A leaf of its own for either side, with the same offsets."""
+    """One leaf per side, with the same offsets."""
     values = [nested.values().detach().clone().requires_grad_() for _ in range(2)]
     return tuple(torch.nested.nested_tensor_from_jagged(v, nested.offsets()) for v in values), values
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_norms_of_jagged_tensors(name):
-    """Values, gradients of values and weights; the result goes with the input in arithmetic."""
+    """Values, gradients of values and weights; the result can be combined with the input."""
     (ours, theirs), (a, b) = twins(jagged(2, 5, 0, 3))
     weights = [torch.randn(6, dtype=torch.float64).requires_grad_() for _ in range(2)]
     with torch.no_grad():
         weights[1].copy_(weights[0])
 
-    def on_values(x: torch.Tensor, *rest, **options) -> torch.Tensor:  # rms_norm of torch 2.4 takes no nested tensor
+    def on_values(x: torch.Tensor, *rest, **options) -> torch.Tensor:  # rms_norm of torch 2.4 accepts no nested tensor
         return torch.nested.nested_tensor_from_jagged(getattr(F, name)(x.values(), *rest, **options), x.offsets())
 
     for function, x, weight in ((getattr(OF, name), ours, weights[0]), (on_values, theirs, weights[1])):

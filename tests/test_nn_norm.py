@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: values and every gradient against float64, over shapes, dtypes, layouts and strange values."""
+"""LayerNorm and RMSNorm: values and every gradient against float64, over shapes, dtypes, layouts and special values."""
 
 import math
 
@@ -9,7 +9,7 @@ from reference import norm
 from support import assert_close, assert_same, bits
 
 EVERY_NORM = pytest.mark.parametrize("kind", NORMS.values(), ids=NORMS)
-# Shape and how many of its last dimensions are normalized. Sizes around every vector width, one row, many rows.
+# Shapes, and how many last dimensions are normalised. Sizes around every vector width, one row, many rows.
 SHAPES = [
     ((1,), 1),
     ((9,), 1),
@@ -42,7 +42,7 @@ def test_values_and_gradients(kind, affine_kind, dtype, device):
 @pytest.mark.parametrize("shape", [(2, 65537), (3, 40000), (5000, 40), (1500, 256)], ids=str)
 @EVERY_NORM
 def test_large(kind, shape, dtype, device):
-    """Rows longer than any block, and more rows than any number of blocks."""
+    """Rows longer than any block, and more rows than blocks."""
     x = (torch.randn(shape, device=device) * 2 + 0.5).to(dtype)
     weight, bias = affine("weight and bias", kind.has_bias, shape[-1:], dtype, device)
     assert_norm(kind, x, shape[-1:], weight, bias, what=str(shape))
@@ -51,7 +51,7 @@ def test_large(kind, shape, dtype, device):
 @pytest.mark.parametrize("affine_kind", AFFINE)
 @EVERY_NORM
 def test_empty(kind, affine_kind, dtype, device):
-    """No rows, or rows of nothing: gradients of weights are zero."""
+    """No rows, or empty rows: gradients of the weights are zero."""
     for shape, dims in EMPTY:
         x = leaf(torch.empty(shape, device=device, dtype=dtype))
         weight, bias = map(leaf, affine(affine_kind, kind.has_bias, shape[-dims:], dtype, device))
@@ -69,14 +69,14 @@ def test_eps(kind, eps, device):
 
 
 def test_rms_norm_default_eps_is_float32s(device):
-    """Also for 16 bits, whose own eps is far larger; float64's for float64."""
+    """Also for 16-bit inputs, whose own eps is far larger; float64's for float64."""
     for dtype, eps in (
         (torch.bfloat16, 2.0**-23),
         (torch.float16, 2.0**-23),
         (torch.float32, 2.0**-23),
         (torch.float64, 2.0**-52),
     ):
-        x = torch.full((1, 4), math.sqrt(eps), device=device, dtype=dtype)  # then x² = eps, but for the rounding of x
+        x = torch.full((1, 4), math.sqrt(eps), device=device, dtype=dtype)  # then x² = eps up to the rounding of x
         expected = float(x[0, 0].double() / (x[0, 0].double() ** 2 + eps).sqrt())
         for came in (NORMS["rms_norm"](x, (4,)), NORMS["rms_norm"].ours(x, (4,), eps=None)):
             assert_close(came, torch.full((1, 4), expected), 0.0, str(dtype), 2**-8 if dtype.itemsize == 2 else 1e-6)
@@ -91,8 +91,8 @@ def test_one_of_weight_and_bias_is_scalar(shapes, dtype, device):
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_rms_norm_takes_weights_of_any_dtype(weight_dtype, dtype, device):
-    """And gives x's dtype; the weight's gradient is of the weight's."""
+def test_rms_norm_accepts_weights_of_any_dtype(weight_dtype, dtype, device):
+    """The result has x's dtype, the weight's gradient that of the weight."""
     x = torch.randn(4, 20, device=device).to(dtype)
     weight, _ = affine("weight", False, (20,), weight_dtype, device)
     assert_norm(NORMS["rms_norm"], x, (20,), weight, what=f"{weight_dtype} weight")
@@ -104,7 +104,7 @@ def test_rms_norm_takes_weights_of_any_dtype(weight_dtype, dtype, device):
 @pytest.mark.parametrize("affine_kind", ["weight and bias", "scalar"])
 @EVERY_NORM
 def test_every_subset_of_gradients(kind, affine_kind, device):
-    """What is asked for does not depend on what else is, and y not on whether anything is."""
+    """A gradient does not depend on which others are wanted, and y does not depend on whether any is."""
     values = torch.randn(6, 37, device=device), *affine(affine_kind, kind.has_bias, (37,), torch.float32, device)
     dy = torch.randn(6, 37, device=device)
     everything = [leaf(v) for v in values]
@@ -127,7 +127,7 @@ def test_every_subset_of_gradients(kind, affine_kind, device):
 
 @EVERY_NORM
 def test_gradient_of_a_second_backward(kind, device):
-    """retain_graph: the saved tensors survive; x or a weight changed in between is noticed."""
+    """retain_graph: the saved tensors survive, and a change of x or of a weight in between is detected."""
     for changed in (0, 1):
         x, weight = leaf(torch.randn(3, 8, device=device)), leaf(torch.ones(8, device=device))
         y = kind(x, (8,), weight)
@@ -187,19 +187,19 @@ def test_expanded(kind, device):
 
 @EVERY_NORM
 def test_channels_last(kind, device):
-    """Normalized over [C, H, W] of a channels_last tensor."""
+    """Normalised over [C, H, W] of a channels_last tensor."""
     x = torch.randn(3, 4, 5, 6, device=device).to(memory_format=torch.channels_last)
     weight, bias = affine("weight and bias", kind.has_bias, (4, 5, 6), torch.float32, device)
     assert_norm(kind, x, (4, 5, 6), weight, bias, dy=torch.randn_like(x), what="channels_last")
 
 
 class Subclass(torch.Tensor):
-    """Without a meaning of its own."""
+    """A subclass that changes nothing."""
 
 
 @EVERY_NORM
 def test_subclasses(kind, device):
-    """A Parameter is the usual weight; another subclass gives the same numbers and stays what it is."""
+    """A Parameter is the usual weight; another subclass gives the same numbers and is preserved."""
     x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
     expected = kind(x, (8,), weight)
     assert bits(kind(x, (8,), torch.nn.Parameter(weight))) == bits(expected)
@@ -225,7 +225,7 @@ def test_inputs_are_only_read(kind, dtype, device):
 @pytest.mark.parametrize("size", [3, 33, 1027])
 @EVERY_NORM
 def test_nan_and_inf_stay_in_their_row(kind, size, dtype, device):
-    """As in the formula: NaN everywhere, or, of RMSNorm's Inf, zeros beside it. Rows around it do not notice."""
+    """As in the formula: NaN in the whole row, or zeros beside an Inf in RMSNorm. Other rows are unaffected."""
     for bad in (math.nan, math.inf, -math.inf):
         for place in (0, size // 2, size - 1):
             x = torch.randn(4, size, device=device).to(dtype)
@@ -237,7 +237,7 @@ def test_nan_and_inf_stay_in_their_row(kind, size, dtype, device):
 
 @EVERY_NORM
 def test_nan_in_the_gradient(kind, device):
-    """A NaN in dy reaches the whole row of dx, its own column of dweight and dbias, and nothing else."""
+    """A NaN in dy reaches the whole row of dx and its column of dweight and dbias, and nothing else."""
     x, weight, bias = (
         torch.randn(4, 20, device=device),
         *affine("weight and bias", kind.has_bias, (20,), torch.float32, device),
@@ -250,7 +250,7 @@ def test_nan_in_the_gradient(kind, device):
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-18, 1e15, 1e18])
 @EVERY_NORM
 def test_magnitudes(kind, magnitude, device):
-    """Large squares that float32 still holds, and values whose squares it does not."""
+    """Values whose squares are large but fit in float32, and values whose squares do not."""
     x = torch.randn(4, 50, device=device) * magnitude
     y = kind(x, (50,))
     expected = kind.forward(*as_numpy(x, None, None), kind.eps(x.dtype))
@@ -259,7 +259,7 @@ def test_magnitudes(kind, magnitude, device):
 
 @EVERY_NORM
 def test_sixteen_bits_do_not_overflow(kind, device):
-    """65504² is no float16: squares and sums are float32."""
+    """65504² does not fit in float16: squares and sums are float32."""
     x = (torch.rand(3, 700, device=device) * 100 + 65400).half()
     x[:, ::2] *= -1
     assert_norm(kind, x, (700,), what="values near the largest")
@@ -267,7 +267,7 @@ def test_sixteen_bits_do_not_overflow(kind, device):
 
 @pytest.mark.parametrize("negated", ["weight", "bias"])
 def test_negated_weights(negated, device):
-    """Dense views whose sign is pending."""
+    """Dense views with the negative bit set."""
     x, weight, bias = torch.randn(5, 8, device=device), torch.randn(8, device=device), torch.randn(8, device=device)
     operands = {"weight": weight, "bias": bias}
     expected = NORMS["layer_norm"](x, (8,), **operands)
@@ -275,9 +275,9 @@ def test_negated_weights(negated, device):
     assert torch.equal(NORMS["layer_norm"](x, (8,), **operands), expected)
 
 
-@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics made anew", "statistics kept"])
+@pytest.mark.parametrize("rows", [6, 3000], ids=["statistics recomputed", "statistics kept"])
 def test_saved_tensors_in_another_layout(rows, device):
-    """A hook may hand back what was saved with other strides."""
+    """A hook may return the saved tensors with other strides."""
     x, weight = leaf(torch.randn(rows, 8, device=device)), leaf(torch.randn(8, device=device))
     dy = torch.randn(rows, 8, device=device)
     expected = gradients(NORMS["layer_norm"](x, (8,), weight), (x, weight), dy)
@@ -289,10 +289,10 @@ def test_saved_tensors_in_another_layout(rows, device):
 
 @pytest.mark.parametrize("size", [64, 1000, 5003])
 def test_statistics_survive_a_large_mean(size, dtype, device):
-    """x = 1e4 + noise of 1e-2: three digits of y and of the gradients, where E[x²] - E[x]² keeps none and a mean in
-    float32 one."""
+    """x = 1e4 + noise of 1e-2: y and the gradients have three digits; with E[x²] - E[x]² they would have none, with a
+    float32 mean one."""
     if dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the noise is below its last place")
+        pytest.skip("the noise is smaller than a unit in the last place")
     x = leaf((1e4 + 1e-2 * torch.randn(6, size, device=device, dtype=torch.float64)).to(dtype))
     weight, bias = map(leaf, affine("weight and bias", True, (size,), dtype, device))
     dy = torch.randn_like(x)
@@ -307,7 +307,7 @@ def test_statistics_survive_a_large_mean(size, dtype, device):
 
 @EVERY_NORM
 def test_constant_rows(kind, dtype, device):
-    """No variance: nothing but eps to divide by."""
+    """Without variance the divisor is sqrt(eps)."""
     x = torch.tensor([[3.0], [0.0], [-7.0]], device=device).expand(3, 33).to(dtype)
     weight, bias = affine("weight and bias", kind.has_bias, (33,), dtype, device)
     assert_norm(kind, x, (33,), weight, bias, what="constant rows")

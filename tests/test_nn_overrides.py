@@ -1,4 +1,4 @@
-"""Modes and subclasses with a __torch_function__ see our functions; torch.fx keeps our modules whole."""
+"""Modes and subclasses with __torch_function__ see our functions; torch.fx keeps our modules whole."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ def ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape)
 
 
-# A call of every function, on a list of all its tensors.
+# A call of every function, given a list of all its tensors.
 CALLS = {
     "layer_norm": (lambda x, w, b: OF.layer_norm(x, (C,), w, b), [ones(4, C), ones(C), ones(C)]),
     "rms_norm": (lambda x, w: OF.rms_norm(x, (C,), w), [ones(4, C), ones(C)]),
@@ -67,23 +67,23 @@ def test_a_mode_sees_every_function(name):
 
 
 @pytest.mark.parametrize(("name", "position"), EVERY_ARGUMENT)
-def test_an_argument_of_another_kind_answers(name, position):
-    """It need not be a tensor, and hears of the call in every place."""
+def test_every_argument_with_torch_function_intercepts_the_call(name, position):
+    """Any object with __torch_function__ intercepts the call, in every position; it need not be a tensor."""
 
-    class Answers:
+    class Interceptor:
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
             return function, types
 
     call, tensors = CALLS[name]
-    tensors = [Answers() if i == position else t for i, t in enumerate(tensors)]
+    tensors = [Interceptor() if i == position else t for i, t in enumerate(tensors)]
     function, types = call(*tensors)
     assert function is getattr(OF, name)
-    assert Answers in types
+    assert Interceptor in types
 
 
 class Named(torch.Tensor):
-    """A subclass as torch's documentation shows it: its results are of it, too."""
+    """A subclass as in torch's documentation: results are of the subclass too."""
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -96,7 +96,7 @@ def test_results_are_of_the_subclass(name):
         assert_close(y.as_subclass(torch.Tensor), like, 1e-6, name)
 
 
-def test_nobody_is_asked_where_overrides_are_off():
+def test_disabled_overrides_are_not_called():
     with Watch() as mode, torch._C.DisableTorchFunction():
         OF.layer_norm(ones(4, C), (C,))
     assert OF.layer_norm not in mode.seen
@@ -147,7 +147,7 @@ def test_a_mode_sees_modules_call_functions(kind):
 
 
 def test_a_mode_under_compile():
-    """A graph, and the mode, as torch.compile has it for Python functions, sees something of the call."""
+    """There is a graph, and the mode sees the call to the extent that torch.compile supports for Python functions."""
     norm = onepass.nn.LayerNorm(C)
     x = torch.randn(4, C)
     with Watch():
@@ -161,7 +161,7 @@ def test_a_mode_under_compile():
 
 @pytest.mark.parametrize("kind", layers(nn))
 def test_symbolic_trace_keeps_modules_whole(kind):
-    """One node call_module, as for torch's; training and evaluation stay a matter of the module."""
+    """One call_module node, as for torch's modules; training and evaluation remain the module's decision."""
     model = nn.Sequential(nn.Linear(3, C), layers(nn)[kind])
     expected = [(node.op, node.target, str(node.args)) for node in torch.fx.symbolic_trace(model).graph.nodes]
     onepass.convert(model)
@@ -200,8 +200,8 @@ class Doubled(onepass.nn.LayerNorm):
         return super().forward(x) * 2
 
 
-def test_symbolic_trace_goes_into_what_is_not_only_ours():
-    """A subclass with a forward of its own, and a forward replaced on the instance, are more than the layer."""
+def test_symbolic_trace_enters_modified_layers():
+    """A subclass with its own forward, or a forward replaced on the instance, is more than the layer."""
     patched = onepass.nn.RMSNorm(C)
     patched.forward = lambda x: OF.rms_norm(x, (C,)) + 1
     x = torch.randn(4, C)
@@ -213,7 +213,7 @@ def test_symbolic_trace_goes_into_what_is_not_only_ours():
 
 
 def test_a_tracer_that_keeps_nothing_whole():
-    """It asks what a layer is made of, and finds our function with the layer's parameters."""
+    """It traces into a layer and finds our function with the layer's parameters."""
 
     class Flat(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
@@ -240,9 +240,9 @@ def test_functions_in_a_traced_forward():
         assert torch.equal(y, like)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its TorchScript
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own warning about TorchScript
 def test_fusion_of_convolutions():
-    """fx folds by exact type: a converted model stays as it is and right, a restored one is folded."""
+    """fx folds by exact type: a converted model stays unfolded and correct, a restored one is folded."""
     import torch.fx.experimental.optimization as fx_optimization
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()

@@ -1,4 +1,4 @@
-"""The layers' references are right: they agree with torch in float64, with published numbers and with arithmetic by hand."""
+"""The layers' references are right: they agree with torch in float64, published numbers and arithmetic by hand."""
 
 from functools import partial
 
@@ -30,8 +30,8 @@ def test_philox_known_answers(counter, key, expected):
     assert [hex(word) for word in came] == [hex(word) for word in expected]
 
 
-def test_words_are_numbered_by_counter_and_place():
-    """Word 0 of seed 0 is the first known answer; key words are the halves of the seed; q's upper half is word 1."""
+def test_words_are_numbered_by_counter_and_position():
+    """Word 0 of seed 0 is the first known answer; the key words are the seed's halves; the counter's upper half is word 1."""
     assert philox.words(0, 4).tolist() == list(philox.KNOWN_ANSWERS[0][2])
     assert philox.words(-1, 4).tolist() == philox.philox4x32(np.zeros(4), (2**32 - 1, 2**32 - 1)).tolist()
     seed = 5 + 7 * 2**32

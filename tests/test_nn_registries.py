@@ -1,4 +1,4 @@
-"""Tools that look layers up by their exact class find ours: eager quantization of torch, and Opacus."""
+"""Tools that look layers up by their exact class find ours: torch's eager quantization and Opacus."""
 
 import copy
 import logging
@@ -38,7 +38,7 @@ def test_entries_are_added_and_none_is_changed(monkeypatch):
 # --- torch's eager quantization ---------------------------------------------------------------------------------------
 
 quantization = pytest.importorskip("torch.ao.quantization")
-QUANTIZED = pytest.mark.filterwarnings("ignore")  # torch's own, about what it deprecates
+QUANTIZED = pytest.mark.filterwarnings("ignore")  # torch's own deprecation warnings
 NEEDS_AN_ENGINE = pytest.mark.skipif(
     "x86" not in torch.backends.quantized.supported_engines, reason="torch has no quantized kernels here"
 )
@@ -89,7 +89,7 @@ def test_static_quantization():
 @QUANTIZED
 @NEEDS_AN_ENGINE
 @pytest.mark.parametrize("layer", [onepass.nn.LayerNorm(4), onepass.nn.RMSNorm(4), onepass.nn.BatchNorm1d(4)])
-def test_quantized_tensors_name_the_way_back(layer):
+def test_errors_on_quantized_tensors_suggest_restore(layer):
     x = torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 10, torch.quint8)
     with pytest.raises(NotImplementedError, match=r"onepass\.restore\(model\)"):
         layer(x)
@@ -125,14 +125,14 @@ def test_opacus_refuses_layers_that_do_more(kind):
     opacus()
     from opacus.validators import ModuleValidator
 
-    onepass.convert(nn.Identity())  # onepass may have been imported first
+    onepass.convert(nn.Identity())  # onepass may have been imported before Opacus
     assert len(ModuleValidator.validate(getattr(onepass.nn, kind)(4))) == 1
 
 
 @OPACUS
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_opacus_makes_the_same_private_steps(mode, caplog):
-    """The gradient of each sample by Opacus's formula for torch's LayerNorm, not by its slow way for what it does not know."""
+    """Per-sample gradients use Opacus's formula for torch's LayerNorm, not its slow path for unknown layers."""
     opacus()
     from opacus import PrivacyEngine
     from torch.utils.data import DataLoader, TensorDataset

@@ -1,4 +1,4 @@
-"""Where a model goes elsewhere: TorchScript, torch.export, AOTInductor and ONNX find torch's own operators in our layers."""
+"""Exporting a model: TorchScript, torch.export, AOTInductor and ONNX find torch's own operators in our layers."""
 
 import copy
 import io
@@ -12,13 +12,13 @@ from support import assert_close
 from torch import nn
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own: TorchScript is deprecated as a whole
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch's own, while it copies an exported program
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own warning: TorchScript is deprecated
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch's own warning, while it copies an exported program
 ]
 C = 6
 ours = onepass.nn
 
-# Layers, and how many inputs of what shape they take.
+# Layers, and the number and shape of their inputs.
 LAYERS = {
     "LayerNorm": (lambda: ours.LayerNorm(C), 1, (4, C)),
     "LayerNorm over two dimensions": (lambda: ours.LayerNorm((5, C), bias=False), 1, (4, 5, C)),
@@ -38,13 +38,13 @@ LAYERS = {
     "DropoutAddLayerNorm": (lambda: ours.DropoutAddLayerNorm(C, 0.4), 2, (4, C)),
     "DropoutAddRMSNorm": (lambda: ours.DropoutAddRMSNorm(C, 0.4, inverted=False), 2, (4, C)),
 }
-# torch.jit.trace cannot record torch's own check of the batch's size either.
+# torch.jit.trace cannot record torch's own check of the batch size either.
 CHECKS_THE_BATCH = "ignore:Converting a tensor to a Python boolean"
 CASES = [(name, training) for name in LAYERS for training in (False, True)]
 
 
 def make(name: str, training: bool) -> tuple[nn.Module, list[tuple[torch.Tensor, ...]]]:
-    """A layer in the middle of its life, and two inputs with batches of different sizes."""
+    """A layer that has already been trained, and two inputs with different batch sizes."""
     torch.manual_seed(3)
     create, count, shape = LAYERS[name]
     layer = create()
@@ -61,7 +61,7 @@ def as_tuple(value):
 
 
 def assert_same_layer(name, training, came, inputs) -> None:
-    """Outputs and buffers as those of the layer; of dropout in training what is kept."""
+    """Assert equal outputs and buffers; for dropout in training, equal values where kept."""
     layer, _ = make(name, training)
     expected, found = as_tuple(layer(*inputs)), as_tuple(came(*inputs))
     if training and "Dropout" in name:
@@ -76,7 +76,7 @@ def assert_same_layer(name, training, came, inputs) -> None:
         assert_close(y, like, 2e-6, name)
     buffers = dict(came.named_buffers())
     for key, buffer in layer.named_buffers() if training else ():
-        found = next(value for name, value in buffers.items() if name.endswith(key))  # strict export puts a prefix
+        found = next(value for name, value in buffers.items() if name.endswith(key))  # strict export adds a prefix
         assert_close(found.double(), buffer.double(), 1e-6, f"{key} of {name}")
 
 
@@ -85,7 +85,7 @@ def assert_same_layer(name, training, came, inputs) -> None:
 
 @pytest.mark.parametrize(("name", "training"), CASES)
 def test_script(name, training):
-    """Saved and loaded too; it has no trace of our operators in it."""
+    """Also saved and loaded; it contains none of our operators."""
     layer, inputs = make(name, training)
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(layer), file)
@@ -110,7 +110,7 @@ def test_trace(name, training):
     layer, inputs = make(name, training)
     traced = torch.jit.trace(layer, inputs[0], check_trace=False)
     for key, buffer in make(name, training)[0].named_buffers():
-        traced.get_buffer(key).copy_(buffer)  # tracing ran it
+        traced.get_buffer(key).copy_(buffer)  # tracing ran the layer
     graph = str(traced.inlined_graph)
     assert "onepass::" not in graph
     assert "PythonOp" not in graph
@@ -118,7 +118,7 @@ def test_trace(name, training):
 
 
 def test_trace_of_evaluation_is_silent():
-    """Nothing of a shape becomes a constant: not even torch's warning that it might."""
+    """No shape becomes a constant, and torch does not warn that one might."""
     model = nn.Sequential(ours.BatchNorm1d(C), ours.LayerNorm(C), ours.RMSNorm(C), ours.Dropout(0.5)).eval()
     torch.jit.trace(model, (torch.randn(4, C),))
 
@@ -141,22 +141,22 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 @pytest.mark.parametrize(("name", "training"), CASES)
 def test_export(name, training, strict):
-    """For every batch size; the operators are torch's, before and after their decomposition."""
+    """For every batch size; the operators are torch's, before and after decomposition."""
     layer, inputs = make(name, training)
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(layer, inputs[0], strict=strict, dynamic_shapes=tuple({0: rows} for _ in inputs[0]))
     decomposed = program.run_decompositions()
     for each in (program, decomposed):
         assert not [target for target in operators(each) if "onepass" in target]
-    for each in (program, decomposed):  # which share their buffers
+    for each in (program, decomposed):  # they share their buffers
         assert_same_layer(name, training, copy.deepcopy(each.module()), inputs[1])
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm1d", "Dropout"])
-def test_exported_operators_are_those_that_tools_look_for(name):
-    """Those that torch's layer is exported as, one and nothing around it if torch has such a one."""
+def test_exported_operators_are_those_of_torchs_layer(name):
+    """The operators of torch's exported layer: a single one, with nothing around it, if torch has one."""
     if name == "RMSNorm" and not onepass._compat.RMS_NORM_TAKES_SYMBOLS:
-        pytest.skip("this torch exports its own rms_norm for one size of batch, which ours is not to be")
+        pytest.skip("this torch exports its own rms_norm for one batch size only")
     come, expected = [], []
     for lib, found in ((ours, come), (nn, expected)):
         layer = getattr(lib, name)(*([] if name == "Dropout" else [C]))
@@ -167,7 +167,7 @@ def test_exported_operators_are_those_that_tools_look_for(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_export_of_mixed_dtypes(dtype):
-    """float32 weights beside 16-bit inputs, which torch's functions do not take everywhere."""
+    """float32 weights beside 16-bit inputs, which torch's functions do not always accept."""
     x = torch.randn(4, C).to(dtype)
     for layer in (ours.LayerNorm(C), ours.RMSNorm(C), ours.BatchNorm1d(C)):
         program = torch.export.export(layer, (x,), strict=False)
@@ -178,7 +178,7 @@ def test_export_of_mixed_dtypes(dtype):
 
 
 def test_export_with_a_seed():
-    """The mask is a function of the seed, of whatever shape; its operator stays."""
+    """The mask is a function of the seed, for every shape; its operator stays in the program."""
 
     class Net(nn.Module):
         def forward(self, x):
@@ -211,9 +211,9 @@ def trained() -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
-    """A converted model as a library that knows nothing of onepass."""
+    """A converted model becomes a library that does not need onepass."""
     if not hasattr(torch._inductor, "aoti_compile_and_package"):
-        pytest.skip("this torch packs no such library")
+        pytest.skip("this torch cannot package a compiled library")
     model, x = trained()
     expected = model(x).detach()
     program = torch.export.export(onepass.convert(model), (x,))
@@ -223,12 +223,12 @@ def test_aot_inductor(tmp_path):
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
 def test_onnx(dynamo, tmp_path):
-    """The same operators as of the model before its conversion."""
+    """The same operators as before conversion."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model, x = trained()
     if not dynamo:
-        model.rms = nn.Identity()  # this exporter does not know torch's RMSNorm
+        model.rms = nn.Identity()  # this exporter does not support torch's RMSNorm
 
     def nodes(which: nn.Module) -> list[str]:
         path = str(tmp_path / "model.onnx")

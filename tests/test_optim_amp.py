@@ -1,4 +1,4 @@
-"""Gradient scaling: with fused_unscale inside the step, and without it around the step, the numbers are the same."""
+"""Gradient scaling gives the same numbers inside the step (fused_unscale) and around it."""
 
 import copy
 import inspect
@@ -11,11 +11,11 @@ from support import assert_same, parameter, snapshot
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 FUSED = pytest.mark.parametrize("fused_unscale", [True, False], ids=["fused", "around"])
-TOLERANCE = 2e-5  # training in float32 feeds the differences back
+TOLERANCE = 2e-5  # training in float32 amplifies differences
 
 
 class Scaled(BesideTorch):
-    """Both sides trained with a GradScaler each; a batch of infinity now and then."""
+    """Both sides trained, each with its own GradScaler; some batches are infinite."""
 
     def __init__(self, rule, device, **ours) -> None:
         super().__init__(rule, {**rule.usual, "lr": 0.01}, torch.float32, device)
@@ -50,7 +50,7 @@ class Scaled(BesideTorch):
 @FUSED
 @EVERY_RULE
 def test_training_with_a_scaler(rule, fused_unscale, max_norm, unscale_first, device):
-    """As torch does it, with infinite batches: first of all, one, two in a row."""
+    """As in torch, with infinite batches: at the start, one, and two in a row."""
     both = Scaled(rule, device, fused_unscale=fused_unscale, max_norm=max_norm)
     for bad in (True, False, False, True, True, False, False, False, False):
         both.train_scaled(bad, unscale_first)
@@ -62,7 +62,7 @@ def test_training_with_a_scaler(rule, fused_unscale, max_norm, unscale_first, de
 
 @EVERY_RULE
 def test_skipped_step_changes_nothing(rule, device):
-    """found_inf: parameters, states and counts stay bit for bit; gradients too."""
+    """found_inf: parameters, states, counts and gradients stay bit for bit."""
     both = Scaled(rule, device, fused_unscale=True)
     both.train_scaled(bad=False)
     before = snapshot(both.ours)
@@ -72,7 +72,7 @@ def test_skipped_step_changes_nothing(rule, device):
 
 @pytest.mark.parametrize("form", [{}, {"lr_in_velocity": True}, {"nesterov": True}], ids=str)
 def test_sgd_skipped_before_its_first_step(form, device):
-    """No half-made buffer is left: the first real step starts from v = g."""
+    """No partly initialised buffer is left: the first real step starts from v = g."""
     rule = RULES["SGD"]
     p = parameter(torch.randn(9, device=device))
     case = {**rule.usual, **form, "fused_unscale": True}
@@ -90,7 +90,7 @@ def test_sgd_skipped_before_its_first_step(form, device):
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 3.0, 0.25])
 @EVERY_RULE
 def test_unscaling_inside_is_division_first(rule, scale, dtype, device):
-    """u = g / grad_scale before norm, decay and rule."""
+    """u = g / grad_scale comes before norm, decay and rule."""
     params = [parameter(torch.randn(20, device=device).to(dtype))]
     both = BesideReference(rule, {**rule.usual, "fused_unscale": True, "max_norm": 0.5}, params)
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_unscaling_inside_is_division_first(rule, scale, dtype, device):
 
 @EVERY_RULE
 def test_attributes_that_a_scaler_leaves(rule, device):
-    """grad_scale None with found_inf given, and neither of them, as outside of a scaler."""
+    """found_inf without grad_scale, and neither of them, as outside a scaler."""
     params = [parameter(torch.randn(20, device=device))]
     both = BesideReference(rule, {**rule.usual, "fused_unscale": True}, params)
     both.step([torch.randn(20, device=device)])
@@ -116,7 +116,7 @@ def test_attributes_that_a_scaler_leaves(rule, device):
 
 @EVERY_RULE
 def test_amp_scaling_is_opt_in(rule):
-    """GradScaler unscales itself unless fused_unscale says otherwise; the hint fused=True does not say it."""
+    """GradScaler unscales by itself unless fused_unscale is set; the hint fused=True does not change that."""
     p = [parameter(torch.zeros(3))]
     hints = [{"fused": True}] if "fused" in inspect.signature(rule.ours).parameters else []
     for kwargs in ({}, *hints, {"fused_unscale": False}):
@@ -143,7 +143,7 @@ def test_disabled_scaler(fused_unscale):
 
 
 def test_autocast_training(device):
-    """bfloat16 autocast gives float32 gradients: nothing special happens."""
+    """bfloat16 autocast gives float32 gradients, so nothing special happens."""
     both = BesideTorch(RULES["AdamW"], {"lr": 0.01}, torch.float32, device)
     for _ in range(3):
         x = both.batch()

@@ -1,4 +1,4 @@
-"""Arguments in other forms: tensors for lr and betas, hints that are accepted, defaults and signatures as torch's."""
+"""Arguments in other forms: tensors for lr and betas, accepted hints, and torch's defaults and signatures."""
 
 import inspect
 
@@ -50,7 +50,7 @@ def test_signature_is_torchs_and_ours_is_keyword_only(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_param_groups_have_torchs_keys_and_ours(rule):
-    """Every argument is kept in the groups: schedulers and checkpoints find it there."""
+    """Every argument is kept in the groups, where schedulers and checkpoints find it."""
     p = [parameter(torch.zeros(2))]
     ours, theirs = RULES[rule].ours(p).param_groups[0], RULES[rule].theirs(p).param_groups[0]
     assert ours.keys() >= theirs.keys(), f"missing: {theirs.keys() - ours.keys()}"
@@ -60,7 +60,7 @@ def test_param_groups_have_torchs_keys_and_ours(rule):
 
 
 def test_adamw_is_an_adam():
-    """As in torch: instance checks of users hold, decay is decoupled whatever is loaded."""
+    """As in torch: users' isinstance checks hold, and decay is decoupled whatever is loaded."""
     assert issubclass(RULES["AdamW"].ours, RULES["Adam"].ours)
     for rule in RULES.values():
         assert issubclass(rule.ours, torch.optim.Optimizer)
@@ -70,7 +70,7 @@ def test_adamw_is_an_adam():
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_lr_as_a_tensor(rule, shape, device):
-    """The same bits as the float, whatever the tensor's shape."""
+    """The same bits as with a float, whatever the tensor's shape."""
     case = {**rule.usual, "lr": 0.125}
     tensor = {**case, "lr": torch.full(shape, 0.125, device=device)}
     assert_same(run(rule, tensor, device), run(rule, case, device), "lr as a tensor against a float")
@@ -78,7 +78,7 @@ def test_lr_as_a_tensor(rule, shape, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_lr_tensor_changed_in_place(rule, device):
-    """Schedulers fill a tensor lr in place: each step reads it anew, and no step writes it."""
+    """Schedulers fill a tensor lr in place: each step reads it again, and no step writes it."""
     lr = torch.tensor(0.1, dtype=torch.float64, device=device)
     params = [parameter(torch.randn(6, device=device))]
     both = BesideReference(rule, {**rule.usual, "lr": lr}, params)
@@ -93,7 +93,7 @@ def test_lr_tensor_changed_in_place(rule, device):
 
 @pytest.mark.parametrize("rule", ADAMS.values(), ids=ADAMS)
 def test_betas_as_tensors(rule, device):
-    """The same bits as floats; 0.75 and 0.9375 are exact in float32."""
+    """The same bits as with floats; 0.75 and 0.9375 are exact in float32."""
     case = {**rule.usual, "betas": (0.75, 0.9375)}
     for shape in ((), (1,)):
         betas = tuple(torch.full(shape, b, device=device) for b in case["betas"])
@@ -134,7 +134,7 @@ def test_zero_decay_adds_nothing(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_no_parameters_with_gradients(rule, device):
-    """A step without any gradient changes nothing and makes no state."""
+    """A step without any gradient changes nothing and creates no state."""
     p = parameter(torch.ones(3, device=device))
     optimizer = rule.ours([p], **rule.usual)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""State dicts go both ways between onepass and torch.optim in mid-training; deepcopy and pickle keep everything."""
+"""State dicts go both ways between onepass and torch.optim mid-training; deepcopy and pickle keep everything."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 def through_file(state_dict: dict) -> dict:
-    """Saved and loaded as users do it."""
+    """Save and load as users do."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -34,7 +34,7 @@ def through_file(state_dict: dict) -> dict:
 
 @pytest.mark.parametrize(("rule", "case"), PAIRS)
 def test_torch_to_ours(rule, case, device):
-    """An optimizer with other arguments takes everything from the checkpoint and goes on like torch."""
+    """An optimizer with other arguments takes everything from the checkpoint and continues like torch."""
     both = BesideTorch(rule, case, device=device)
     both.train(5)
     both.ours = rule.ours(both.model.parameters(), lr=99.0)
@@ -49,7 +49,7 @@ def test_ours_to_torch(rule, case, device):
     both.theirs = rule.theirs(both.twin.parameters(), lr=99.0)
     both.theirs.load_state_dict(through_file(both.ours.state_dict()))
     for state in both.theirs.state.values():
-        if "mu_product" in state:  # which torch casts to the parameter's dtype, and goes on in it
+        if "mu_product" in state:  # torch casts it to the parameter's dtype and continues in that
             state["mu_product"] = state["mu_product"].float()
     both.train(5)
 
@@ -70,7 +70,7 @@ def test_state_dict_has_torchs_structure(rule, device):
 
 @EVERY_RULE
 def test_loading_keeps_our_own_options(rule):
-    """A torch checkpoint does not know them: they stay as this optimizer was made with."""
+    """A torch checkpoint lacks them, so they keep the values that this optimizer was created with."""
     own = {"max_norm": 0.25, "fused_unscale": True}
     forms = {"lr_in_velocity": True, "eps_inside_sqrt": True, "bias_correction": False, "variant": "rprop-"}
     own |= {key: value for key, value in forms.items() if key in rule.options}
@@ -84,7 +84,7 @@ def test_loading_keeps_our_own_options(rule):
 
 @EVERY_RULE
 def test_our_options_are_in_the_checkpoint(rule):
-    """And win over those of the optimizer that loads it."""
+    """They override those of the optimizer that loads it."""
     p = [parameter(torch.zeros(3))]
     loaded = rule.ours(p)
     loaded.load_state_dict(rule.ours(p, max_norm=0.25).state_dict())
@@ -93,7 +93,7 @@ def test_our_options_are_in_the_checkpoint(rule):
 
 @EVERY_RULE
 def test_checkpoint_with_few_keys(rule):
-    """Old checkpoints lack newer arguments: they come from the optimizer, and the step works."""
+    """Old checkpoints lack newer arguments, which then come from the optimizer, and the step works."""
     both = BesideTorch(rule)
     both.train(2)
     saved = through_file(both.theirs.state_dict())
@@ -118,7 +118,7 @@ def test_step_as_a_number(rule):
 
 
 def test_momentum_buffer_of_none():
-    """Old SGD checkpoints say None for a buffer that is not there yet."""
+    """Old SGD checkpoints contain None for a buffer that does not exist yet."""
     both = BesideTorch(RULES["SGD"])
     saved = both.theirs.state_dict()
     saved["state"] = {i: {"momentum_buffer": None} for i in range(4)}
@@ -159,7 +159,7 @@ def test_torch_bfloat16_states_become_float32(rule, device):
 
 @EVERY_RULE
 def test_loading_by_keyword_and_twice(rule):
-    """Distributed checkpoints call it by keyword; the dict given is left as it was."""
+    """Distributed checkpoints call it by keyword; the given dict is not changed."""
     both = BesideTorch(rule)
     both.train(2)
     saved = through_file(both.theirs.state_dict())
@@ -177,8 +177,8 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda both: pickle.loads(pickle.
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("clipped", [False, True])
 @EVERY_RULE
-def test_copies_go_on_alone(rule, how, clipped):
-    """Model and optimizer copied together: the copy continues as the original would, the original is not touched."""
+def test_copies_are_independent(rule, how, clipped):
+    """Model and optimizer are copied together: the copy continues as the original would; the original is not changed."""
     model = torch.nn.Linear(5, 3)
     options = {"max_norm": 0.5} if clipped else {}
     optimizer = rule.ours(model.parameters(), **rule.usual, **options)
@@ -213,7 +213,7 @@ def test_param_names_are_kept(rule):
 
 @pytest.mark.parametrize("key", ["Adam", "AdamW"])
 def test_adamw_stays_decoupled(key):
-    """As in torch, what is loaded into an AdamW cannot make it an Adam."""
+    """As in torch, no loaded state turns an AdamW into an Adam."""
     p = [parameter(torch.zeros(3))]
     optimizer = RULES["AdamW"].ours(p)
     optimizer.load_state_dict(RULES[key].theirs(p).state_dict())

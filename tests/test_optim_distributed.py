@@ -1,4 +1,4 @@
-"""More than one process, and tensors that are sharded: DTensor, FSDP2, distributed checkpoints, Hogwild."""
+"""Several processes and sharded tensors: DTensor, FSDP2, distributed checkpoints, Hogwild."""
 
 import contextlib
 import tempfile
@@ -13,7 +13,7 @@ from support import assert_close
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
-    pytest.mark.filterwarnings("ignore"),  # torch's own, about what it deprecates
+    pytest.mark.filterwarnings("ignore"),  # torch's own deprecation warnings
 ]
 
 fully_shard = None
@@ -24,9 +24,9 @@ if dist.is_available():
 
     try:
         from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    except ImportError:  # its name in older torch
+    except ImportError:  # the name in older torch
         from torch.distributed._tensor import DTensor, Replicate, Shard, distribute_tensor
-    with contextlib.suppress(ImportError):  # older torch has a private one, for GPUs only
+    with contextlib.suppress(ImportError):  # older torch has a private one for GPUs only
         from torch.distributed.fsdp import fully_shard
 
 needs_fully_shard = pytest.mark.skipif(fully_shard is None, reason="this torch has no public fully_shard")
@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, tuple[type, type, dict]] = {
 
 
 def make_model() -> torch.nn.Module:
-    """Sizes that 2 does not divide: shards are uneven, of the bias of 1 one rank has nothing."""
+    """Sizes that 2 does not divide: shards are uneven, and one rank has nothing of the bias of size 1."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)).double()
 
@@ -62,7 +62,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
-    """Parameters and states, gathered, are those of the plain model under torch.optim."""
+    """Assert that gathered parameters and states are those of the unsharded model under torch.optim."""
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert_close(whole(p), q, 1e-12, f"{name} under {what}")
         assert optimizer.state[p].keys() == theirs.state[q].keys(), f"states of {name} under {what}"
@@ -78,7 +78,7 @@ def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
 
 
 def sharded_and_replicated() -> None:
-    """DTensor parameters as tensor parallelism makes them; gradients may come in another placement."""
+    """DTensor parameters as in tensor parallelism; gradients may have another placement."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for ours, theirs, kwargs in OPTIMIZERS.values():
         torch.manual_seed(0)
@@ -99,7 +99,7 @@ def sharded_and_replicated() -> None:
 
 
 def fsdp_and_checkpoint() -> None:
-    """fully_shard with uneven shards; a checkpoint in mid-training, loaded into a fresh model, goes on equally."""
+    """fully_shard with uneven shards; a checkpoint from mid-training, loaded into a new model, continues equally."""
     for name, (ours, theirs, kwargs) in OPTIMIZERS.items():
         twin, model = make_model(), make_model()
         fully_shard(model)
@@ -133,7 +133,7 @@ def clip_plain(optimizer) -> None:
 
 
 def clipped_shards() -> None:
-    """The global norm of shards needs every rank: the fused clip is refused or right, never a local norm."""
+    """The global norm of shards needs every rank: fused clipping is either refused or right, never by a local norm."""
     for ours, theirs, kwargs in OPTIMIZERS.values():
         twin, model = make_model(), make_model()
         fully_shard(model)
@@ -150,7 +150,7 @@ def clipped_shards() -> None:
 
 
 def ddp() -> None:
-    """Gradients are views into DDP's buckets, aligned to one element only."""
+    """Gradients are views into DDP's buckets, with the alignment of a single element."""
     for name, (ours, theirs, kwargs) in OPTIMIZERS.items():
         twin, model = make_model(), make_model()
         parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -180,12 +180,12 @@ def test_one_process(work):
 
 
 def test_two_processes():
-    """Everything in one pair of processes: starting them costs more than the work."""
+    """Everything in one pair of processes, because starting them takes longer than the work."""
     run(2, all_of_it)
 
 
 def hogwild(rank: int, jobs: list[tuple]) -> None:
-    """Each process: its own optimizers over the shared parameters and states, its own gradients, one thread."""
+    """Each process has its own optimizers over the shared parameters and states, its own gradients, and one thread."""
     torch.set_num_threads(1)
     for optimizer_class, model, states in jobs:
         optimizer = optimizer_class(model.parameters(), lr=0.02)
@@ -204,7 +204,7 @@ def distance_from_sum(model, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_hogwild():
-    """Two processes train shared models at once, states shared too; both take part and the loss falls."""
+    """Two processes train shared models with shared states at once; both contribute and the loss falls."""
     x, jobs, before = torch.randn(64, 4), [], []
     for key in ("Adam", "SGD"):
         model = torch.nn.Linear(4, 1).share_memory()
@@ -221,5 +221,5 @@ def test_hogwild():
         after = distance_from_sum(model, x).item()
         assert after < 0.5 * start, f"{optimizer_class.__name__}: the loss was {start}, is {after}"
         for state in states:
-            # Counts are shared without a lock; one process alone would make 101.
+            # Counts are shared without a lock; a single process would reach 101.
             assert 101 < state.get("step", 150) <= 201, f"between 101 and 201 steps expected, came {state['step']}"

@@ -1,4 +1,4 @@
-"""Optimizers at the edges of their use: lazy parameters, no groups, subclasses, numbers of any kind, a scaler elsewhere."""
+"""Unusual uses of optimizers: lazy parameters, no groups, subclasses, numbers of any kind, a scaler on another device."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def lazy_model() -> torch.nn.Module:
 @pytest.mark.parametrize("form", ["list", pytest.param("named", marks=needs_named_parameters), "group", "added"])
 @EVERY_RULE
 def test_lazy_parameters(rule, form):
-    """Taken before the first forward pass, and stepped like others after it. (torch's Adagrad alone refuses them.)"""
+    """Accepted before the first forward pass, and stepped like others after it. (In torch only Adagrad refuses them.)"""
 
     def train(cls):
         model, x = lazy_model(), torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
@@ -47,7 +47,7 @@ def test_lazy_parameters(rule, form):
 
     model, optimizer = train(rule.ours)
     if rule.theirs is not torch.optim.Adagrad:
-        # A lazy layer draws its weights in the first forward pass; both runs do so from the same seed.
+        # A lazy layer draws its weights in the first forward pass; both runs use the same seed.
         for (name, p), q in zip(model.named_parameters(), train(rule.theirs)[0].parameters(), strict=True):
             assert_close(p, q, 1e-5, name)
     assert all(optimizer.state[p] for p in model.parameters())
@@ -90,7 +90,7 @@ def test_lazy_parameters_in_sparse_adam():
 @pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"fused_unscale": True}], ids=str)
 @EVERY_RULE
 def test_no_groups(rule, options):
-    """All groups taken out: a step does nothing and gives the closure's loss; an empty state goes both ways."""
+    """With all groups removed a step does nothing and returns the closure's loss; an empty state loads both ways."""
     p = parameter(torch.ones(2))
     optimizer = rule.ours([p], lr=0.1, **options)
     optimizer.param_groups.clear()
@@ -121,8 +121,8 @@ def test_groups_without_parameters(rule):
 
 
 @EVERY_RULE
-def test_arguments_of_a_subclass_stay_its_own(rule):
-    """They are no options: loading, copying and pickling leave the groups and the defaults as torch would."""
+def test_arguments_of_a_subclass_are_not_options(rule):
+    """They are not options: loading, copying and pickling leave groups and defaults as torch would."""
     keys = {}
     for base in (rule.ours, rule.theirs):
         mine = type("Mine", (base,), {"__init__": make_init(base), "__module__": __name__})
@@ -151,7 +151,7 @@ def make_init(base):
 
 
 def test_pickles_of_older_versions_get_the_options_of_the_class():
-    """Those that a later version added, with their defaults; AdamW's are its own."""
+    """Options added by a later version get their defaults; AdamW has its own."""
     for cls in (AdamW, type("Mine", (AdamW,), {})):
         optimizer = cls([parameter(torch.ones(2))], lr=0.1)
         state = optimizer.__getstate__()
@@ -171,7 +171,7 @@ def test_pickles_of_older_versions_get_the_options_of_the_class():
 @pytest.mark.parametrize("number", [np.float32, np.float64, lambda v: torch.tensor(v, dtype=torch.float64)])
 @EVERY_RULE
 def test_numbers_of_numpy_and_torch(rule, number):
-    """Every option that is a number, by constructor and group. Those of NumPy are saved as Python's."""
+    """Every numeric option, in constructor and group. NumPy's numbers are saved as Python's."""
 
     def each(convert, value):
         if isinstance(value, tuple):
@@ -203,7 +203,7 @@ def test_numbers_of_numpy_and_torch(rule, number):
 @pytest.mark.parametrize("found", [0.0, 1.0])
 @EVERY_RULE
 def test_overflow_found_on_a_device_without_parameters(rule, found, monkeypatch):
-    """A scaler keeps found_inf on CUDA while all parameters with gradients are on the CPU: the host has to look."""
+    """found_inf is on CUDA while all parameters with gradients are on the CPU, so the host has to read it."""
     p, q = parameter(torch.ones(3)), parameter(torch.ones(3))
     optimizer = rule.ours([p, q], fused_unscale=True, **rule.usual)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found)

@@ -1,4 +1,4 @@
-"""Bad input: an error of torch's type that names the parameter, before anything is written."""
+"""Bad input raises an error of torch's type that names the parameter, before anything is written."""
 
 import re
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 NAMES = ["first.weight", "first.bias", "second.weight", "bad.weight"]
-BAD = 3  # the position of the parameter that is wrong
+BAD = 3  # the position of the bad parameter
 NAMED = pytest.param(True, id="named", marks=needs_named_parameters)
 NUMBERED = pytest.param(False, id="numbered")
 
@@ -23,7 +23,7 @@ def good_parameters() -> list[torch.nn.Parameter]:
 
 
 def bad_step(rule, params, *, named: bool, two_groups: bool = False, usual: bool = True):
-    """The optimizer over three good parameters and a bad one, and how a message should call the bad one."""
+    """An optimizer over three good parameters and a bad one, and the name of the bad one in messages."""
     entries = list(zip(NAMES, params, strict=True)) if named else params
     groups = [{"params": entries[:BAD]}, {"params": entries[BAD:]}] if two_groups else [{"params": entries}]
     optimizer = rule.ours(groups, **(rule.usual if usual else {}))
@@ -31,8 +31,8 @@ def bad_step(rule, params, *, named: bool, two_groups: bool = False, usual: bool
     return optimizer, NAMES[BAD] if named else position
 
 
-def assert_refused(optimizer, who: str, errors, text: str = "") -> None:
-    """step() raises, the message starts with `text` and names the parameter, nothing has changed."""
+def assert_refused(optimizer, label: str, errors, text: str = "") -> None:
+    """Assert that step() raises, that the message starts with `text` and names the parameter, and that nothing changed."""
     readable = [p for g in optimizer.param_groups for p in g["params"] if not is_opaque(p)]
     before = [bits(p) for p in readable]
     states = snapshot_states(optimizer)
@@ -40,14 +40,14 @@ def assert_refused(optimizer, who: str, errors, text: str = "") -> None:
         optimizer.step()
     message = str(caught.value)
     assert message.startswith(text), f"the message should start with {text!r}, came: {message}"
-    assert who in message, f"the message should name {who!r}, came: {message}"
+    assert label in message, f"the message should name {label!r}, came: {message}"
     for i, p in enumerate(readable):
         assert bits(p) == before[i], f"parameter {i} was written before the error"
     assert_same(snapshot_states(optimizer), states, "states after the error")
 
 
 def is_opaque(p: torch.Tensor) -> bool:
-    """Without values of its own that a test can look at."""
+    """Whether the tensor has no values that a test can compare."""
     if p.device.type != "cpu" or p.layout != torch.strided or type(p.data) is not torch.Tensor:
         return True
     return torch._is_functional_tensor(p) or p.untyped_storage().nbytes() == 0
@@ -125,23 +125,23 @@ SPOILED = [
 @EVERY_RULE
 def test_spoiled_after_a_good_step(rule, spoil, form, options):
     params = good_parameters()
-    optimizer, who = bad_step(rule, params, named=form == "named", two_groups=form == "second group")
+    optimizer, label = bad_step(rule, params, named=form == "named", two_groups=form == "second group")
     for group in optimizer.param_groups:
         group.update(options)
     optimizer.step()
     spoil(params[BAD], optimizer)
-    assert_refused(optimizer, who, RuntimeError)
+    assert_refused(optimizer, label, RuntimeError)
 
 
 @EVERY_RULE
 def test_state_without_memory(rule):
-    """A state on the meta device has no values: no pointer to it may reach a kernel."""
+    """A state on the meta device has no memory, so no pointer to it may reach a kernel."""
     params = good_parameters()
-    optimizer, who = bad_step(rule, params, named=has_named_parameters)
+    optimizer, label = bad_step(rule, params, named=has_named_parameters)
     optimizer.step()
     state_on_meta(params[BAD], optimizer)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(RuntimeError, match=re.escape(who)):
+    with pytest.raises(RuntimeError, match=re.escape(label)):
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
@@ -198,8 +198,8 @@ def expanded_from_the_start():
 )
 @EVERY_RULE
 def test_parameters_without_real_floating_values(rule, make, named):
-    optimizer, who = bad_step(rule, [*good_parameters()[:BAD], make()], named=named)
-    assert_refused(optimizer, who, (RuntimeError, TypeError, NotImplementedError))
+    optimizer, label = bad_step(rule, [*good_parameters()[:BAD], make()], named=named)
+    assert_refused(optimizer, label, (RuntimeError, TypeError, NotImplementedError))
 
 
 def torchs_sentence_about_sparse(rule) -> str:
@@ -215,8 +215,8 @@ def torchs_sentence_about_sparse(rule) -> str:
 def test_sparse_gradients(key, named):
     params = good_parameters()
     params[BAD].grad = params[BAD].grad.to_sparse()
-    optimizer, who = bad_step(RULES[key], params, named=named)
-    assert_refused(optimizer, who, RuntimeError, torchs_sentence_about_sparse(RULES[key]))
+    optimizer, label = bad_step(RULES[key], params, named=named)
+    assert_refused(optimizer, label, RuntimeError, torchs_sentence_about_sparse(RULES[key]))
     params[BAD].grad = None
     optimizer.step()
 

@@ -1,4 +1,4 @@
-"""Bit for bit: every instruction set, any number of threads, plain IEEE arithmetic; NaN, Inf and denormals as torch."""
+"""The same bits on every instruction set and for any number of threads; IEEE arithmetic; NaN, Inf, denormals as torch."""
 
 import math
 
@@ -11,13 +11,13 @@ from rules import RULES, BesideReference
 from support import HALF, assert_close, assert_same, bits, parameter, snapshot
 
 ISAS = onepass._native.isas()
-# Sizes around every vector width and unroll, none a multiple of another.
+# Sizes around every vector width and unroll factor, none a multiple of another.
 SIZES = [0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 4099]
 LARGE = [4_200_003, 70_001, 1, 0, 5]
 
 
 def bit_cases():
-    """Every case without a norm; a norm is a reduction, which is the same for any thread count on one ISA only."""
+    """Every case without a norm, because a reduction has the same bits for any thread count only within one ISA."""
     for key, rule in RULES.items():
         for i, case in enumerate(rule.cases):
             if case["max_norm"] is None and not case["normalize_grads"]:
@@ -25,7 +25,7 @@ def bit_cases():
 
 
 def run(rule, case, sizes, dtype, steps=3, device="cpu", offset=0) -> dict[str, bytes]:
-    """The bits of parameters and states after some steps from the same seed."""
+    """The bits of parameters and states after several steps from the same seed."""
     generator = torch.Generator(device).manual_seed(1)
 
     def values(n):
@@ -101,7 +101,7 @@ def assert_same_values(came: torch.Tensor, expected: torch.Tensor, what: str) ->
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_sixteen_bit_storage_rounds_to_nearest_even(dtype, isa):
-    """Every 16-bit parameter against scattered gradients: float32 arithmetic, one rounding at the store."""
+    """Every 16-bit parameter with scattered gradients: float32 arithmetic, one rounding at the store."""
     w, g = every_pattern(dtype), every_pattern(dtype)[torch.randperm(65536)]
     p = parameter(w.clone())
     p.grad = g
@@ -114,7 +114,7 @@ def test_sixteen_bit_storage_rounds_to_nearest_even(dtype, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_lr_zero_keeps_sixteen_bit_values(dtype, isa):
-    """A finite gradient times 0: every pattern, denormals and infinities among them, is loaded and stored unchanged."""
+    """With lr = 0 every pattern, including denormals and infinities, is loaded and stored unchanged."""
     w = every_pattern(dtype)
     p = parameter(w.clone())
     p.grad = torch.ones_like(p)
@@ -150,7 +150,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, math.nan, math.inf, -math.inf, 1e20, -1e30, 1e-
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_special_values_flow_as_in_torch(rule, maximize, device):
-    """Every special parameter with every special gradient, three steps, among ordinary ones afterwards."""
+    """Every special parameter with every special gradient for three steps, then ordinary gradients."""
     w, g = torch.meshgrid(torch.tensor(SPECIAL), torch.tensor(SPECIAL), indexing="ij")
     cases = [{"lr": 0.1}, {**rule.usual}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}]
     for case in cases if "nesterov" in rule.options else cases[:2]:
@@ -170,8 +170,10 @@ def test_special_values_flow_as_in_torch(rule, maximize, device):
 
 
 def assert_special(came, expected, w, g, what) -> None:
-    """The same NaN and Inf, the same sign of zero's neighbours; a denormal to its last places. Where the step takes all of a
-    parameter away, its last place may be left: that depends on the instruction set torch runs on."""
+    """Assert the same NaN and Inf and the same sign near zero; denormals to their last places.
+
+    If a step cancels a parameter completely, its last place may remain, depending on the instruction set torch uses.
+    """
     close = torch.isclose(came, expected, rtol=2e-3, atol=1e-44, equal_nan=True)
     if what.startswith("parameter"):
         before = w.flatten().to(came.device).abs()
@@ -185,7 +187,7 @@ def assert_special(came, expected, w, g, what) -> None:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_denormals_are_kept(rule):
-    """A denormal gradient reaches the state, a denormal parameter stays: nothing is flushed to zero."""
+    """A denormal gradient reaches the state and a denormal parameter stays: nothing is flushed to zero."""
     p = parameter(torch.full((40,), 1e-40))
     p.grad = torch.full((40,), 1e-39)
     still = {"step_sizes": (0.0, 50.0)} if "step_sizes" in rule.options else {}
@@ -201,7 +203,7 @@ def test_denormals_are_kept(rule):
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"normalize_grads": True}], ids=["clip", "normalize"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_nonfinite_norm(rule, option, bad, device):
-    """NaN in one gradient: a NaN norm and NaN in all of them, as torch. Inf: a factor of 0, NaN only where Inf was."""
+    """NaN in one gradient gives a NaN norm and NaN everywhere, as in torch; Inf gives a factor of 0, NaN only at the Inf."""
     params = [parameter(torch.ones(3, device=device)) for _ in range(2)]
     twins = [parameter(torch.ones(3, device=device)) for _ in range(2)]
     nan = [True, True, True] * 2 if math.isnan(bad) else [False, True, False, False, False, False]
@@ -219,7 +221,7 @@ def test_nonfinite_norm(rule, option, bad, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_norm_of_nothing(rule, device):
-    """All gradients zero: s = 0 and not 0/0. No gradients at all: a norm of 0, nothing changes."""
+    """If all gradients are zero, s = 0, not 0/0. Without gradients the norm is 0 and nothing changes."""
     p = parameter(torch.ones(3, device=device))
     optimizer = rule.ours([p], lr=0.1, normalize_grads=True, **rule.no_decay)
     p.grad = torch.zeros_like(p)
@@ -241,7 +243,7 @@ def test_small_norms(case, device):
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_norm_neither_overflows_nor_underflows(magnitude, device):
-    """1e30² is not a float32: the squares are summed wider or scaled."""
+    """1e30² does not fit in float32: the squares are summed in a wider type or scaled."""
     p = parameter(torch.zeros(1000, device=device))
     p.grad = torch.full_like(p, magnitude)
     optimizer = RULES["SGD"].ours([p], lr=1.0, normalize_grads=True)

@@ -1,4 +1,4 @@
-"""Faults from outside: whatever raises, interrupts or kills, what is left is the state before a step or after it."""
+"""Faults from outside: whatever raises, interrupts or kills, the state is that from before a step or after it."""
 
 import copy
 import functools
@@ -67,7 +67,7 @@ EVERY_WRAPPER = pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
 
 
 def interrupted(call, line: int) -> bool:
-    """Call with KeyboardInterrupt in the n-th line of this package that runs; False if it ended before."""
+    """Call, raising KeyboardInterrupt at the n-th executed line of this package; False if it ended before that."""
     ran = 0
 
     def trace(frame, event, _):
@@ -93,7 +93,7 @@ def interrupted(call, line: int) -> bool:
 
 
 def assert_goes_on(params, optimizer, what: str) -> None:
-    """The next step is that of an optimizer made anew from this one's checkpoint: nothing else has been left behind."""
+    """Assert that the next step is that of a new optimizer loaded from this one's checkpoint: there is no other residue."""
     twins = [parameter(p.detach().clone()) for p in params]
     index = {id(p): twin for p, twin in zip(params, twins, strict=True)}
     wrapped = isinstance(optimizer, onepass.optim._wrapper.Wrapper)
@@ -111,7 +111,7 @@ def assert_goes_on(params, optimizer, what: str) -> None:
 
 
 def assert_whole_states(params, optimizer, what: str) -> None:
-    """A parameter has all of its states or none."""
+    """Assert that a parameter has all of its states or none."""
     base = optimizer
     while not isinstance(base, onepass.optim._base.FusedOptimizer):
         if not hasattr(base, "base_optimizer"):
@@ -126,11 +126,11 @@ def assert_whole_states(params, optimizer, what: str) -> None:
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-# The rules share all of their lines but a few.
+# The rules share nearly all of their lines.
 @pytest.mark.parametrize("make", [MAKE[name] for name in ("NAdam", "SGD", "clipping", *WRAPPED)])
 @pytest.mark.parametrize("stepped", [0, 1], ids=["first step", "second step"])
 def test_interrupted_in_any_line(make, stepped):
-    """Weights and states are those from before the step, or after it, or after the wrapped optimizer's part of it."""
+    """Weights and states are those from before the step, after it, or after the wrapped optimizer's part of it."""
 
     def start():
         params = parameters()
@@ -158,7 +158,7 @@ def test_interrupted_in_any_line(make, stepped):
         what = f"interrupted in line {line}"
         assert_whole_states(params, optimizer, what)
         assert weights(params) in (before_weights, inside[0], after_weights), what
-        if not isinstance(optimizer, Lookahead):  # whose slow weights may have begun, or whose count may be behind
+        if not isinstance(optimizer, Lookahead):  # its slow weights may already exist, or its count may be behind
             assert snapshot(optimizer) in (before, after), what
         assert not getattr(optimizer, "is_perturbed", False), what
         assert_goes_on(params, optimizer, what)
@@ -172,7 +172,7 @@ def weights(params) -> list[bytes]:
 
 @pytest.mark.parametrize("half", ["first_step", "second_step"])
 def test_sam_by_hand_interrupted_in_any_line(half):
-    """Either the weights from before, or perturbed with is_perturbed set; then second_step() brings them back."""
+    """Either the old weights, or perturbed ones with is_perturbed set, which second_step() restores."""
     line = 0
     while True:
         line += 1
@@ -209,13 +209,13 @@ def interrupt_by_signals(name: str) -> None:
     optimizer = MAKE[name](params)
     closure = bowl(params, optimizer)
     if name == "ASAM over torch":
-        optimizer.step(closure)  # interrupted in its first step, torch's own optimizer has half a state
+        optimizer.step(closure)  # torch's own optimizer has half a state if interrupted in its first step
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     interrupts = 0
     try:
         for i in range(40):
             try:
-                # Again after half a second, should Python swallow the first one in a destructor.
+                # Repeated after half a second, in case Python swallows the first one in a destructor.
                 signal.setitimer(signal.ITIMER_REAL, 0.0004 * (1 + i % 13), 0.5)
                 while True:
                     optimizer.step(closure)
@@ -239,7 +239,7 @@ def interrupt_by_signals(name: str) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
 def test_interrupted_by_signals():
-    """The same from outside, wherever torch or Python is at that moment; in a process of its own, with its modes."""
+    """The same by a signal, wherever torch or Python is at that moment; in a separate process."""
     child = python(
         """
         from test_optim_faults import MAKE, interrupt_by_signals
@@ -265,7 +265,7 @@ def fail(*_, **__):
 @pytest.mark.parametrize("where", ["closure", "step pre hook", "parametrisation", "backward hook"])
 @EVERY_OPTIMIZER
 def test_an_exception_before_the_step(make, where, stepped):
-    """Nothing has changed: no state, no count; the next step is a clean one."""
+    """Nothing has changed, neither state nor count; the next step is undisturbed."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     armed = []
@@ -321,7 +321,7 @@ def test_an_exception_after_the_step(make):
 
 @EVERY_WRAPPER
 def test_an_exception_of_the_wrapped_optimizer(make):
-    """Before its step: nothing has changed; after it: the weights are whole and the wrapper goes on."""
+    """Raised before its step, nothing has changed; raised after it, the weights are complete and the wrapper continues."""
     for register in ("register_step_pre_hook", "register_step_post_hook"):
         params = parameters()
         optimizer = make(params)
@@ -341,7 +341,7 @@ def test_an_exception_of_the_wrapped_optimizer(make):
 @pytest.mark.parametrize("inner", [False, True], ids=["own", "wrapped optimizer's"])
 @EVERY_OPTIMIZER
 def test_an_exception_in_a_load_hook(make, when, inner):
-    """Before the load nothing has changed, after it everything is loaded; and loading works the next time."""
+    """Raised before the load, nothing has changed; raised after it, everything is loaded. The next load works."""
     source, params = parameters(), parameters()
     saved = make(source)
     for _ in range(3):
@@ -367,7 +367,7 @@ def test_an_exception_in_a_load_hook(make, when, inner):
 
 @EVERY_OPTIMIZER
 def test_nothing_is_kept_after_an_exception(make):
-    """Neither parameters nor gradients nor states: once the optimizer is dropped they are free."""
+    """Parameters, gradients and states are freed with the optimizer."""
     params = parameters()
     optimizer = make(params)
     optimizer.step(bowl(params, optimizer))
@@ -394,7 +394,7 @@ def test_nothing_is_kept_after_an_exception(make):
 # torch's own optimizers leave half a state behind.
 @pytest.mark.parametrize("make", [make for name, make in MAKE.items() if name != "ASAM over torch"])
 def test_no_memory_for_states(make, monkeypatch):
-    """At any allocation of the first step: no state, the old weights; the next step is the first one."""
+    """At any allocation of the first step: no state and the old weights remain; the next step is the first one."""
     twins = parameters()
     clean = make(twins)
     clean.step(bowl(twins, clean))
@@ -452,7 +452,7 @@ def test_no_memory_for_shared_states(monkeypatch):
 
 @EVERY_RULE
 def test_nan_in_one_group(rule):
-    """It stays there: parameters and states of the other group are those of a step of its own."""
+    """It stays in its group: parameters and states of the other group are those of a separate step."""
     params, alone = parameters(), parameters()[1:]
     optimizer, other = rule.ours(in_groups(params), **rule.usual), rule.ours(in_groups(alone), **rule.usual)
     for t in range(4):
@@ -471,7 +471,7 @@ def test_nan_in_one_group(rule):
 
 
 def test_nan_in_one_group_under_clipping():
-    """The norm is that of all groups: it is NaN, and so is every gradient that it scales."""
+    """The norm is over all groups, so it is NaN, and so is every gradient that it scales."""
     params = parameters()
     optimizer = SGD(in_groups(params), lr=0.1, max_norm=1.0)
     set_grads(params, 0)
@@ -482,7 +482,7 @@ def test_nan_in_one_group_under_clipping():
 
 
 def test_nan_in_one_group_under_a_scaler():
-    """The scaler looks at all groups and skips the step of all."""
+    """The scaler checks all groups and skips the step of all."""
     params = parameters()
     optimizer = Adam(in_groups(params), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -497,7 +497,7 @@ def test_nan_in_one_group_under_a_scaler():
 
 @pytest.mark.parametrize("make", [WRAPPED["Lookahead"], WRAPPED["SAM"]])
 def test_nan_under_a_wrapper(make):
-    """SAM's weights come back to the bit, Lookahead's slow weights know NaN only where a weight was NaN."""
+    """SAM restores its weights bit for bit; Lookahead's slow weights are NaN only where a weight was NaN."""
     params = parameters()
     optimizer = make(params)
     before = weights(params)
@@ -524,7 +524,7 @@ def test_nan_under_a_wrapper(make):
 
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess:
-    """Run code in a process of its own, with this package; a minute is more than it needs."""
+    """Run code in a separate process, with this package; a minute is more than it needs."""
     path = os.pathsep.join([str(Path(onepass.__file__).parent.parent), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
@@ -539,7 +539,7 @@ def python(code: str, *args: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("name", ["AdamW", "Lookahead", "SAM"])
 def test_killed_while_a_checkpoint_is_written(name, tmp_path):
-    """Written to a file beside and moved by os.replace, the checkpoint before it is whole, and training goes on from it."""
+    """With a second file and os.replace the previous checkpoint stays complete, and training continues from it."""
     child = python(
         """
         import os, signal, sys, torch
@@ -611,10 +611,10 @@ WORKER = """
 
 @pytest.mark.parametrize("name", ["AdamW", "SAM"])
 def test_exit_while_a_daemon_thread_steps(name):
-    """Told to end at exit, it ends. Left alone, nothing hangs.
+    """A thread that is told to end at exit ends. Otherwise nothing hangs.
 
-    CPython up to 3.13 ends such a thread where it asks for the GIL, inside of C++ that aborts the process for it. A thread
-    that steps torch's own optimizer goes the same way.
+    CPython up to 3.13 ends such a thread when it asks for the GIL; inside C++ that aborts the process. The same happens to
+    a thread that steps torch's own optimizer.
     """
     told = python(WORKER + "    atexit.register(lambda: (end.set(), thread.join()))", name)
     assert told.returncode == 0, told.stderr
@@ -624,7 +624,7 @@ def test_exit_while_a_daemon_thread_steps(name):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_after_parallel_steps():
-    """A child of a process whose threads have run steps on one thread, as torch asks for, with the same bits."""
+    """A child of a multi-threaded process steps on one thread, as torch requires, with the same bits."""
     child = python(
         """
         import os, sys, torch
@@ -657,7 +657,7 @@ def test_fork_after_parallel_steps():
 
 
 def test_sparse_gradients_that_point_outside():
-    """An index out of range in the second table: neither table is touched."""
+    """With an index out of range in the second table neither table is changed."""
     tables = [parameter(torch.ones(4, 2)) for _ in range(2)]
     optimizer = SparseAdam(tables, lr=0.1)
     for table, row in zip(tables, (1, 9), strict=True):

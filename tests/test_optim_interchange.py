@@ -1,4 +1,4 @@
-"""from_torch() and to_torch(): the same training goes on, with the same groups, names, hooks and schedulers."""
+"""from_torch() and to_torch(): training continues with the same groups, names, hooks and schedulers."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 class Uninterrupted:
-    """A model trained by torch, and a copy whose optimizer is converted on the way; compared at every step."""
+    """A model trained by torch, and a copy whose optimizer is converted mid-training; compared at every step."""
 
     def __init__(self, rule, case=None, dtype=torch.float64, ours=False, device="cpu") -> None:
         torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_there_and_back(rule, setting, when):
 )
 @EVERY_RULE
 def test_there_and_back_on_a_gpu(rule, setting):
-    """The step count lives on the device, or on the host, where each of both wants it."""
+    """The step count moves between device and host, as each of the two requires."""
     if not setting.keys() <= inspect.signature(rule.theirs).parameters.keys():
         pytest.skip("torch has no such form")
     both = Uninterrupted(rule, {**rule.usual, **setting}, device="cuda")
@@ -122,7 +122,7 @@ def test_there_and_back_on_a_gpu(rule, setting):
 
 @EVERY_RULE
 def test_every_case_of_the_rule(rule):
-    """Every combination of options that torch has too."""
+    """Every combination of options that torch also has."""
     for case in rule.cases:
         clips = case.get("max_norm") is not None or case.get("normalize_grads") or case.get("fused_unscale")
         theirs = rule.to_torch(case)
@@ -138,7 +138,7 @@ def test_every_case_of_the_rule(rule):
 
 @EVERY_RULE
 def test_ours_there_and_back_is_exact(rule):
-    """No bit of parameters and states changes on the way; the steps after it are those of an uninterrupted run."""
+    """Conversion changes no bit of parameters and states; the following steps are those of an uninterrupted run."""
     both = Uninterrupted(rule, ours=True, dtype=torch.float32)
     both.train(3, tolerance=0.0)
     before = snapshot(both.optimizer)
@@ -150,7 +150,7 @@ def test_ours_there_and_back_is_exact(rule):
 @pytest.mark.parametrize("half", HALF, ids=str)
 @EVERY_RULE
 def test_16_bit_states_widen_and_round(rule, half):
-    """torch keeps them in 16 bits, this package in 32."""
+    """torch keeps them in 16 bits, onepass in 32."""
     case = {**rule.usual, "eps": 1e-2} if "eps" in rule.usual else rule.usual
     both = Uninterrupted(rule, case, half)
     both.train(2)
@@ -195,7 +195,7 @@ def test_sparse_gradients(name):
 
 @EVERY_RULE
 def test_late_gradients(rule):
-    """What was never stepped has no state, but in torch's Adagrad, which makes all at once."""
+    """A parameter that was never stepped has no state, except in torch's Adagrad, which creates all states at once."""
     lists = [[parameter(torch.ones(3)), parameter(torch.ones(2))] for _ in range(2)]
     optimizers = [rule.theirs(params, **rule.usual) for params in lists]
     for t, convert in enumerate((from_torch, to_torch, lambda optimizer: optimizer)):
@@ -209,7 +209,7 @@ def test_late_gradients(rule):
 
 
 def test_groups_of_their_own_initial_accumulator():
-    """What torch's constructor does not know of a group: its states begin with the group's value."""
+    """States start with the group's value, which torch's constructor does not support."""
     params = [parameter(torch.ones(3)), parameter(torch.ones(3))]
     groups = [{"params": params[:1]}, {"params": params[1:], "initial_accumulator_value": 2.0}]
     optimizer = to_torch(onepass.optim.Adagrad(groups, lr=0.1, initial_accumulator_value=1.0))
@@ -217,7 +217,7 @@ def test_groups_of_their_own_initial_accumulator():
 
 
 def test_parameters_of_any_kind():
-    """Complex ones, several dtypes, none at all, and one listed twice, without a second warning."""
+    """Complex parameters, several dtypes, none at all, and one listed twice (without a second warning)."""
     params = [parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.complex64, torch.float64, torch.bfloat16)]
     with pytest.warns(UserWarning, match="duplicate"):
         optimizer = torch.optim.SGD([{"params": [*params, params[1]]}, {"params": []}], lr=0.1, momentum=0.9)
@@ -234,7 +234,7 @@ def test_parameters_of_any_kind():
 
 @EVERY_RULE
 def test_nothing_is_copied(rule):
-    """Groups, options, names and the memory of the states are the old ones."""
+    """Groups, options, names and the memory of the states stay the same."""
     both = Uninterrupted(rule, {**rule.usual, "lr": torch.tensor(0.1, dtype=torch.float64)})
     both.train(1)
     old = both.optimizer
@@ -258,7 +258,7 @@ def test_nothing_is_copied(rule):
 
 
 def test_names_from_a_checkpoint():
-    """A newer torch saves names, which an older one loads like any option, and does not take from the constructor."""
+    """Newer torch saves names; older torch loads them like any option but does not accept them in the constructor."""
     p = parameter(torch.ones(3))
     saved = Adam([p], lr=0.1).state_dict()
     saved["param_groups"][0]["param_names"] = ["weight"]
@@ -271,8 +271,8 @@ def test_names_from_a_checkpoint():
 
 @pytest.mark.parametrize("repoint", [False, True], ids=["", "scheduler.optimizer = optimizer"])
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_schedulers_are_heard(steps_before, repoint):
-    """Made for the old optimizer, without torch's warning that nobody was stepped; new groups are seen by both."""
+def test_schedulers_keep_their_effect(steps_before, repoint):
+    """Schedulers of the old optimizer work, without torch's warning that no step was taken; both see new groups."""
     rule = RULES["AdamW"]
     both = Uninterrupted(rule)
     schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20) for o in (both.optimizer, both.straight)]
@@ -299,7 +299,7 @@ def test_schedulers_are_heard(steps_before, repoint):
 
 
 def test_repointed_schedulers_survive_a_checkpoint():
-    """load_state_dict() gives an optimizer groups of its own; a scheduler that was repointed still reaches them."""
+    """load_state_dict() gives an optimizer new groups; a repointed scheduler still reaches them."""
     p = parameter(torch.ones(3))
     p.grad = torch.ones(3)
     old = torch.optim.SGD([p], lr=1.0)
@@ -317,8 +317,8 @@ def test_repointed_schedulers_survive_a_checkpoint():
     assert optimizer.param_groups[0]["lr"] == 0.125
 
 
-def test_hooks_come_along():
-    """All six kinds, called with the new optimizer; the handles from before still remove them."""
+def test_hooks_are_transferred():
+    """All six kinds are called with the new optimizer; their old handles still remove them."""
     p, seen = parameter(torch.ones(3)), []
     optimizer = torch.optim.Adam([p], lr=0.1)
     handles = [
@@ -346,8 +346,8 @@ def test_hooks_come_along():
     assert not seen
 
 
-def test_what_else_is_in_the_state():
-    """torch.optim allows anything under keys that are no parameters."""
+def test_entries_that_belong_to_no_parameter():
+    """torch.optim allows anything under keys that are not parameters."""
     p = parameter(torch.ones(3))
     optimizer = torch.optim.NAdam([p], lr=0.1)
     optimizer.state["calls"] = 3
@@ -358,7 +358,7 @@ def test_what_else_is_in_the_state():
         assert optimizer.state["calls"] == 3
 
 
-def test_the_old_optimizer_may_go():
+def test_the_old_optimizer_can_be_freed():
     p = parameter(torch.ones(3))
     old = torch.optim.Adam([p], lr=0.1)
     optimizer, gone = from_torch(old), weakref.ref(old)
@@ -369,7 +369,7 @@ def test_the_old_optimizer_may_go():
     optimizer.step()
 
 
-def test_a_scaler_goes_on():
+def test_scaling_continues():
     """torch's fused optimizer unscales by itself, ours leaves it to the scaler; the numbers are the same."""
     rule = RULES["AdamW"]
     both = Uninterrupted(rule, {**rule.usual, "fused": True}, torch.float32)
@@ -395,8 +395,8 @@ def test_a_scaler_goes_on():
         lambda params: SAM(params, torch.optim.Adam, lr=0.1),
     ],
 )
-def test_inside_of_a_wrapper(wrap):
-    """The wrapper is told: its options and its state stay."""
+def test_inside_a_wrapper(wrap):
+    """Assigning the wrapped optimizer keeps the wrapper's options and state."""
     lists = [[parameter(torch.linspace(-1, 1, 5))] for _ in range(2)]
     wrappers = [wrap(params) for params in lists]
     for convert in (lambda o: o, from_torch, to_torch, from_torch):
@@ -434,7 +434,7 @@ EXTRAS = [
 
 @pytest.mark.parametrize(("name", "options"), EXTRAS, ids=str)
 def test_options_that_torch_lacks(name, options):
-    """Named, with what to do; the optimizer is as before. Set back, it converts."""
+    """The error names them and says what to do; the optimizer is unchanged and converts once they are reset."""
     p = parameter(torch.ones(3))
     optimizer = RULES[name].ours([p], lr=0.1, **options)
     p.grad = torch.ones(3)
@@ -458,7 +458,7 @@ def test_capturable_on_the_cpu():
 
 
 def test_errors_of_the_constructors_change_nothing():
-    """differentiable for ours, foreach and fused together for torch's; the sentences are theirs."""
+    """differentiable=True for ours, foreach and fused together for torch's; the errors are the constructors' own."""
     p = parameter(torch.ones(3))
     old = torch.optim.SGD([p], lr=0.1, momentum=0.9, differentiable=True)
     keys, state = set(old.param_groups[0]), old.state
@@ -513,13 +513,13 @@ class MyAdam(Adam):
         (to_torch, lambda p: None, "NoneType came"),
     ],
 )
-def test_what_is_not_taken(convert, make, text):
+def test_refused_optimizers(convert, make, text):
     with pytest.raises(TypeError, match=text):
         convert(make(parameter(torch.ones(3))))
 
 
 def test_bits_of_the_first_converted_step():
-    """Where torch's form has the same roundings the very bits agree: SGD without momentum or decay."""
+    """If torch's formula has the same roundings, the bits agree: SGD without momentum or decay."""
     p, q = (parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
     for optimizer, x in ((from_torch(torch.optim.SGD([p], lr=0.5)), p), (torch.optim.SGD([q], lr=0.5), q)):
         x.grad = torch.linspace(2, 3, 9)
@@ -528,7 +528,7 @@ def test_bits_of_the_first_converted_step():
 
 
 def test_the_code_of_the_page():
-    """docs/optimizers.md: it runs as it stands, and the scheduler is heard."""
+    """The code in docs/optimizers.md runs as it stands, and the scheduler has an effect."""
     text = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from_torch" in block)
     space: dict = {}

@@ -1,4 +1,4 @@
-"""Parameters, gradients and states of any strides: updated right, in place, and nothing around them is touched."""
+"""Parameters, gradients and states of any strides are updated correctly and in place; nothing around them changes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ STEPS = 4
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_parameters_in_any_layout(rule, layout, dtype, device):
-    """One parameter in the layout between dense ones, gradients made by zeros_like of it."""
+    """A parameter in the layout between dense ones; gradients are made with its zeros_like."""
     base, view = in_layout(layout, torch.randn(SHAPE, device=device).to(dtype))
     odd = parameter(view)
     assert odd.stride() == view.stride()
@@ -43,7 +43,7 @@ def test_gradients_in_another_layout(rule, layout, grad_layout, device):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_expanded_gradients(rule, layout, dtype, device):
-    """Stride 0, as sum().backward() makes them: wholly and along some dimensions."""
+    """Stride 0, as from sum().backward(), in all dimensions and in some."""
     _, view = in_layout(layout, torch.randn(SHAPE, device=device).to(dtype))
     both = BesideReference(rule, {**rule.usual, "max_norm": 0.5}, [parameter(view)])
     for shape in ((1, 1, 1, 1), (3, 1, 1, 2), (1, 4, 5, 1)):
@@ -64,7 +64,7 @@ def test_gradient_of_sum(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_interleaved_parameters(rule, device):
-    """Two parameters share one storage, element by element, large enough for two threads."""
+    """Two parameters alternate in one storage, element by element, large enough for two threads."""
     base = torch.randn(2 * 1_100_000, device=device)
     params = [parameter(base[0::2]), parameter(base[1::2])]
     both = BesideReference(rule, rule.usual, params)
@@ -73,7 +73,7 @@ def test_interleaved_parameters(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_strides_of_dimensions_of_size_one(rule, device):
-    """They mean nothing: these are dense tensors."""
+    """They have no meaning: these tensors are dense."""
     p = parameter(torch.randn(6, device=device).as_strided((1, 6, 1), (99, 1, 7)))
     both = BesideReference(rule, rule.usual, [p])
     both.step([torch.randn(1, 6, 1, device=device)])
@@ -93,7 +93,7 @@ def test_parameter_becomes_channels_last_in_training(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_state_loaded_in_another_layout(rule, device):
-    """A checkpoint written from a contiguous model goes on in a channels_last one."""
+    """Training continues in a channels_last model from a checkpoint of a contiguous one."""
     p = parameter(torch.randn(SHAPE, device=device).to(memory_format=torch.channels_last))
     both = BesideReference(rule, rule.usual, [p])
     both.step([torch.randn_like(p)])
@@ -108,7 +108,7 @@ def test_state_loaded_in_another_layout(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_states_have_the_parameters_strides(rule, device):
-    """zeros_like's: of a dense parameter the same strides, so that the fast path is taken."""
+    """Strides as from zeros_like, for a dense parameter the same, so that the fast path is taken."""
     for layout in ("contiguous", "channels_last", "transposed"):
         p = parameter(in_layout(layout, torch.randn(SHAPE, device=device))[1])
         p.grad = torch.randn_like(p)
@@ -130,7 +130,7 @@ def test_two_parameters_share_a_gradient(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_lazy_negation_and_conjugation(rule, device):
-    """A view with the neg or conj bit set means other values than its memory holds."""
+    """The values of a view with the neg or conj bit set differ from those in its memory."""
     z = torch.randn(6, dtype=torch.complex64, device=device)
     negated = z.conj().imag
     assert negated.is_neg()

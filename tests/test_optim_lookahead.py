@@ -1,4 +1,4 @@
-"""Lookahead: against its reference over any optimizer, resumed at any step, in the stack, and refused."""
+"""Lookahead against its reference over any optimizer; resuming at any step, the stack around it, refusals."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ def train(optimizer, params, steps: int, seed: int = 1) -> None:
 
 @EVERY_BASE
 def test_against_the_reference(base, dtype, device):
-    """20 steps: weights and slow weights after each, the synchronisations of every third among them."""
+    """20 steps, with a synchronisation at every third; weights and slow weights are compared after each."""
     if not exact(base, dtype):
         pytest.skip("torch's 16-bit states are not those of the reference")
     both = BesideLookahead(base, parameters(dtype, device))
@@ -66,7 +66,7 @@ def test_complex(dtype, device):
 
 
 def test_late_and_missing_gradients(device):
-    """Slow weights begin for all with the first step; a parameter without a gradient stays where it is, bit for bit."""
+    """All slow weights are created in the first step; a parameter without a gradient stays unchanged, bit for bit."""
     both = BesideLookahead(BASES["Adam"], parameters(device=device))
     never = bits(both.params[4])
     for t in range(9):
@@ -76,7 +76,7 @@ def test_late_and_missing_gradients(device):
 
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_slow_weights_keep_what_16_bits_lose(half, device):
-    """Steps smaller than half a unit of the parameter's last place add up in the slow weights."""
+    """Steps smaller than half a unit in the parameter's last place add up in the slow weights."""
     p = parameter(torch.ones(3, device=device, dtype=half))
     optimizer = Lookahead(SGD([p], lr=2 * torch.finfo(half).eps), k=1, alpha=0.01)
     for _ in range(10):
@@ -88,7 +88,7 @@ def test_slow_weights_keep_what_16_bits_lose(half, device):
 
 
 def test_fixed_alpha_one_is_the_wrapped_optimizer(dtype, device):
-    """The ends of the way are exact: with alpha = 1 nothing changes, with 0 the weights return."""
+    """Both ends are exact: with alpha = 1 nothing changes, with 0 the weights return to the slow ones."""
     first = parameters(dtype, device)
     twins, back = copy.deepcopy(first), copy.deepcopy(first)
     start = [bits(p) for p in first]
@@ -100,7 +100,7 @@ def test_fixed_alpha_one_is_the_wrapped_optimizer(dtype, device):
 
 
 def test_nan_and_infinity_flow_as_in_lerp(device):
-    """Also where a weight became infinite: the slow weight follows it, as torch.lerp says."""
+    """If a weight became infinite, the slow weight follows it, as in torch.lerp."""
     start = torch.tensor([1.0, 1.0, 1.0, math.inf, -math.inf, math.nan, 1.0], device=device)
     grad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -math.inf, 1.0, 1e-40], device=device)
     p = parameter(start.clone())
@@ -129,7 +129,7 @@ def test_several_dtypes_in_groups(device):
 
 
 def test_a_parameter_listed_twice():
-    """torch steps it twice; it is synchronised once."""
+    """torch steps it twice; it is synchronised only once."""
     p = parameter(torch.randn(5))
     start = p.detach().clone()
     with pytest.warns(UserWarning, match="duplicate"):
@@ -179,7 +179,7 @@ def test_quadratic_against_the_reference(base, dtype, device):
     params = parameters(dtype, device)
     bowl = Bowl(params)
     bowl.targets = [t.to(device) for t in bowl.targets]
-    case = {**base.case, "lr": 0.4}  # far enough to jump over a minimum
+    case = {**base.case, "lr": 0.4}  # large enough to jump over a minimum
     optimizer = Lookahead(base.optimizer(params, **case), 3, "quadratic")
     reference = lookahead.Lookahead(base.reference(**case), 3, "quadratic")
     expected = [to_numpy(p) for p in params]
@@ -209,7 +209,7 @@ def test_quadratic_against_the_reference(base, dtype, device):
 
 
 def test_minimum_of_the_parabola():
-    """Inside, clipped at either end, no minimum, and numbers that are not finite; by hand and by the reference."""
+    """Inside, clipped at either end, without a minimum, and with numbers that are not finite; by hand and reference."""
     by_hand = {
         (1.0, 1.0, 2.0): 0.5,  # symmetric
         (0.0, 4.0, 8.0): 0.0,  # 4x²
@@ -235,7 +235,7 @@ def test_minimum_of_the_parabola():
 
 
 def test_quadratic_of_16_bits_keeps_its_slow_weights():
-    """The losses are those at the rounded weights; afterwards the slow weights have all their bits."""
+    """The losses are those at the rounded weights; afterwards the slow weights have all of their bits."""
     p = parameter(torch.randn(9).bfloat16())
     optimizer = Lookahead(SGD([p], lr=0.9), 1, "quadratic")
 
@@ -254,7 +254,7 @@ def test_quadratic_of_16_bits_keeps_its_slow_weights():
 
 @pytest.mark.parametrize("failing", [2, 3])
 def test_a_closure_that_fails_leaves_the_weights(failing):
-    """In either of the extra evaluations: the weights are those of the wrapped optimizer's step."""
+    """If either of the extra evaluations fails, the weights are those of the wrapped optimizer's step."""
     p, twin = parameters(shapes=[(5,)])[0], None
     twin = parameter(p.detach().clone())
     optimizer, other, calls = Lookahead(SGD([p], lr=0.1), 1, "quadratic"), SGD([twin], lr=0.1), []
@@ -288,7 +288,7 @@ def through_file(state_dict: dict) -> dict:
 @pytest.mark.parametrize("stop", range(7))
 @EVERY_BASE
 def test_resumed_at_any_step(base, stop, dtype, device):
-    """From a file, by an optimizer made with other arguments: bit for bit what an uninterrupted run gives."""
+    """Loaded from a file into an optimizer made with other arguments: bit for bit an uninterrupted run."""
     params = parameters(dtype, device)
     twins = copy.deepcopy(params)
     straight = Lookahead(base.optimizer(twins, **base.case), 3, 0.25)
@@ -305,7 +305,7 @@ def test_resumed_at_any_step(base, stop, dtype, device):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
-def test_copies_go_on_alone(how):
+def test_copies_are_independent(how):
     params = parameters()
     optimizer = Lookahead(Adam(params, lr=0.1), 3, 0.25)
     train(optimizer, params, 4)
@@ -320,7 +320,7 @@ def test_copies_go_on_alone(how):
 
 
 def test_the_wrapped_optimizers_state_is_its_own():
-    """Nothing of Lookahead in it; both together in state and state_dict."""
+    """It contains nothing of Lookahead's; `state` and `state_dict()` contain both."""
     params = parameters()
     optimizer = Lookahead(Adam(params, lr=0.1))
     train(optimizer, params, 1)
@@ -341,7 +341,7 @@ def test_hooks_of_checkpoints():
 
 
 def test_a_checkpoint_of_the_wrapped_optimizer_alone():
-    """Through base_optimizer; torch's then drops what Lookahead had in the groups, its own options stay."""
+    """Loaded by base_optimizer; torch then drops Lookahead's options in the groups and keeps its own."""
     for base in (torch.optim.Adam, Adam):
         params = parameters()
         plain = base(params, lr=0.1)
@@ -358,7 +358,7 @@ def test_a_checkpoint_of_the_wrapped_optimizer_alone():
 
 
 def test_schedulers_drive_the_wrapped_optimizer():
-    """Both ways round, and OneCycleLR, which cycles betas by the defaults."""
+    """Schedulers on the wrapper and on the wrapped optimizer, and OneCycleLR, which cycles betas by the defaults."""
     for wrap_first in (True, False):
         params = parameters()
         inner = Adam(params, lr=0.1)
@@ -395,7 +395,7 @@ def test_step_hooks_closure_and_zero_grad():
 
 
 def test_added_groups_synchronise_with_the_others():
-    """At the common count; the new group's slow weights begin where it joins."""
+    """The count is shared; the new group's slow weights are created when it joins."""
     both = BesideLookahead(BASES["SGD"], parameters())
     for _ in range(2):
         both.step(random())
@@ -412,7 +412,7 @@ def test_added_groups_synchronise_with_the_others():
 
 
 def test_frozen_parameters_cost_nothing():
-    """Until they are trained: their slow weights begin in that step."""
+    """Their slow weights are created in the first step that trains them."""
     params = parameters()
     params[2].requires_grad_(False)
     optimizer = Lookahead(SGD(params, lr=0.1), 2)
@@ -431,7 +431,7 @@ def test_frozen_parameters_cost_nothing():
 
 @pytest.mark.parametrize("inner", [{}, {"fused_unscale": True}], ids=["", "fused_unscale"])
 def test_a_scaler_that_skips_does_not_count(inner, device):
-    """GradScaler unscales and skips around the wrapper: the numbers of training without it."""
+    """GradScaler unscales and skips around the wrapper; the numbers are those of training without it."""
     params = parameters(device=device)
     twins = copy.deepcopy(params)
     optimizer = Lookahead(Adam(params, lr=0.1, **inner), 2, 0.25)
@@ -453,7 +453,7 @@ def test_a_scaler_that_skips_does_not_count(inner, device):
 
 
 def test_over_sam():
-    """Wrappers of different kinds nest this way round: a step of SAM, then Lookahead's share."""
+    """Wrappers of different kinds nest in this order: a step of SAM, then Lookahead's part."""
     params = parameters()
     twins = copy.deepcopy(params)
     optimizer = Lookahead(SAM(params, SGD, rho=0.1, lr=0.1), 2, 0.25)
@@ -513,7 +513,7 @@ def test_options_out_of_range(arguments, text):
     assert len(optimizer.param_groups) == 1
 
 
-def test_wrapping_what_is_no_optimizer():
+def test_wrapping_other_objects():
     params = parameters()
     with pytest.raises(TypeError, match=r"^list is not an Optimizer"):
         Lookahead(params)
@@ -529,7 +529,7 @@ def test_wrapping_twice():
 
 
 def test_quadratic_without_a_closure():
-    """torch's sentence for a closure that is missing; nothing is stepped."""
+    """Python's sentence for a missing closure; nothing is stepped."""
     params = parameters()
     with pytest.raises(TypeError) as theirs:
         torch.optim.LBFGS(params).step()
@@ -555,7 +555,7 @@ def test_groups_that_disagree():
 
 @pytest.mark.parametrize("bad", [lambda: torch.zeros(1).expand(4), lambda: torch.zeros(4, device="meta")])
 def test_parameters_that_cannot_be_averaged(bad):
-    """Refused before the wrapped optimizer, torch's here, steps any of them."""
+    """Refused before the wrapped optimizer (here torch's) steps any of them."""
     fine, odd = parameter(torch.ones(3)), parameter(bad())
     optimizer = Lookahead(torch.optim.SGD([fine, odd], lr=0.1))
     for p in (fine, odd):
@@ -608,7 +608,7 @@ def foreign_states(params):
 @pytest.mark.parametrize(
     "which", ["plain", "SAM", "another rule", "another model", "other shapes", "no tensor", "options"]
 )
-def test_states_of_something_else(which):
+def test_foreign_states_are_refused(which):
     params = parameters()
     state, text = foreign_states(params)[which]
     optimizer = Lookahead(SGD(params, lr=0.1, momentum=0.9))

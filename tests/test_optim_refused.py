@@ -1,4 +1,4 @@
-"""Arguments, groups and checkpoints that are refused: torch's errors where torch has them, and nothing has changed."""
+"""Refused arguments, groups and checkpoints: torch's errors where torch has them, and nothing has changed."""
 
 import re
 
@@ -19,7 +19,7 @@ def good_parameters(sizes=(5, 3, 8, 6)) -> list[torch.nn.Parameter]:
 
 # ---- hyper-parameters ------------------------------------------------------------------------------------------------
 
-# Each is given to every optimizer that has its arguments.
+# Each is tried on every optimizer that has these arguments.
 ARGUMENTS = [
     {"lr": -1.0},
     {"lr": torch.tensor([0.1, 0.2])},
@@ -46,16 +46,16 @@ WRONG += [(key, {"betas": (0.9, torch.tensor(0.9))}) for key in ("Adam", "AdamW"
 def error_of(optimizer_class, kwargs) -> Exception | None:
     try:
         optimizer_class([parameter(torch.zeros(2))], **kwargs)
-    except Exception as error:  # of any type: the test compares them
+    except Exception as error:  # any type: the test compares them
         return error
     return None
 
 
 @pytest.mark.parametrize(("key", "kwargs"), WRONG, ids=str)
 def test_wrong_arguments_are_torchs_errors(key, kwargs):
-    """The type and the beginning of the text are what torch says to the same arguments."""
+    """The type and the beginning of the message are torch's for the same arguments."""
     theirs, ours = (error_of(cls, kwargs) for cls in (RULES[key].theirs, RULES[key].ours))
-    if theirs is None or "Boolean value of Tensor" in str(theirs):  # older torch checks no tensors
+    if theirs is None or "Boolean value of Tensor" in str(theirs):  # older torch does not check tensors
         assert isinstance(ours, ValueError), f"a ValueError expected, came {ours!r}"
         return
     assert isinstance(ours, type(theirs)), f"expected {theirs!r}, came {ours!r}"
@@ -76,7 +76,7 @@ OURS = [
         "Adam",
         {"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.9))},
         "1-element",
-    ),  # torch: an accidental RuntimeError
+    ),  # torch raises an accidental RuntimeError
     ("SGD", {"momentum": 0.9, "dampening": 0.1, "lr_in_velocity": True}, "lr_in_velocity"),
     ("SGD", {"momentum": 0.9, "dampening": 0.1, "fused_unscale": True}, "fused_unscale"),
     ("Rprop", {"variant": "rprop+"}, "variant"),
@@ -92,7 +92,7 @@ def test_wrong_arguments_of_ours(key, kwargs, word):
 @pytest.mark.parametrize("arguments", [{"max_norm": 1.0}, {"normalize_grads": True}], ids=str)
 @EVERY_RULE
 def test_groups_that_disagree_on_the_norm(rule, arguments):
-    """Both are optimizer-wide; a group of its own mind is refused when made, when added and when changed."""
+    """Both apply to the whole optimizer; a group that disagrees is refused when created, added or changed."""
     params = good_parameters()
     (word,) = arguments
     with pytest.raises(ValueError, match=word):
@@ -122,7 +122,7 @@ def test_one_parameter_in_two_groups(rule):
 
 @EVERY_RULE
 def test_what_the_base_class_refuses(rule):
-    """torch's own checks are still there."""
+    """torch's own checks still apply."""
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
         rule.ours([])
     with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
@@ -138,10 +138,10 @@ def test_what_the_base_class_refuses(rule):
 
 @EVERY_RULE
 def test_checkpoint_of_other_shapes(rule):
-    """Refused when loaded or at the next step; the parameters stay."""
+    """Refused when loaded or at the next step; the parameters do not change."""
     params, others = good_parameters(), good_parameters((5, 3, 8, 7))
     names = ["first.weight", "first.bias", "second.weight", "bad.weight"]
-    who = names[3] if has_named_parameters else "parameter 3 of group 0"
+    name = names[3] if has_named_parameters else "parameter 3 of group 0"
     optimizer = rule.ours(list(zip(names, params, strict=True)) if has_named_parameters else params, **rule.usual)
     saving = rule.ours(others, **rule.usual)
     for o in (optimizer, saving):
@@ -152,14 +152,14 @@ def test_checkpoint_of_other_shapes(rule):
         optimizer.load_state_dict(saving.state_dict())
         optimizer.step()
 
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(who)):
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(name)):
         load_and_step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)), "parameters were written"
 
 
 @pytest.mark.parametrize("lecture", [False, True])
 def test_checkpoint_of_the_other_sgd(lecture):
-    """A velocity that holds lr is no momentum buffer of torch's: refused when loaded, nothing changes."""
+    """A velocity that contains lr is not torch's momentum buffer: loading is refused, nothing changes."""
     p = parameter(torch.randn(4))
     p.grad = torch.randn(4)
     optimizers = {form: RULES["SGD"].ours([p], lr=0.1, momentum=0.9, lr_in_velocity=form) for form in (False, True)}

@@ -1,4 +1,4 @@
-"""What a review once found wrong, so that it stays right."""
+"""Regression tests for faults found in review."""
 
 import copy
 import gc
@@ -34,7 +34,7 @@ def test_norms_of_complex_gradients_are_of_magnitudes(norm_type: float) -> None:
 
 @pytest.mark.parametrize("max_norm", [math.nan, -1.0, math.inf])
 def test_odd_max_norms_of_clip_grad_norm(max_norm: float) -> None:
-    """As torch: a factor of max_norm / norm, whatever comes out of it."""
+    """As in torch: a factor of max_norm / norm, whatever its value."""
     for grad in ([3.0, 4.0], [math.inf, 1.0]):
         ours, theirs = (with_grad(torch.zeros(2), torch.tensor(grad)) for _ in range(2))
         clip_grad_norm_([ours], max_norm)
@@ -187,7 +187,7 @@ def test_checkpoint_does_not_undo_fused_unscale() -> None:
     optimizer.load_state_dict(saved.state_dict())
     assert optimizer.param_groups[0]["fused_unscale"]
     assert optimizer._step_supports_amp_scaling
-    optimizer.add_param_group({"params": [with_grad(torch.ones(2))]})  # takes the loaded max_norm for its own
+    optimizer.add_param_group({"params": [with_grad(torch.ones(2))]})  # takes over the loaded max_norm
     assert optimizer.param_groups[1]["max_norm"] == 2.0
 
 
@@ -232,4 +232,4 @@ def test_step_of_none() -> None:
     optimizer.step()
     optimizer.state[p]["step"] = None
     optimizer.step()
-    assert float(optimizer.state[p]["step"]) == 1, "counted anew"
+    assert float(optimizer.state[p]["step"]) == 1, "the count starts again"

@@ -1,4 +1,4 @@
-"""A parameter listed twice, and two parameters over one memory: as torch's loop updates them, one after the other."""
+"""A parameter listed twice, and two parameters that share memory, are updated one after the other, as in torch's loop."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:optimizer contains a parameter g
 
 
 def cases():
-    """Every case of a rule that torch has too. Its loop takes capturable on CUDA only."""
+    """Every case of a rule that torch also has. Its loop accepts capturable on CUDA only."""
     dampened = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
     for name, rule in RULES.items():
         for number, case in enumerate((rule.usual, *rule.cases, *([dampened] if name == "SGD" else []))):
@@ -22,7 +22,7 @@ CASES = list(cases())
 
 
 def compare(rule, case, ours: list, theirs: list, grads: list, steps: int = 4) -> None:
-    """Step both with the same gradients; parameters and states have to agree after every step."""
+    """Step both with the same gradients and compare parameters and states after every step."""
     optimizer = rule.ours(ours, **case)
     other = rule.theirs(theirs, foreach=False, **rule.to_torch(case))
     for t in range(steps):
@@ -46,7 +46,7 @@ def compare(rule, case, ours: list, theirs: list, grads: list, steps: int = 4) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("rule", "case"), CASES)
 def test_listed_twice(rule, case, dtype):
-    """Also with others before, between and after; and one that joins at the third step."""
+    """Also with other parameters before, between and after, and with one that joins at the third step."""
     values = [torch.randn(n, dtype=dtype) for n in (5, 3, 4)]
     lists = []
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_listed_twice(rule, case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("rule", "case"), CASES)
 def test_two_parameters_over_one_memory(rule, case, dtype):
-    """Each has states of its own, which begin with its own first gradient; the second one's here comes a step later."""
+    """Each has its own states, which start with its first gradient; here the second one's comes one step later."""
     values = torch.randn(5, dtype=dtype)
     lists = []
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_two_parameters_over_one_memory(rule, case, dtype):
 
 @pytest.mark.parametrize(("rule", "case"), CASES)
 def test_listed_twice_with_strides(rule, case):
-    """Through a temporary copy, which both updates share."""
+    """Both updates share one temporary copy."""
     values = torch.randn(10)
     lists = []
     for _ in range(2):

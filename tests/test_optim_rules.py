@@ -23,7 +23,7 @@ def new_params(shapes, dtype, device) -> list[torch.nn.Parameter]:
 
 
 def new_grads(t: int, shapes, dtype, device) -> list[torch.Tensor | None]:
-    """Gradients of step t: exact zeros among them, one tensor's come late, another one's are missing now and then."""
+    """Gradients of step t, some exactly zero; those of one tensor start late, those of another are sometimes missing."""
     grads = []
     for i, shape in enumerate(shapes):
         g = torch.randn(shape, device=device)
@@ -34,7 +34,7 @@ def new_grads(t: int, shapes, dtype, device) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize(("rule", "case"), CASES)
 def test_every_pair_of_arguments(rule, case, dtype, device):
-    """20 steps beside the reference, parameters, states and norm compared after each one."""
+    """20 steps beside the reference; parameters, states and norm are compared after each."""
     grad_scale = GRAD_SCALE if case["fused_unscale"] else None
     both = BesideReference(rule, case, new_params(SHAPES, dtype, device))
     for t in range(STEPS):
@@ -43,7 +43,7 @@ def test_every_pair_of_arguments(rule, case, dtype, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_many_elements(rule, dtype, device):
-    """Beyond one chunk, with a tail of one element."""
+    """More than one chunk, with a tail of one element."""
     shapes = [(65537,), (3,), (2, 65537)]
     both = BesideReference(rule, {**rule.usual, "max_norm": 0.5}, new_params(shapes, dtype, device))
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_every_combination_of_arguments(rule):
 
 
 def torch_cases(rule: Rule) -> list[dict]:
-    """The cases that torch.optim can compute, once each; more than the pairs, since many pairs have no form there."""
+    """The cases that torch.optim can compute, once each; more than the pairs, because torch lacks many pairs."""
     seen = {}
     for case in rule.product or rule.cases:
         form = rule.to_torch(case)
@@ -79,7 +79,7 @@ def torch_cases(rule: Rule) -> list[dict]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_like_torch(rule, dtype, device):
-    """Parameters and states after 20 steps are torch's, for every form that torch has."""
+    """After 20 steps parameters and states are torch's, for every form that torch has."""
     cases = torch_cases(rule)
     assert cases, "no case to compare"
     for case in cases:
@@ -110,7 +110,7 @@ def assert_like_torch(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_mixed_dtypes_in_one_group(rule, device):
-    """Each tensor in its own dtype, one norm over all of them."""
+    """Each tensor is updated in its own dtype, with one norm over all of them."""
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
     for extra in ({}, {"max_norm": 0.5}, {"normalize_grads": True}):
         params = [parameter(torch.randn(40 + i, device=device).to(dt)) for i, dt in enumerate(dtypes)]
@@ -123,7 +123,7 @@ def test_mixed_dtypes_in_one_group(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_groups_with_their_own_options(rule, device):
-    """Groups differ in lr, decay and sign; the norm is one over all groups."""
+    """Groups differ in lr, decay and sign; there is one norm over all groups."""
     params = new_params([(5,), (9,), (4,)], torch.float32, device)
     own = [{"lr": 0.01}, {"weight_decay": 0.0, "maximize": True}, {}]
     options = {**rule.usual, "max_norm": 0.7}
@@ -137,7 +137,7 @@ def test_groups_with_their_own_options(rule, device):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_lr_changed_between_steps(rule, device):
-    """Each step uses the lr of its group then; SGD's two velocities differ here."""
+    """Each step uses the group's current lr; SGD's two velocities differ here."""
     forms = (
         [{}, {"lr_in_velocity": True}, {"lr_in_velocity": True, "nesterov": True}]
         if "lr_in_velocity" in rule.options
@@ -175,7 +175,7 @@ def test_complex_parameters_are_pairs_of_reals(rule, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_no_drift_in_ten_thousand_steps(rule, dtype):
-    """Against torch in float64 on the same gradients; float32 may lose half a unit a step, in no one direction."""
+    """Against torch in float64 on the same gradients; float32 may lose half a unit per step, without a preferred direction."""
     steps, size = 10_000, 8
     torch.set_num_threads(1)
     p = parameter(torch.randn(size, dtype=dtype))
@@ -196,7 +196,7 @@ def test_no_drift_in_ten_thousand_steps(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_gradients_are_never_written(rule, dtype, device):
-    """Neither clipped nor unscaled nor negated: the kernel reads them only."""
+    """They are neither clipped, unscaled nor negated: the kernel only reads them."""
     for extra in ({"max_norm": 0.01}, {"normalize_grads": True}, {"maximize": True, "fused_unscale": True}):
         params = new_params(SMALL, dtype, device)
         both = BesideReference(rule, {**rule.usual, **extra}, params)

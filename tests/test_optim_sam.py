@@ -1,4 +1,4 @@
-"""SAM: against its reference over any optimizer, restored bit for bit, in the stack, resumed, and refused."""
+"""SAM against its reference over any optimizer; restoring bit for bit, resuming, the stack around it, refusals."""
 
 import copy
 import functools
@@ -48,7 +48,7 @@ def set_grads(params, seed: int) -> None:
 
 
 def train(optimizer, params, steps: int, seed: int = 1) -> None:
-    """Steps by hand with gradients from the seed."""
+    """Steps by hand with gradients drawn from the seed."""
     for t in range(steps):
         set_grads(params, 1000 * seed + 2 * t)
         optimizer.first_step(zero_grad=True)
@@ -74,7 +74,7 @@ def bowl_closure(optimizer, params):
 @ADAPTIVE
 @EVERY_BASE
 def test_against_the_reference(base, adaptive, dtype, device):
-    """20 steps by hand: the perturbed weights, the weights the base optimizer finds, and its result."""
+    """20 steps by hand: the perturbed weights, the weights that the base optimizer sees, and its result."""
     if not exact(base, dtype):
         pytest.skip("torch's 16-bit states are not those of the reference")
     both = BesideSAM(base, parameters(dtype, device), rho=0.5, adaptive=adaptive)
@@ -86,7 +86,7 @@ def test_against_the_reference(base, adaptive, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @EVERY_BASE
 def test_closures_against_the_reference(base, adaptive, dtype, device):
-    """20 steps on a loss that is not convex: step(closure) finds both gradients itself and gives the first loss."""
+    """20 steps on a loss that is not convex: step(closure) computes both gradients and returns the first loss."""
     params = parameters(dtype, device)
     optimizer = SAM(params, base.optimizer, rho=0.3, adaptive=adaptive, **base.case)
     reference = sam.SAM(base.reference(**base.case), rho=0.3, adaptive=adaptive)
@@ -112,7 +112,7 @@ def test_every_rho(rho, adaptive, device):
 @ADAPTIVE
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex(dtype, adaptive, device):
-    """As pairs of reals, |w| g too."""
+    """As pairs of reals, also in |w| g."""
     both = BesideSAM(BASES["SGD"], parameters(dtype, device), rho=0.5, adaptive=adaptive)
     for _ in range(3):
         both.step(random(dtype, device), random(dtype, device))
@@ -120,7 +120,7 @@ def test_complex(dtype, adaptive, device):
 
 @ADAPTIVE
 def test_groups_with_their_own_rho(adaptive, device):
-    """The norm is that of all groups. A rho of zero leaves its group alone; a later group may have one, too."""
+    """The norm is over all groups. A rho of zero leaves its group unchanged; a later group may have its own rho."""
     params = parameters(device=device)
     groups = [{"params": params[:2], "rho": 0.0}, {"params": params[2:3]}, {"params": params[3:], "rho": 2.0}]
     both = BesideSAM(BASES["SGD"], params, groups, rho=0.5, adaptive=adaptive)
@@ -139,15 +139,15 @@ def test_groups_with_their_own_rho(adaptive, device):
 
 
 def test_a_base_with_a_rho_of_its_own():
-    """Adadelta's rho is something else; it stays what the base was made with."""
+    """Adadelta's rho has another meaning and keeps the value that the base was created with."""
     params, adadelta = parameters(), functools.partial(torch.optim.Adadelta, rho=0.8)
     optimizer = SAM(params, adadelta, rho=0.3, lr=0.1)
     assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["sam_rho"]) == (0.8, 0.3)
     train(optimizer, params, 2)
 
 
-def test_maximize_looks_the_other_way(device):
-    """The loss is then -loss: the perturbation goes down the loss that the step climbs."""
+def test_maximize_reverses_the_perturbation(device):
+    """The loss is then -loss: the perturbation descends the loss that the step climbs."""
     params = parameters(device=device)
     twins = copy.deepcopy(params)
     up, down = SAM(params, SGD, rho=0.5, lr=0.1, maximize=True), SAM(twins, SGD, rho=0.5, lr=0.1)
@@ -165,7 +165,7 @@ def test_maximize_looks_the_other_way(device):
 
 
 def test_missing_and_late_gradients(device):
-    """What has no gradient is neither perturbed nor restored to weights of an earlier step."""
+    """A parameter without a gradient is neither perturbed nor restored to weights of an earlier step."""
     both = BesideSAM(BASES["Adam"], parameters(device=device), rho=0.5)
     for t in range(6):
         first = [None if (i + t) % 3 == 0 else g for i, g in enumerate(random(device=device))]
@@ -182,7 +182,7 @@ def test_no_gradients_at_all(device):
 
 
 def test_gradients_of_zero(device):
-    """0 / (0 + 1e-12): the weights stay, to the bit."""
+    """0 / (0 + 1e-12): the weights stay bit for bit."""
     params = parameters(device=device)
     optimizer = SAM(params, SGD, lr=0.1)
     before = [bits(p) for p in params]
@@ -203,7 +203,7 @@ def test_small_norms_show_the_epsilon():
 @ADAPTIVE
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity(bad, adaptive, dtype, device):
-    """A gradient that is not finite: NaN there and, if it is NaN, everywhere; then all the old bits are back."""
+    """A gradient that is not finite gives NaN there and, if it is NaN, everywhere; then all the old bits return."""
     both = BesideSAM(BASES["SGD"], parameters(dtype, device), rho=0.5, adaptive=adaptive)
     grads = random(dtype, device)
     grads[2][3, 4] = bad
@@ -212,7 +212,7 @@ def test_nan_and_infinity(bad, adaptive, dtype, device):
 
 
 def test_weights_that_are_not_finite_come_back(dtype, device):
-    """Infinity, NaN, denormals, -0: the same bits, NaN's payload excepted."""
+    """Infinity, NaN, denormals, -0: the same bits, except NaN's payload."""
     values = [math.inf, -math.inf, 0.0, -0.0, 1e-40, 6e-8, 65504.0, 1.0, math.nan]
     p = parameter(torch.tensor(values, device=device).to(dtype))
     optimizer = SAM([p], SGD, rho=0.5, lr=0.0)
@@ -242,7 +242,7 @@ def test_any_layout(layout, bad_layout, dtype, device):
 
 
 def test_several_dtypes(device):
-    """In one group, one norm."""
+    """In one group, with one norm."""
     params = [p for dtype in (torch.float32, torch.float64, torch.bfloat16) for p in parameters(dtype, device)]
     both = BesideSAM(BASES["SGD"], params, rho=0.5)
     for _ in range(3):
@@ -250,7 +250,7 @@ def test_several_dtypes(device):
 
 
 def test_shared_parameters_come_back():
-    """One listed twice, and two on the same memory: the weights kept are those from before the first of them."""
+    """One listed twice, and two that share memory: the kept weights are those from before the first perturbation."""
     values = torch.randn(5)
     same, a, b = parameter(torch.randn(5)), parameter(values), parameter(values)
     with pytest.warns(UserWarning, match="duplicate"):
@@ -310,7 +310,7 @@ def test_by_hand_and_by_closure_are_the_same():
     for _ in range(3):
         _, closure = bowl_closure(first, by_hand)
         closure()
-        torch.nn.utils.clip_grad_norm_(by_hand, 0.01)  # changes nothing: only the direction counts
+        torch.nn.utils.clip_grad_norm_(by_hand, 0.01)  # has no effect: only the direction counts
         first.first_step(zero_grad=True)
         assert first.is_perturbed
         closure()
@@ -335,7 +335,7 @@ def test_zero_grad_is_optional():
     assert [bits(p.grad) for p in params] == grads
 
 
-def test_no_memory_is_allocated_anew():
+def test_memory_is_reused():
     """The weights are kept in the same tensors from step to step."""
     params = parameters()
     optimizer = SAM(params, SGD, lr=0.1)
@@ -350,7 +350,7 @@ def test_no_memory_is_allocated_anew():
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_closure_that_fails_leaves_the_weights(failing):
-    """In the second evaluation, too, where they are perturbed."""
+    """Also in the second evaluation, where they are perturbed."""
     params, calls = parameters(), []
     optimizer = SAM(params, Adam, rho=0.5, lr=0.1)
     _, closure = bowl_closure(optimizer, params)
@@ -371,7 +371,7 @@ def test_a_closure_that_fails_leaves_the_weights(failing):
 
 
 def test_a_stale_backward_raises():
-    """The perturbation bumps version counters: a graph from before does not silently use the perturbed weights."""
+    """The perturbation bumps version counters, so an older graph does not silently use the perturbed weights."""
     layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     optimizer = SAM(layers.parameters(), SGD, lr=0.1)
     x = torch.randn(2, 3)
@@ -400,7 +400,7 @@ def through_file(state_dict: dict) -> dict:
 @pytest.mark.parametrize("between", [False, True], ids=["", "between the halves"])
 @EVERY_BASE
 def test_resumed(base, between, dtype, device):
-    """After a whole step and after the first half of one: bit for bit what an uninterrupted run gives."""
+    """After a whole step and after the first half of one: bit for bit an uninterrupted run."""
     params = parameters(dtype, device)
     twins = copy.deepcopy(params)
     straight, first = (SAM(ps, base.optimizer, rho=0.5, **base.case) for ps in (twins, params))
@@ -428,7 +428,7 @@ def test_resumed(base, between, dtype, device):
 
 @pytest.mark.parametrize("between", [False, True], ids=["", "between the halves"])
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
-def test_copies_go_on_alone(how, between):
+def test_copies_are_independent(how, between):
     params = parameters()
     optimizer = SAM(params, Adam, rho=0.5, lr=0.1)
     train(optimizer, params, 2)
@@ -449,7 +449,7 @@ def test_copies_go_on_alone(how, between):
 
 
 def test_loading_in_the_middle_of_a_step():
-    """The checkpoint of a whole step ends the one under way: its weights come with the model's."""
+    """Loading the checkpoint of a whole step ends the current one; its weights come with the model's checkpoint."""
     params = parameters()
     optimizer = SAM(params, SGD, lr=0.1)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -460,7 +460,7 @@ def test_loading_in_the_middle_of_a_step():
 
 
 def test_a_checkpoint_of_the_base_alone():
-    """Fine-tuning with SAM what was trained without."""
+    """Fine-tuning a model with SAM that was trained without it."""
     for base in (torch.optim.Adam, Adam):
         params = parameters()
         plain = base(params, lr=0.1)
@@ -478,7 +478,7 @@ def test_a_checkpoint_of_the_base_alone():
 
 @pytest.mark.filterwarnings("error")
 def test_schedulers_and_hooks_see_one_step():
-    """By hand as by closure: no warning that the scheduler came before the optimizer."""
+    """By hand as by closure, without the warning that the scheduler stepped before the optimizer."""
     for by_hand in (True, False):
         params, seen = parameters(), []
         optimizer = SAM(params, SGD, lr=0.1)
@@ -497,7 +497,7 @@ def test_schedulers_and_hooks_see_one_step():
 
 
 class Halves:
-    """A model trained by SAM with a GradScaler, the recipe of the page, beside the same without."""
+    """A model trained by SAM with a GradScaler (the page's recipe) beside the same without a scaler."""
 
     def __init__(self, base, device, **kwargs):
         self.model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).to(device)
@@ -549,14 +549,16 @@ class Halves:
     ids=["ours", "ours, fused_unscale", "torch", "torch, fused", "torch SGD"],
 )
 def test_gradient_scaling(base, kwargs, clip, device):
-    """Overflows in either half: the weights come back to the bit, base and count stay, the scale goes down."""
+    """Overflows in either half: the weights return bit for bit, base and count stay, the scale decreases."""
     both = Halves(base, device, **kwargs)
     for overflow in ("both", "", "", "first", "second", "", "both", ""):
         before, scale = snapshot(both.scaled), both.scaler.get_scale()
         both.step(overflow, clip)
         assert not both.scaled.is_perturbed
         if overflow:
-            after = snapshot(both.scaled)  # torch's fused optimizers make their states, zeros, in a step they skip
+            after = snapshot(
+                both.scaled
+            )  # torch's fused optimizers create their states (zeros) in a step that they skip
             assert_same({key: after[key] for key in before}, before, f"overflow in {overflow}")
             assert both.scaler.get_scale() == scale / 2
         for p, q in zip(both.model.parameters(), both.twin.parameters(), strict=True):
@@ -567,7 +569,7 @@ def test_gradient_scaling(base, kwargs, clip, device):
 
 
 def test_a_scaler_cannot_do_the_first_half():
-    """scaler.step() with a closure is torch's error, without first_step() ours; neither changes anything."""
+    """scaler.step() raises torch's error with a closure and ours without first_step(); neither changes anything."""
     params = parameters()
     optimizer, scaler = SAM(params, SGD, lr=0.1), torch.amp.GradScaler("cpu")
     set_grads(params, 1)
@@ -593,7 +595,7 @@ def network() -> torch.nn.Module:
 
 @pytest.mark.parametrize("title", ["By closure", "By hand", "BatchNorm", "GradScaler"])
 def test_recipes_of_the_page_train(title):
-    """They run as they stand, and the loss falls."""
+    """The code on the page runs as it stands, and the loss falls."""
     torch.manual_seed(0)
     model, x, target = network(), torch.randn(64, 6), torch.randn(64, 3)
     before = torch.nn.functional.mse_loss(model(x), target).item()
@@ -610,7 +612,7 @@ def test_recipes_of_the_page_train(title):
 
 
 def test_running_statistics_are_counted_once():
-    """With the recipe of the page: those of one forward pass a step, at the weights that stay, the counter too."""
+    """With the page's recipe they and their counter are those of one forward pass per step, at the unperturbed weights."""
     model, twin = network(), network()
     x, target = torch.randn(32, 6) + 3, torch.randn(32, 3)
     space = {"torch": torch, "onepass": onepass, "model": model, "loader": [(x, target)]}
@@ -641,7 +643,7 @@ def test_rho_out_of_range(rho):
     assert len(optimizer.param_groups) == 1
 
 
-def test_bases_that_are_none():
+def test_unsuitable_base_optimizers():
     params = parameters()
     for base, text in (
         (SGD(params), "base_optimizer is of type SGD; a class is expected"),
@@ -695,7 +697,7 @@ def test_halves_out_of_order():
     ids=["sparse", "expanded", "integer"],
 )
 def test_parameters_that_cannot_be_perturbed(bad, text):
-    """Refused with the parameter's name, and none is perturbed."""
+    """The error names the parameter, and none is perturbed."""
     fine, odd = parameter(torch.ones(3)), parameter(torch.ones(3, 4))
     optimizer = SAM([fine, odd], torch.optim.SGD, lr=0.1)
     fine.grad, odd.grad = torch.ones_like(fine), torch.ones_like(odd)
@@ -747,7 +749,7 @@ def foreign_states(params):
 
 
 @pytest.mark.parametrize("which", ["plain", "Lookahead", "another rule", "another model", "other shapes", "options"])
-def test_states_of_something_else(which):
+def test_foreign_states_are_refused(which):
     params = parameters()
     state, text = foreign_states(params)[which]
     optimizer = SAM(params, SGD, lr=0.1, momentum=0.9)

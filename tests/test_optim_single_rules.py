@@ -1,4 +1,4 @@
-"""What only one rule has: states that do not start at zero, forms and edge cases of its own."""
+"""Features of a single rule: states that do not start at zero, special forms and edge cases."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ def stepped(optimizer: torch.optim.Optimizer, p: torch.Tensor, grads: list[float
 
 
 def test_mu_product_is_kept_in_float32_through_checkpoints(dtype):
-    """torch's load_state_dict casts it to the parameter's dtype, of a 0-d float64 parameter too."""
+    """torch's load_state_dict casts it to the parameter's dtype, also for a 0-d float64 parameter."""
     for shape in ((), (5,)):
         p = parameter(torch.ones(shape, dtype=dtype))
         optimizer = onepass.optim.NAdam([p])
@@ -36,7 +36,7 @@ def test_mu_product_is_kept_in_float32_through_checkpoints(dtype):
 
 
 def test_mu_product_in_torchs_default_dtype():
-    """With float64 as default torch keeps it in float64, and so do we: the same numbers to the last places."""
+    """With float64 as default dtype torch keeps it in float64, and so do we: the same numbers to the last places."""
     torch.set_default_dtype(torch.float64)
     try:
         p, twin = parameter(torch.ones(5)), parameter(torch.ones(5))
@@ -64,7 +64,7 @@ def test_mu_product_that_is_none(bad):
 
 
 def test_betas_changed_between_steps():
-    """mu_product is a product of what the momentum was in each step, not a power of what it is now."""
+    """mu_product is the product of each step's momentum, not a power of the current one."""
     both = BesideReference(RULES["NAdam"], RULES["NAdam"].usual, [parameter(torch.randn(6, dtype=torch.float64))])
     for beta in (0.9, 0.5, 0.8, 0.3):
         both.optimizer.param_groups[0]["betas"] = both.reference.options["betas"] = (beta, 0.999)
@@ -76,7 +76,7 @@ def test_betas_changed_between_steps():
 
 @pytest.mark.parametrize("form", [{}, {"eps_inside_sqrt": True}], ids=str)
 def test_centered_rmsprop_under_a_constant_gradient(form, device):
-    """G - a^2 rounds below 0; torch.optim gives NaN there."""
+    """G - a^2 rounds below 0; torch.optim then returns NaN."""
     p, twin = parameter(torch.zeros(50, device=device)), parameter(torch.zeros(50, device=device))
     grads = torch.linspace(0.1, 0.9, 50, device=device)
     case = {"lr": 1e-3, "alpha": 0.5, "eps": 1.0, "centered": True}
@@ -91,7 +91,7 @@ def test_centered_rmsprop_under_a_constant_gradient(form, device):
 
 
 def test_nan_gradient_of_centered_rmsprop(device):
-    """The clamp at 0 keeps NaN: it does not hide that training went wrong."""
+    """The clamp at 0 keeps NaN, so it does not hide that training went wrong."""
     p = parameter(torch.ones(3, device=device))
     optimizer = onepass.optim.RMSprop([p], centered=True)
     p.grad = torch.tensor([1.0, math.nan, math.inf], device=device)
@@ -103,9 +103,9 @@ def test_nan_gradient_of_centered_rmsprop(device):
 
 
 def test_rprop_by_hand():
-    """Signs of the gradient + + - - + 0 +; etas of 0.5 and 2, steps of 1 at first."""
+    """Gradient signs + + - - + 0 +; etas 0.5 and 2, initial step size 1."""
     grads = [1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 1.0]
-    expected = {  # step sizes, and where the parameter goes from 0
+    expected = {  # step sizes, and the parameter's path from 0
         "irprop-": ([1, 2, 1, 1, 0.5, 0.5, 0.5], [-1, -3, -3, -2, -2, -2, -2.5]),
         "rprop-": ([1, 2, 1, 2, 1, 0.5, 0.25], [-1, -3, -2, 0, -1, -1, -1.25]),
     }
@@ -131,7 +131,7 @@ def test_rprop_reads_lr_once(variant):
 
 
 def test_nan_has_no_sign(device):
-    """A NaN gradient moves nothing; the step sizes stay, in the step and in the next one."""
+    """A NaN gradient moves nothing and leaves the step sizes, in this step and in the next."""
     p, twin = parameter(torch.ones(3, device=device)), parameter(torch.ones(3, device=device))
     ours, theirs = onepass.optim.Rprop([p]), torch.optim.Rprop([twin])
     for g in (1.0, math.nan, 2.0, -1.0):
@@ -144,7 +144,7 @@ def test_nan_has_no_sign(device):
 
 
 def test_share_memory():
-    """Before the first step, as torch's: the states are made for it. Later the same memory is used on."""
+    """Before the first step it creates the states, as in torch; later steps keep using the same memory."""
     p, other = parameter(torch.ones(3)), parameter(torch.ones(2, dtype=torch.bfloat16))
     optimizer = onepass.optim.Adagrad([p, other], initial_accumulator_value=0.25)
     optimizer.share_memory()

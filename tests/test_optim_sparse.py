@@ -1,4 +1,4 @@
-"""Sparse gradients: the rows they have are updated and no others; against float64 references and torch.optim."""
+"""Sparse gradients update their rows and no others; against float64 references and torch.optim."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", SPARSE.values(), ids=SPARSE)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Most tables here are tiny, and torch's sparse operators start their threads for any."""
+    """Most tables here are tiny, but torch's sparse operators start threads for any size."""
     torch.set_num_threads(1)
 
 
@@ -52,7 +52,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("key", "case"), [(key, case) for key in CASES for case in CASES[key]], ids=str)
 def test_like_torch(key, case, dtype, maximize, device):
-    """SGD's momentum moves every row that ever had a gradient."""
+    """Like torch; SGD's momentum moves every row that ever had a gradient."""
     rule, shape = SPARSE[key], (20, 5)
     p = parameter(torch.randn(shape, dtype=dtype, device=device))
     twin = parameter(p.detach().clone())
@@ -72,7 +72,7 @@ def test_like_torch(key, case, dtype, maximize, device):
 
 @EVERY_RULE
 def test_other_rows_are_not_touched(rule, dtype, device):
-    """Neither read nor written: what is in them, and in their states, stays to the bit."""
+    """They are neither read nor written: they and their states stay bit for bit."""
     p = parameter(torch.full((6, 5), math.nan, dtype=dtype, device=device))
     optimizer = rule.ours([p], **rule.usual)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_other_rows_are_not_touched(rule, dtype, device):
 
 @EVERY_RULE
 def test_as_many_rows_as_threads_share(rule, device):
-    """Enough for two threads and many chunks; boundaries fall inside of rows."""
+    """Enough for two threads and many chunks; boundaries fall inside rows."""
     shape = (20_011, 129)
     start = torch.randn(shape, device=device)
     results = {}
@@ -153,7 +153,7 @@ def test_every_number_of_sparse_dimensions(rule, device):
 
 @EVERY_RULE
 def test_tables_that_are_not_contiguous(rule, device, monkeypatch):
-    """Right through a copy, and refused where slow paths are."""
+    """Updated correctly through a copy, and refused when slow paths are forbidden."""
     base = torch.randn(5, 8, dtype=torch.float64, device=device)
     p, twin = parameter(base.clone().t()), parameter(base.clone().t().contiguous())
     ours, theirs = rule.ours([p], **rule.usual), rule.theirs([twin], **rule.usual)
@@ -172,7 +172,7 @@ def test_tables_that_are_not_contiguous(rule, device, monkeypatch):
 
 @pytest.mark.parametrize("key", ["SGD", "Adagrad"])
 def test_complex_rows_are_pairs_of_reals(key, device):
-    """As dense ones are. torch's sparse Adagrad squares complex numbers instead."""
+    """As dense ones. (torch's sparse Adagrad squares complex numbers instead.)"""
     rule = SPARSE[key]
     p = parameter(torch.randn(6, 3, dtype=torch.complex128, device=device))
     twin = parameter(torch.view_as_real(p.detach()).clone())
@@ -188,7 +188,7 @@ def test_complex_rows_are_pairs_of_reals(key, device):
 
 @EVERY_RULE
 def test_embedding_in_training(rule, device):
-    """A model with a sparse and with dense gradients in one optimizer, or in two where one cannot take both."""
+    """A model with sparse and dense gradients in one optimizer, or in two if one does not support both."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Embedding(30, 8, sparse=True), torch.nn.Linear(8, 3)).double().to(device)
     twin = copy.deepcopy(model)
@@ -228,7 +228,7 @@ def test_gradients_are_left_as_they_are(rule):
 @pytest.mark.parametrize("fused_unscale", [False, True])
 @EVERY_RULE
 def test_training_with_a_scaler(rule, fused_unscale, device):
-    """float16 losses overflow now and then: the step is skipped, its count too, and the scale is divided out once."""
+    """float16 losses sometimes overflow: step and count are skipped; the scale is divided out once."""
     p = parameter(torch.randn(12, 5, device=device))
     twin = parameter(p.detach().clone())
     case = rule.usual
@@ -323,7 +323,7 @@ def test_arguments_of_sparse_adam(case):
 @pytest.mark.parametrize("bad", [3, -1, 2**40])
 @EVERY_RULE
 def test_rows_outside_of_the_table(rule, bad):
-    """torch writes there."""
+    """torch writes out of bounds there."""
     p = parameter(torch.ones(3, 2))
     optimizer = with_a_good_one(rule.ours, p)
     p.grad = sparse(p.shape, [0, bad, 1])
@@ -367,7 +367,7 @@ def test_momentum_makes_the_gradient_dense(monkeypatch):
 
 @pytest.mark.parametrize("key", ["SparseAdam", "SGD", "Adagrad"])
 def test_states_go_both_ways(key, device):
-    """SGD's buffer is sparse in torch and dense here; SparseAdam counts the steps in an int."""
+    """SGD's buffer is sparse in torch and dense here; SparseAdam counts steps in an int."""
     rule = SPARSE[key]
     case = {**rule.usual, "momentum": 0.9} if key == "SGD" else rule.usual
     p = parameter(torch.randn(9, 4, dtype=torch.float64, device=device))

@@ -1,4 +1,4 @@
-"""The rest of torch sees an ordinary optimizer: closures, hooks, schedulers, groups, profiler, autograd, compile."""
+"""Works with the rest of torch like any optimizer: closures, hooks, schedulers, groups, profiler, autograd, compile."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 @EVERY_RULE
 def test_closure(rule, device):
-    """Evaluated once with gradients on, also under no_grad; its loss is returned."""
+    """Evaluated once with gradients enabled, also under no_grad; its loss is returned."""
     both = BesideTorch(rule, device=device)
     x, calls = both.batch(), []
 
@@ -38,7 +38,7 @@ def test_closure(rule, device):
 
 @EVERY_RULE
 def test_hooks(rule):
-    """Global and own, before and after, once a step and in torch's order; a pre-hook may replace the arguments."""
+    """Global and own hooks, before and after, once per step and in torch's order; a pre-hook may replace the arguments."""
 
     def calls_of(optimizer):
         calls = []
@@ -63,7 +63,7 @@ def test_hooks(rule):
 SCHEDULERS = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(  # cycles momentum and betas too
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(  # also cycles momentum and betas
         o, max_lr=0.05, total_steps=12, cycle_momentum=bool({"momentum", "betas"} & o.defaults.keys())
     ),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1) ** 0.3),
@@ -105,7 +105,7 @@ def test_plateau_scheduler():
 
 @EVERY_RULE
 def test_wrapped_step(rule):
-    """accelerate and others replace `step` on the instance and call the old one."""
+    """accelerate and others replace `step` on the instance and call the original."""
     both = BesideTorch(rule)
     plain, calls = both.ours.step, []
     both.ours.step = lambda closure=None: (calls.append(1), plain(closure))[1]
@@ -117,7 +117,7 @@ def test_wrapped_step(rule):
 
 
 def adagrad_steps_an_added_group() -> bool:
-    """Older torch makes Adagrad's states in the constructor alone."""
+    """Older torch creates Adagrad's states only in the constructor."""
     p, q = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.Adagrad([p])
     optimizer.add_param_group({"params": [q]})
@@ -131,9 +131,9 @@ def adagrad_steps_an_added_group() -> bool:
 
 @EVERY_RULE
 def test_add_param_group_in_training(rule, device):
-    """The new group starts at step 1 while the old one goes on: different counts in one step."""
+    """The new group starts at step 1 while the old one continues: different counts in one step."""
     if rule.theirs is torch.optim.Adagrad and not adagrad_steps_an_added_group():
-        pytest.skip("this torch's Adagrad takes no group that is added")
+        pytest.skip("this torch's Adagrad does not support added groups")
     both = BesideTorch(rule, device=device)
     both.train(4)
     for model, optimizer in ((both.model, both.ours), (both.twin, both.theirs)):
@@ -196,7 +196,7 @@ def test_states_need_no_gradient(rule):
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("case", [("SGD", {"lr": 0.1}), ("Adam", {"lr": 0.1}), ("AdamW", {"lr": 0.1})], ids=str)
 def test_a_parameter_listed_twice(case):
-    """Updated twice, in order, as torch's loop does, also when threads could run both at once."""
+    """Updated twice in order, as in torch's loop, even if threads could run both at once."""
     key, options = case
     for size in (5, 3_000_000):
         p = parameter(torch.randn(size))
@@ -216,7 +216,7 @@ def test_a_parameter_listed_twice(case):
 
 @EVERY_RULE
 def test_storage_may_move_between_steps(rule, device):
-    """No pointer is kept: .data is replaced, swap_tensors puts other memory under the same parameter."""
+    """No pointer is cached: .data may be replaced, and swap_tensors puts other memory under the same parameter."""
     p = parameter(torch.randn(40, device=device))
     both = BesideReference(rule, rule.usual, [p])
     both.step([torch.randn(40, device=device)])
@@ -235,7 +235,7 @@ def test_storage_may_move_between_steps(rule, device):
 
 @EVERY_RULE
 def test_version_counter_guards_saved_weights(rule, device):
-    """backward through weights that a step has changed raises torch's error and gives no wrong gradients."""
+    """backward through weights that a step has changed raises torch's error instead of giving wrong gradients."""
     both = BesideTorch(rule, device=device)
     versions = [p._version for p in both.model.parameters()]
     loss = loss_of(both.model, both.batch())
@@ -260,9 +260,9 @@ def test_profiler_names(rule):
     assert events(both.ours) == events(both.theirs) >= {f"Optimizer.step#{rule}.step"}
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer's own, of the torch version at hand
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's tracer, which depend on its version
 def test_torch_compile_of_a_training_step():
-    """The step is left to eager code by a graph break; forward and backward are traced."""
+    """A graph break leaves the step to eager code; forward and backward are traced."""
     both = BesideTorch(RULES["Adam"])
 
     @torch.compile(backend="eager")

@@ -1,4 +1,4 @@
-"""What training code does beside the plain loop: threads, hooks, casts, many tensors, options switched on the way."""
+"""Training code beyond the simple loop: threads, hooks, casts, many tensors, options switched mid-training."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +17,7 @@ def in_double() -> torch.nn.Module:
 
 @EVERY_RULE
 def test_optimizers_inside_backward(rule):
-    """One optimizer a parameter, stepped by a hook as soon as its gradient is there."""
+    """One optimizer per parameter, stepped by a hook as soon as its gradient is ready."""
     model, twin = in_double(), in_double()
     for m, optimizer_class in ((model, rule.ours), (twin, rule.theirs)):
         for p in m.parameters():
@@ -38,7 +38,7 @@ def test_optimizers_inside_backward(rule):
 
 @EVERY_RULE
 def test_steps_in_several_threads_at_once(rule):
-    """Each Python thread its own optimizer: nothing is shared, nothing is lost."""
+    """Each Python thread has its own optimizer: nothing is shared, nothing is lost."""
 
     def train(_):
         generator = torch.Generator().manual_seed(5)
@@ -57,7 +57,7 @@ def test_steps_in_several_threads_at_once(rule):
 
 @EVERY_RULE
 def test_thousands_of_tensors(rule, device):
-    """More than one launch can name, of sizes 0 to 6, some without a gradient."""
+    """More than fit in one launch, of sizes 0 to 6, some without a gradient."""
     params = [parameter(torch.randn(i % 7, device=device)) for i in range(3000)]
     twins = [parameter(p.detach().clone()) for p in params]
     ours, theirs = rule.ours(params, max_norm=0.5, **rule.usual), rule.theirs(twins, **rule.usual)
@@ -74,7 +74,7 @@ def test_thousands_of_tensors(rule, device):
 
 @EVERY_RULE
 def test_many_dimensions(rule, device):
-    """More than any fixed-size shape: dense, and transposed with a gradient of other strides."""
+    """More than any fixed-size shape holds: dense, and transposed with a gradient of other strides."""
     dense = torch.randn([1] * 14 + [2, 3], device=device)
     transposed = torch.randn([2] * 13, device=device).permute(*reversed(range(13)))
     both = BesideReference(rule, rule.usual, [parameter(dense), parameter(transposed)])
@@ -84,7 +84,7 @@ def test_many_dimensions(rule, device):
 
 @EVERY_RULE
 def test_inference_mode(rule):
-    """Tensors without version counters, and ordinary ones stepped inside of it."""
+    """Tensors without version counters, and ordinary ones stepped in inference mode."""
     with torch.inference_mode():
         p = parameter(torch.ones(5))
         both = BesideReference(rule, {**rule.usual, "max_norm": 0.5}, [p])
@@ -99,7 +99,7 @@ def test_inference_mode(rule):
 
 
 def test_momentum_switched_on_and_off():
-    """A buffer appears when momentum does, is kept while it is 0, and goes on from there: as torch."""
+    """As in torch, a buffer is created with momentum, kept while momentum is 0, and used again afterwards."""
     for dampening in (0.0, 0.5):
         p = parameter(torch.randn(5, dtype=torch.float64))
         twin = parameter(p.detach().clone())
@@ -117,7 +117,7 @@ def test_momentum_switched_on_and_off():
 @pytest.mark.parametrize("half", HALF, ids=str)
 @EVERY_RULE
 def test_model_cast_in_training(rule, half, device):
-    """float32 states fit 16-bit parameters too: a model may be cast down and up again."""
+    """float32 states also fit 16-bit parameters, so a model may be cast down and up again."""
     p = parameter(torch.randn(20, device=device))
     both = BesideReference(rule, rule.usual, [p])
     for dtype in (torch.float32, half, torch.float32):
@@ -136,7 +136,7 @@ def test_plain_tensor_as_parameter(rule, device):
 
 @EVERY_RULE
 def test_subclasses_with_memory_of_their_own(rule, device):
-    """A subclass without a dispatch of its own is a tensor like any other, as a parameter and around its data."""
+    """A subclass without its own dispatch is treated like any tensor, as a parameter and as its data."""
 
     class MyParameter(torch.nn.Parameter):
         pass
@@ -161,7 +161,7 @@ def test_subclasses_with_memory_of_their_own(rule, device):
 
 @EVERY_RULE
 def test_default_dtype_and_device(rule):
-    """What torch's factory functions make by default is none of the step's business, but for torch's own step count."""
+    """The defaults of torch's factory functions do not affect the step, except for torch's own step count."""
     p, twin = (parameter(torch.ones(4)) for _ in range(2))
     p.grad, twin.grad = torch.ones(4), torch.ones(4)
     ours = rule.ours([p], **rule.usual)
@@ -169,7 +169,7 @@ def test_default_dtype_and_device(rule):
     try:
         with torch.device("meta"):
             ours.step()
-        theirs = rule.theirs([twin], **rule.usual)  # Adagrad's makes its state at once
+        theirs = rule.theirs([twin], **rule.usual)  # torch's Adagrad creates its state at once
         theirs.step()
     finally:
         torch.set_default_dtype(torch.float32)

@@ -1,4 +1,4 @@
-"""The states of the wrappers: live and writable, of what is in the groups, and of nothing else."""
+"""The wrappers' states: live, writable, and only of parameters in the groups."""
 
 import copy
 import gc
@@ -46,8 +46,8 @@ def parameters(*shapes) -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("remove", ["group", "entry", "frozen"])
-def test_lookahead_leaves_alone_what_left(remove):
-    """A removed group, a replaced parameter, a frozen one: whatever is in it now stays, bit for bit."""
+def test_lookahead_ignores_parameters_that_left(remove):
+    """Removed, replaced and frozen parameters keep their current values, bit for bit."""
     kept, gone = parameters((3,), (3,))
     optimizer = Lookahead(SGD([{"params": [kept]}, {"params": [gone]}], lr=0.1), k=2)
     step(optimizer, [kept, gone])
@@ -65,8 +65,8 @@ def test_lookahead_leaves_alone_what_left(remove):
     assert not torch.equal(optimizer.state[kept]["slow_param"], start), "the others are synchronised"
 
 
-def test_a_parameter_that_comes_back_begins_anew():
-    """Its slow weights are not those from before it left."""
+def test_a_parameter_that_returns_starts_again():
+    """It gets new slow weights, not those from before it left."""
     stays, away = parameters((3,), (3,))
     optimizer = Lookahead(SGD([{"params": [stays]}, {"params": [away]}], lr=0.1), k=2)
     step(optimizer, [stays, away])
@@ -93,7 +93,7 @@ def test_sam_restores_what_is_in_the_groups():
 
 @EVERY_WRAPPER
 def test_a_replaced_parameter_is_saved_and_dies(wrap):
-    """Densification: a larger parameter takes the place of one, with the states of the base; nothing keeps the old one."""
+    """Densification: a larger parameter replaces another and takes its base states; nothing keeps the old one alive."""
     p = parameter(torch.zeros(3))
     optimizer = wrap([p])
     died = []
@@ -117,7 +117,7 @@ def test_a_replaced_parameter_is_saved_and_dies(wrap):
 
 
 def test_a_dropped_wrapper_frees_its_states_at_once():
-    """No cycle that waits for the garbage collector: it may be as large as the model."""
+    """There is no reference cycle that waits for the garbage collector: states may be as large as the model."""
     params = parameters()
     gc.disable()
     try:
@@ -133,7 +133,7 @@ def test_a_dropped_wrapper_frees_its_states_at_once():
 
 
 def test_modules_that_swap_their_tensors():
-    """torch.utils.swap_tensors refuses tensors with weak references; slow weights go on all the same."""
+    """torch.utils.swap_tensors refuses tensors with weak references; slow weights work regardless."""
     model = torch.nn.Linear(3, 2)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -160,7 +160,7 @@ def test_modules_that_swap_their_tensors():
 @EVERY_WRAPPER
 @pytest.mark.parametrize("which", ["first", "all", "none at all"])
 def test_empty_groups(wrap, which):
-    """As of a rank that owns no parameter of a group; the others step, and an empty state is saved and loaded."""
+    """As on a rank that owns no parameter of a group: the others step, and an empty state is saved and loaded."""
     p = parameter(torch.ones(2))
     optimizer = wrap([{"params": []}, {"params": [p] if which == "first" else []}])
     if which == "none at all":
@@ -176,7 +176,7 @@ def test_quadratic_without_parameters():
     assert optimizer.step(lambda: 3.5) == 3.5
 
 
-def test_groups_added_to_the_wrapped_optimizer_count_along():
+def test_groups_added_to_the_wrapped_optimizer_are_seen():
     p, q = parameters((3,), (3,))
     optimizer = Lookahead(SGD([p], lr=0.1), k=2)
     step(optimizer, [p])
@@ -190,8 +190,8 @@ def test_groups_added_to_the_wrapped_optimizer_count_along():
 
 
 @EVERY_WRAPPER
-def test_what_is_written_arrives(wrap):
-    """Code that walks the states to move, cast or reset them reaches both optimizers, in either of the usual forms."""
+def test_writes_reach_both_optimizers(wrap):
+    """Code that iterates over the states to move, cast or reset them reaches both optimizers, in both usual forms."""
     params = parameters()
     optimizer = wrap(params)
     step(optimizer, params)
@@ -212,7 +212,7 @@ def test_what_is_written_arrives(wrap):
 
 
 def test_the_mapping_is_a_dict_of_dicts():
-    """Every method of a dict, on the states of all and on those of one parameter."""
+    """Every method of a dict works, on the states of all parameters and of one."""
     params, other = parameters(), parameter(torch.zeros(1))
     optimizer = WRAPPED["Lookahead"](params)
     assert (len(optimizer.state), bool(optimizer.state), list(optimizer.state)) == (0, False, [])
@@ -266,7 +266,7 @@ def test_the_mapping_is_a_dict_of_dicts():
 
 
 def test_slow_weights_without_states_of_the_base():
-    """SGD keeps nothing: the parameters are in the mapping for the wrapper's sake."""
+    """SGD keeps no state: the mapping contains the parameters only because of the wrapper."""
     params = parameters()
     optimizer = Lookahead(SGD(params, lr=0.1))
     step(optimizer, params)
@@ -279,7 +279,7 @@ def test_slow_weights_without_states_of_the_base():
 
 @EVERY_WRAPPER
 def test_copies_and_assignment(wrap):
-    """A deep copy of the states is made of dicts; assigned back it restores them."""
+    """A deep copy of the states consists of dicts; assigning it restores them."""
     params = parameters()
     optimizer = wrap(params)
     step(optimizer, params)
@@ -301,7 +301,7 @@ def test_copies_and_assignment(wrap):
 
 
 def test_anything_under_any_key():
-    """torch.optim allows what is no tensor, and keeps it in checkpoints."""
+    """torch.optim allows values that are not tensors and keeps them in checkpoints."""
     optimizer = WRAPPED["Lookahead"](parameters())
     optimizer.state["calls"] = 3
     assert (
@@ -314,7 +314,7 @@ def test_anything_under_any_key():
 
 
 def test_reading_a_state_looks_at_one_parameter():
-    """Not at all of them, or n lookups would cost n² steps."""
+    """A lookup must not visit all parameters, or n lookups would cost n² steps."""
 
     class NoWalks(defaultdict):
         def __iter__(self):
@@ -355,7 +355,7 @@ def test_old_weights_are_state_between_the_halves_only():
 
 
 def test_old_weights_that_were_cleared():
-    """Nothing to go back to: an error that says so; a checkpoint is the way on."""
+    """There is nothing to restore, and the error says so; loading a checkpoint helps."""
     params = parameters()
     optimizer = SAM(params, Adam, lr=0.1)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -372,8 +372,8 @@ def test_old_weights_that_were_cleared():
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_hooks_of_the_wrapped_optimizer_see_both_ways():
-    """What its hook adds on the way out, its other hook takes away on the way in."""
+def test_hooks_of_the_wrapped_optimizer_save_and_load():
+    """One of its hooks adds an entry when saving, another removes it when loading."""
     params, seen = parameters(), []
     optimizer = WRAPPED["Lookahead"](params)
     base = optimizer.base_optimizer
@@ -390,7 +390,7 @@ def test_hooks_of_the_wrapped_optimizer_see_both_ways():
 
 
 def test_a_wrapped_optimizer_saves_in_its_own_way():
-    """torch's SparseAdam counts in Python ints, and so does ours in a checkpoint."""
+    """torch's SparseAdam counts steps in Python ints, and so does ours in a checkpoint."""
     table = torch.nn.Embedding(5, 3, sparse=True)
     optimizer = Lookahead(SparseAdam(table.parameters(), lr=0.1), k=2)
     table(torch.tensor([1, 2])).sum().backward()
@@ -412,7 +412,7 @@ def test_saving_changes_nothing():
 
 @pytest.mark.parametrize("perturbed", [None, "list"])
 def test_pickles_of_older_versions(perturbed):
-    """They had a list of the perturbed parameters."""
+    """They contained a list of the perturbed parameters."""
     p = parameter(torch.zeros(2))
     optimizer = SAM.__new__(SAM)
     own = {p: {"old_param": torch.ones(2)}}
@@ -429,7 +429,7 @@ def test_pickles_of_older_versions(perturbed):
 
 @pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor, lambda v: torch.tensor([v])])
 def test_numbers_of_numpy_and_torch(number):
-    """Taken for k, alpha and rho, by constructor and group; numbers of NumPy are saved as Python's."""
+    """Accepted for k, alpha and rho, in constructor and group; NumPy's numbers are saved as Python's."""
     params = parameters()
     integer = (lambda v: np.int64(v)) if number in (np.float32, np.float64) else number
     for optimizer, twin in (
@@ -454,7 +454,7 @@ def test_numbers_of_numpy_and_torch(number):
 
 
 @pytest.mark.parametrize("k", [np.float64(2), 2.0, torch.tensor(2.0), torch.tensor([2, 3]), "2", None, np.int64(0)])
-def test_numbers_that_are_no_count(k):
+def test_numbers_that_are_not_counts(k):
     with pytest.raises(ValueError, match="Invalid k value"):
         Lookahead(SGD(parameters(), lr=0.1), k)
 

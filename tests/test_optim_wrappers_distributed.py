@@ -1,4 +1,4 @@
-"""SAM and Lookahead in more than one process: one norm over all shards, distributed checkpoints, no_sync()."""
+"""SAM and Lookahead in several processes: one norm over all shards, distributed checkpoints, no_sync()."""
 
 import copy
 import tempfile
@@ -21,7 +21,7 @@ if dist.is_available():
 
 
 def train(model, optimizer, steps: int, seed: int = 1, own_batch: bool = False) -> None:
-    """With a closure, which both wrappers take."""
+    """Train with a closure, which both wrappers accept."""
     generator = torch.Generator().manual_seed(seed + (100 * dist.get_rank() if own_batch else 0))
     for _ in range(steps):
         x = torch.randn(4, 5, generator=generator, dtype=torch.float64)
@@ -52,7 +52,7 @@ def assert_equal(model, optimizer, twin, other, what: str) -> None:
 
 
 def sharded() -> None:
-    """FSDP2 with uneven shards against the plain model, and resumed from a distributed checkpoint."""
+    """FSDP2 with uneven shards against the unsharded model, and resumed from a distributed checkpoint."""
     for name, wrap in WRAPPED.items():
         twin, model = make_model(), make_model()
         fully_shard(model)
@@ -66,9 +66,9 @@ def sharded() -> None:
         fresh = make_model()
         fully_shard(fresh)
         again = wrap(fresh.parameters())
-        if name == "quadratic":  # what DCP does for others: a step that makes the states
+        if name == "quadratic":  # DCP does this for other optimizers: a step that creates the states
             train(fresh, again, 1)
-        # SAM keeps nothing from step to step, and DCP's own first step has no closure.
+        # SAM keeps no state between steps, and DCP's own first step has no closure.
         saved, loaded = (o.base_optimizer if isinstance(o, SAM) else o for o in (optimizer, again))
         folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(folder)
@@ -86,7 +86,7 @@ def sharded() -> None:
 
 
 def tensor_parallel() -> None:
-    """Parameters sharded along other dimensions; those that are not sharded alike are refused, and nothing changed."""
+    """Parameters sharded along other dimensions; if they are not sharded alike, they are refused and nothing changes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     for placements in ([[Shard(0)], [Shard(1)]], [[Replicate()], [Replicate()]], [[Shard(0)], [Replicate()]]):
@@ -115,7 +115,7 @@ def tensor_parallel() -> None:
 
 
 def ddp() -> None:
-    """Both gradients averaged: the same as one process with the whole batch, whatever the wrapper."""
+    """Both gradients are averaged: the same as one process with the whole batch, for both wrappers."""
     for name, wrap in WRAPPED.items():
         model = make_model()
         parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -127,7 +127,7 @@ def ddp() -> None:
 
 
 def no_sync() -> None:
-    """The recipe of the page: each process perturbs by its own gradient, the second ones are averaged."""
+    """The page's recipe: each process perturbs by its own gradient, and the second gradients are averaged."""
     torch.manual_seed(dist.get_rank())
     x, target = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
     model = make_model()

@@ -1,4 +1,4 @@
-"""The references are right: they agree with torch.optim in float64, and with the formulas where torch has no form."""
+"""The references are right: they agree with torch.optim in float64, and with the formulas that torch does not have."""
 
 from functools import partial
 
@@ -14,13 +14,13 @@ assert_close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
 
 
 def gradients(t: int, rng: np.random.Generator) -> list[np.ndarray | None]:
-    """Gradients of step t; the second parameter's come late, the third one's are missing now and then."""
+    """Gradients of step t; those of the second parameter start late, those of the third are sometimes missing."""
     grads = [rng.standard_normal(shape) for shape in SHAPES]
     return [None if (i == 1 and t < 3) or (i == 2 and t % 4 == 1) else g for i, g in enumerate(grads)]
 
 
 def torch_forms(rule) -> list[dict]:
-    """Every case of the full product that torch.optim can compute, once."""
+    """Every case of the full product that torch.optim can compute, once each."""
     forms = []
     for case in rule.PRODUCT:
         if (kwargs := rule.to_torch(case)) is not None:
@@ -102,7 +102,7 @@ def learning_rate(t: int) -> float:
 
 
 def test_lecture_momentum_is_polyaks():
-    """h ← μh + ηg, w ← w - h is the same as w₊ = w - ηg + μ(w - w₋), while η changes."""
+    """h ← μh + ηg, w ← w - h equals w₊ = w - ηg + μ(w - w₋), also when η changes."""
     a, b = quadratic()
     mu, w = 0.9, np.ones(4)
     reference = sgd.SGD(momentum=mu, lr_in_velocity=True)
@@ -115,7 +115,7 @@ def test_lecture_momentum_is_polyaks():
 
 
 def test_lecture_nesterov_uses_the_gradient_ahead():
-    """The parameters hold φ = w - μh; w and h follow h₊ = μh + η∇L(w - μh), w₊ = w - h₊."""
+    """The parameters hold φ = w - μh, where h₊ = μh + η∇L(w - μh) and w₊ = w - h₊."""
     a, b = quadratic()
     mu, w, h = 0.9, np.ones(4), np.zeros(4)
     reference, phi = sgd.SGD(momentum=mu, nesterov=True, lr_in_velocity=True), w.copy()

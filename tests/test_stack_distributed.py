@@ -1,4 +1,4 @@
-"""Layers and optimizers together in several processes: DDP, FSDP2, HSDP, ZeRO, checkpoints; equal to one process."""
+"""Layers and optimizers together in several processes (DDP, FSDP2, HSDP, ZeRO, checkpoints) equal one process."""
 
 import copy
 import tempfile
@@ -12,7 +12,7 @@ from support import assert_close, bits
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
-    pytest.mark.filterwarnings("ignore"),  # torch's own, about what it deprecates
+    pytest.mark.filterwarnings("ignore"),  # torch's own deprecation warnings
 ]
 
 if dist.is_available():
@@ -32,7 +32,7 @@ BATCH = 8
 
 
 def make_model() -> torch.nn.Module:
-    """Every norm over rows between layers of sizes that no number of processes divides."""
+    """Every norm over rows, between layers of sizes that no number of processes divides."""
     torch.manual_seed(0)
     nn = onepass.nn
     return torch.nn.Sequential(
@@ -41,7 +41,7 @@ def make_model() -> torch.nn.Module:
 
 
 def batch(step: int, rank: int | None = None) -> torch.Tensor:
-    """One batch of all processes, or this process's share of it."""
+    """A batch of all processes, or this process's share of it."""
     x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
     return x if rank is None else x.chunk(dist.get_world_size())[rank]
 
@@ -71,7 +71,7 @@ def adamw(params, **kwargs):
 
 
 def ddp() -> None:
-    """Gradients are views into buckets; two micro-batches, the first one without synchronisation; clipped in the step."""
+    """Gradients are views into buckets; two micro-batches, the first without synchronisation; clipped in the step."""
     for kwargs in ({}, {"max_norm": 0.1}):
         model, twin = make_model(), make_model()
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -130,8 +130,8 @@ def mixed_parameters() -> None:
 
 
 def zero_redundancy() -> None:
-    """Each process updates some parameters and sends them; the consolidated state is that of one process."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns
+    """Each process updates some parameters and broadcasts them; the consolidated state is that of one process."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # the import warns
 
     model, twin = make_model(), make_model()
     parallel = DistributedDataParallel(model)
@@ -150,7 +150,7 @@ def zero_redundancy() -> None:
 
 
 def nan_in_one_rank() -> None:
-    """Under max_norm every process comes to the same: NaN everywhere, as in one process."""
+    """With max_norm every process gets the same result: NaN everywhere, as in one process."""
     model, twin = make_model(), make_model()
     fully_shard(model)
     optimizer, other = adamw(model.parameters(), max_norm=1.0), adamw(twin.parameters(), max_norm=1.0)
@@ -169,7 +169,7 @@ def nan_in_one_rank() -> None:
 
 
 def hsdp() -> None:
-    """Copies along one dimension of the mesh, shards along the other."""
+    """Replicated along one dimension of the mesh, sharded along the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     for kwargs in ({}, {"max_norm": 0.1}):
         model, twin = make_model(), make_model()
@@ -188,7 +188,7 @@ def hsdp() -> None:
 
 
 class Checkpoint:
-    """Saved by some processes; loaded by others, who train on as one process does."""
+    """Saved by some processes and loaded by others, which continue as one process does."""
 
     def __init__(self, folder: str, saves: bool) -> None:
         self.folder, self.saves = folder, saves
@@ -214,7 +214,7 @@ class Checkpoint:
 
 
 class All:
-    """Several parts in one group of processes: starting them takes longer than the work."""
+    """Several parts in one group of processes, because starting them takes longer than the work."""
 
     def __init__(self, *parts) -> None:
         self.parts = parts
@@ -235,8 +235,8 @@ def test_one_two_and_four_processes():
         run(1, Checkpoint(folder, saves=False))
 
 
-def test_the_twin_is_torchs():
-    """What the processes are compared with is itself torch's result."""
+def test_one_process_agrees_with_torch():
+    """The single process that the others are compared with gives torch's result."""
     ours = make_model()
     theirs = copy.deepcopy(ours)
     for i, kind in ((1, torch.nn.LayerNorm), (4, torch.nn.RMSNorm), (5, torch.nn.Dropout)):

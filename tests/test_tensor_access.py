@@ -1,4 +1,4 @@
-"""The two ways of reading a tensor's address and layout give the same steps: DLPack's C interface, and Python attributes."""
+"""Both ways of reading a tensor's address and layout give the same steps: DLPack's C interface and Python attributes."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from support import assert_same, snapshot
 
 @pytest.fixture
 def attributes() -> Iterator[None]:
-    """Read tensors as under a torch without DLPack's C interface (before 2.10)."""
+    """Read tensors as in a torch without DLPack's C interface (before 2.10)."""
     _native._C.set_reader(None, _compat.describe)
     yield
     _native._C.set_reader(_compat.exchange_api(), _compat.describe)

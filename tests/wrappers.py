@@ -1,4 +1,4 @@
-"""Lookahead and SAM stepped beside their references, over optimizers of ours and of torch."""
+"""Lookahead and SAM stepped beside their references, over our optimizers and torch's."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Gradients = Iterable[torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Base:
-    """An optimizer to wrap, and the reference of the same rule."""
+    """An optimizer to wrap, and the reference of its rule."""
 
     optimizer: Callable[..., torch.optim.Optimizer]
     reference: Callable[..., Reference]
@@ -34,9 +34,9 @@ def exact(base: Base, dtype: torch.dtype) -> bool:
 
 
 class Beside:
-    """Common to both: parameters, their float64 twins, and the comparison after every step.
+    """What both share: parameters, their float64 twins, and the comparison after every step.
 
-    As in rules.BesideReference, a 16-bit parameter must be the reference's result rounded, and both go on from it.
+    As in rules.BesideReference, a 16-bit parameter must be the reference's result rounded, and both continue from it.
     """
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
@@ -68,7 +68,7 @@ class BesideLookahead(Beside):
         self.reference = lookahead.Lookahead(base.reference(**base.case), k, alpha)
 
     def step(self, grads: Gradients) -> None:
-        """The wrapped optimizer's result is compared too, and the reference goes on from what was stored of it."""
+        """The wrapped optimizer's result is compared too, and the reference continues from the stored (rounded) values."""
         self.steps += 1
         self.reference.begin(self.expected)
         self.reference.inner.step(self.expected, self.set_grads(grads))
@@ -83,7 +83,7 @@ class BesideLookahead(Beside):
 
 
 class BesideSAM(Beside):
-    """The second gradients are given too: the perturbed weights are compared when the closure asks for them."""
+    """Takes the second gradients as well: the perturbed weights are compared when the closure asks for them."""
 
     def __init__(self, base: Base, params: list[torch.nn.Parameter], groups: list[dict] | None = None, **case) -> None:
         super().__init__(params)

@@ -1,8 +1,8 @@
-"""Which native code a test process runs on: the installed extension, another build of it, or the CUDA kernels on the host.
+"""Chooses the native code of a test process: the installed extension, another build, or the CUDA kernels on the host.
 
-ONEPASS_TEST_EXTENSION names a module that replaces onepass._C. With ONEPASS_TEST_BACKEND=cuda-on-host it has the CUDA
-kernels built for the host: from then on every step on a CPU tensor goes through the CUDA binding, its launches and its
-kernels. choose() comes before `import onepass`.
+ONEPASS_TEST_EXTENSION names a module that replaces onepass._C. With ONEPASS_TEST_BACKEND=cuda-on-host it contains the
+CUDA kernels built for the host, and every step on a CPU tensor goes through the CUDA binding, its launches and its
+kernels. Call choose() before `import onepass`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def choose() -> str:
 
 
 def kernel_device() -> torch.device | None:
-    """Whose tensors the CUDA kernels take in this process; None where there is no GPU and the backend is native."""
+    """The device whose tensors the CUDA kernels accept in this process; None without a GPU and with the native backend."""
     from onepass import _native
 
     if _native.cuda_kernels and not _native.has_cuda:
@@ -50,19 +50,19 @@ def kernel_device() -> torch.device | None:
 
 
 def counters() -> dict[str, int]:
-    """What all launches on the host so far consisted of."""
+    """Counters over all launches on the host so far."""
     numbers = (ctypes.c_uint64 * 3)()
     ctypes.CDLL(sys.modules["onepass._C"].__file__).onepass_host_counters(numbers)
     return dict(zip(("launches", "blocks", "threads"), numbers, strict=True))
 
 
 def kernels() -> dict[str, bool]:
-    """Every kernel in the extension for the host, and whether it was launched."""
+    """Every kernel in the host's extension, and whether it was launched."""
     path = sys.modules["onepass._C"].__file__
     offsets = (ctypes.c_uint64 * 4096)()
     n = ctypes.CDLL(path).onepass_host_kernels(offsets, len(offsets))
     launched = set(offsets[:n])
-    env = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}  # no sanitizer for nm
+    env = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}  # nm must run without the sanitizer
     command = ["nm", "-C", "--defined-only", path]
     symbols = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^([0-9a-f]+) [tTwW] (?:void )?(onepass::cuda::.*_kernel\b.*)$", symbols, re.MULTILINE)

@@ -1,6 +1,6 @@
-# The extension with its CUDA kernels compiled by g++ and executed on the CPU. Needs CUDA's headers, not its compiler.
-# ONEPASS_SANITIZE lists further ones to build, each with other sanitizers: "address,undefined;thread" makes
-# address/_C*.so and thread/_C*.so beside _C*.so. They share the CPU kernels' objects, which are not instrumented.
+# Builds the extension with its CUDA kernels compiled by g++ and run on the CPU. Needs CUDA's headers, not its compiler.
+# ONEPASS_SANITIZE lists additional builds with sanitizers: "address,undefined;thread" makes address/_C*.so and
+# thread/_C*.so beside _C*.so. They share the CPU kernels' objects, which are not instrumented.
 set(CUDA_INCLUDE_HINTS $ENV{CUDA_HOME}/include /usr/local/cuda/include)
 file(GLOB wheels "${Python_SITELIB}/nvidia/cu*/include")
 find_path(ONEPASS_CUDA_INCLUDE cuda_bf16.h HINTS ${CUDA_INCLUDE_HINTS} ${wheels} REQUIRED)
@@ -9,7 +9,7 @@ set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
 set_source_files_properties(${host_sources} PROPERTIES LANGUAGE CXX)
 set(host_definitions ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
 
-# The kernels as library `kernels`, linked into the extension `module`.
+# Adds the kernels as library `kernels` and links them into the extension `module`.
 function(add_host_kernels kernels module)
   add_library(${kernels} OBJECT ${host_sources})
   target_include_directories(${kernels} PRIVATE csrc tests/cuda_on_host ${ONEPASS_GENERATED})
@@ -22,8 +22,8 @@ function(add_host_kernels kernels module)
   target_compile_definitions(${module} PRIVATE ${host_definitions})
 endfunction()
 
-# The extension once more, with sanitizers: the kernels, and for AddressSanitizer what of the binding handles memory.
-# Other objects of the binding are taken as they are; they are slow to compile.
+# The extension again, with sanitizers for the kernels and, for AddressSanitizer, the binding's files that handle memory.
+# The binding's other objects are reused uninstrumented, because they are slow to compile.
 function(add_sanitized_module sanitizers)
   string(REGEX REPLACE ",.*" "" name ${sanitizers})
   set(checked "")

@@ -1,10 +1,10 @@
-"""What a compiled CUDA kernel shows without a GPU: no local memory, 16-byte accesses, registers within a budget.
+"""Checks compiled CUDA kernels without a GPU: no local memory, 16-byte accesses, registers within a budget.
 
     python compile_gate.py BUILD_FOLDER_OR_OBJECT... [--registers 64] [--budget 'layer_norm=128'] [--brief]
 
 Reads the machine code of every kernel for every architecture with cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump
-and nvidia-cuda-nvdisasm, both needed). In a build folder it takes the objects that nvcc made of csrc/cuda. Ends with 1
-if a kernel breaks a rule, 2 if there was nothing to judge although there is an nvcc.
+and nvidia-cuda-nvdisasm, both required). In a build folder it reads the objects that nvcc compiled from csrc/cuda. Exits
+with 1 if a kernel breaks a rule, with 2 if nvcc is installed but there was nothing to check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 @dataclass
 class Kernel:
-    """One kernel as compiled for one architecture."""
+    """A kernel compiled for one architecture."""
 
     arch: str
     symbol: str
@@ -45,7 +45,7 @@ class Kernel:
         return self.count(r"(LDL|STL)\b")
 
     @property
-    def wide_loads(self) -> int:  # LD: where the compiler could not tell that the address is global
+    def wide_loads(self) -> int:  # LD: the compiler could not infer that the address is global
         return self.count(r"LDG?\..*(128|256)")
 
     @property
@@ -66,7 +66,7 @@ class Kernel:
 
 
 def find_tool(name: str) -> Path | None:
-    """From a wheel in this environment, else from PATH."""
+    """From a wheel in this environment, otherwise from PATH."""
     for entry in sys.path:
         for candidate in sorted(Path(entry or ".").glob(f"nvidia/*/bin/{name}")):
             return candidate
@@ -130,7 +130,7 @@ def inspect(paths: Iterable[Path]) -> list[Kernel]:
 
 
 def objects_in(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are; of a folder what CMake's target cuda_kernels compiled."""
+    """A file itself; for a folder, the objects of CMake's target cuda_kernels."""
     found: list[Path] = []
     for path in paths:
         found += sorted(path.glob("**/cuda_kernels.dir/**/*.cu.o")) if path.is_dir() else [path] * path.exists()
@@ -143,7 +143,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def each(values: Iterable[int]) -> str:
-    """One number an architecture, one in all if they agree."""
+    """One number per architecture, or a single one if they agree."""
     texts = [str(value) for value in values]
     return texts[0] if len(set(texts)) == 1 else " ".join(texts)
 
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [["kernel", "registers", "stack", "shared", "local", "wide loads", "wide stores", "verdict"]]
     broken = 0
     for label, group in groupby(kernels, lambda kernel: kernel.label):
-        same = list(group)  # one an architecture
+        same = list(group)  # one per architecture
         budget = next((n for pattern, n in budgets if re.search(pattern, label)), options.registers)
         narrow = bool(re.search(options.narrow, label, re.IGNORECASE))
         reads = bool(re.search(options.reads, label))

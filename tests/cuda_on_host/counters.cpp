@@ -1,4 +1,4 @@
-// For tests in Python, which find these by name in the extension: what ran so far.
+// Counters of what ran so far, which the Python tests look up by name in the extension.
 #include <dlfcn.h>
 
 #include "cuda_on_host.hpp"
@@ -10,7 +10,7 @@ ONEPASS_HOST_EXPORT void onepass_host_counters(std::uint64_t* out) {
   out[0] = counters.launches, out[1] = counters.blocks, out[2] = counters.threads;
 }
 
-// Addresses of the kernels that were launched, as the library's symbol table has them; how many there are.
+// Addresses, as in the library's symbol table, of the kernels that were launched; returns their number.
 ONEPASS_HOST_EXPORT std::uint64_t onepass_host_kernels(std::uint64_t* out, std::uint64_t capacity) {
   Dl_info library{};
   dladdr(reinterpret_cast<const void*>(&onepass_host_kernels), &library);

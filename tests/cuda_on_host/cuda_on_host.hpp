@@ -1,21 +1,21 @@
-// CUDA kernels as host code, for tests: g++ compiles the project's own CUDA sources with this header in place of the
-// CUDA runtime, and launch() executes them on the calling thread. Only CUDA's headers are needed, no nvcc and no GPU.
+// Runs CUDA kernels as host code, for tests: g++ compiles the project's CUDA sources with this header instead of the
+// CUDA runtime, and launch() executes them on the calling thread. It needs CUDA's headers, but neither nvcc nor a GPU.
 //
 //   g++ -x c++ -std=c++17 -ffp-contract=off -fno-strict-aliasing -DONEPASS_CUDA_ON_HOST
 //       -I csrc -I tests/cuda_on_host -isystem <cuda>/include kernels.cu
 //
-// Blocks run one after another; the threads of a block are fibers (fibers.hpp, block.hpp) and meet at barriers and warp
-// collectives. What is wrong shows as follows:
+// Blocks run one after another; the threads of a block are fibers (fibers.hpp, scheduler.hpp) that wait for one another
+// at barriers and warp collectives. Mistakes are detected as follows:
 //   - always, as an exception from launch(): barriers and collectives that diverge or wait for a thread that returned,
-//     misaligned wide accesses, shared arrays over the limit or overrun, bad launches;
+//     misaligned wide accesses, shared arrays over the limit or overrun, invalid launches;
 //   - always, as NaN: the use of uninitialised shared memory;
 //   - with -fsanitize=address,undefined: accesses out of bounds, also of shared arrays;
 //   - with -fsanitize=thread: missing barriers, atomics and fences, whatever the order in which the threads ran.
-// It cannot show: rounding that differs on a GPU, how fast anything is, registers and spills (compile_gate.py),
-// mistakes with streams or graphs, blocks that wait for one another (they hang).
+// It cannot detect rounding that differs on a GPU, speed, registers and spills (compile_gate.py does), mistakes with
+// streams or graphs, and blocks that wait for one another (they hang).
 //
-// ONEPASS_HOST_ORDER = forward | reverse | random[:seed] is the order of threads and blocks, and so is what
-// set_thread_order() was told.
+// The order of threads and blocks is ONEPASS_HOST_ORDER = forward | reverse | random[:seed], or that given to
+// set_thread_order().
 #pragma once
 
 #if defined(__CUDACC__)
@@ -30,16 +30,17 @@
 #include <vector>
 
 #include "intrinsics.hpp"
+#include "scheduler.hpp"
 
 #pragma GCC visibility push(hidden)
 namespace onepass::cuda_on_host {
 
-inline std::mutex launch_mutex;  // one launch at a time; guards what follows too
+inline std::mutex launch_mutex;  // one launch at a time; also guards the variables below
 inline std::map<const void*, std::size_t> allowed_dynamic_shared;
 inline std::set<const void*> kernels_so_far;
 inline bool order_is_set = false;
 
-// Calls with the same order and seed are followed by the same schedule.
+// The same order and seed give the same schedule.
 inline void set_order_locked(ThreadOrder order, std::uint64_t seed) {
   machine.order = order;
   machine.random_state = 0x9E3779B97F4A7C15u ^ seed * 0xD1342543DE82EF95u;
@@ -50,7 +51,7 @@ inline void set_thread_order(ThreadOrder order, std::uint64_t seed = 0) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   set_order_locked(order, seed);
 }
-// As the environment variable has it: "forward", "reverse", "random" or "random:7".
+// In the environment variable's format: "forward", "reverse", "random" or "random:7".
 inline void set_order_locked(const std::string& text) {
   const std::string name = text.substr(0, text.find(':'));
   const bool seeded = name == "random" && name != text;
@@ -129,7 +130,7 @@ inline void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block
   if (m.failed) throw std::runtime_error(m.error);
 }
 
-// What platform.cuh offers the CUDA sources under the same names; see there.
+// The names that platform.cuh gives the CUDA sources; see there.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared,
             void* /*stream*/, Arguments&&... arguments) {

@@ -1,6 +1,6 @@
-"""The bits of everything that is computed element by element: the same from the CPU kernels and from the CUDA kernels.
+"""The bits of everything computed element by element, which CPU kernels and CUDA kernels have in common.
 
-Not from steps that a norm scales: the norm is a sum, and CPU and CUDA add in different orders.
+Steps scaled by a norm are excluded: the norm is a sum, and CPU and CUDA add in different orders.
 
 `python -m cuda_on_host.element_wise`, in tests/, prints {case: digest} as JSON for the CPU kernels.
 """
@@ -21,30 +21,30 @@ from rules import RULES, Rule
 from sparse import SPARSE, Sparse, some_rows
 from support import DTYPES, bits, parameter
 
-# Around a pack, a warp, a round of a block and a chunk of csrc/cuda/tuning.hpp.
+# Sizes around a pack, a warp, a round of a block and a chunk in csrc/cuda/tuning.hpp.
 SIZES = (0, 1, 3, 4, 7, 8, 9, 31, 33, 0, 255, 257, 1023, 4099, 8191, 8192, 8193, 3 * 8192 + 5)
-MANY = tuple(i % 5 for i in range(1500))  # more than one launch can name
+MANY = tuple(i % 5 for i in range(1500))  # more than fit in one launch
 SPECIAL = torch.tensor([0.0, -0.0, 1, -1.5, math.nan, math.inf, -math.inf, 1e20, -1e30, 1e-20, 1e-40, -1e-44, 3e38])
 STEPS = 3
-GRAD_SCALE = 3.0  # its reciprocal is rounded
+GRAD_SCALE = 3.0  # its reciprocal is inexact
 
 
 def drawn(sizes: Iterable[int], dtype: torch.dtype, offset: int = 0) -> Iterator[list[torch.Tensor]]:
-    """A random list of tensors, again and again. With an offset of 1 none of them is aligned."""
+    """Yield random lists of tensors without end. With an offset of 1 none is aligned."""
     torch.manual_seed(1)
     while True:
         yield [torch.randn(n + offset).to(dtype)[offset:] for n in sizes]
 
 
 def special(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
-    """Every special parameter, then every special gradient for it, in each step."""
+    """Every special parameter with every special gradient, in each step."""
     w, g = (values.flatten().to(dtype) for values in torch.meshgrid(SPECIAL, SPECIAL, indexing="ij"))
     yield [w]
     yield from repeat([g])
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
-    """Of the bits, any NaN as good as another: its payload is the processor's."""
+    """A digest of the bits in which all NaNs are equal, because their payload depends on the processor."""
     total = hashlib.sha256()
     for tensor in tensors:
         tensor = tensor.detach().cpu()
@@ -53,7 +53,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def stepped(rule: Rule, case: dict, values: Iterator[list[torch.Tensor]], device: torch.device) -> str:
-    """Parameters from the first of the values, gradients from the next ones."""
+    """Step parameters made from the first values with gradients made from the following ones."""
     params = [parameter(p.to(device)) for p in next(values)]
     optimizer = rule.ours(params, **case)
     if case.get("fused_unscale"):
@@ -61,13 +61,13 @@ def stepped(rule: Rule, case: dict, values: Iterator[list[torch.Tensor]], device
         optimizer.found_inf = torch.tensor(0.0, device=device)
     for step in range(STEPS):
         for i, (p, g) in enumerate(zip(params, next(values), strict=True)):
-            p.grad = None if (i + step) % 7 == 6 else g.to(device)  # so that step counts differ
+            p.grad = None if (i + step) % 7 == 6 else g.to(device)  # makes step counts differ
         optimizer.step()
     return digest(tensor for p in params for tensor in (p, *optimizer.state.get(p, {}).values()))
 
 
 def rows_stepped(rule: Sparse, dtype: torch.dtype, device: torch.device) -> str:
-    """Tables of rows of one element, of some and of more than a chunk."""
+    """Step tables whose rows have one element, several, and more than a chunk."""
     torch.manual_seed(2)
     shapes = [(50, 1), (40, 7), (30, 64), (3, 8200)]
     params = [parameter(torch.randn(shape).to(device, dtype)) for shape in shapes]

@@ -1,5 +1,5 @@
-// Fibers: many stacks on one operating-system thread, switched by hand. AddressSanitizer is told which stack runs, and
-// to ThreadSanitizer every fiber is a thread of its own, not ordered with the others by anything but what we say.
+// Fibers: many stacks on one operating-system thread, switched by hand. AddressSanitizer is told which stack runs; to
+// ThreadSanitizer every fiber is a separate thread, ordered with the others only by the calls below.
 #pragma once
 
 #include <sys/mman.h>
@@ -21,9 +21,9 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// The machinery's own state is shared by all fibers without a lock (only one runs at a time). Its functions are hidden
-// from the sanitizers: kernels are to be checked, not this. For the same reason it is made of plain arrays: functions
-// of the standard library would be instrumented.
+// All fibers share the scheduler's state without a lock, because only one runs at a time. Its functions are hidden from
+// the sanitizers, which are to check the kernels only. For the same reason it uses plain arrays: functions of the
+// standard library would be instrumented.
 #define ONEPASS_HOST_UNCHECKED __attribute__((no_sanitize("address", "thread")))
 
 #pragma GCC visibility push(hidden)  // two extensions in one process have a machine each
@@ -36,7 +36,7 @@ constexpr std::size_t stack_bytes = 128 << 10;
 #endif
 constexpr std::size_t page_bytes = 4096;
 
-// What each side of a switch needs to be found again.
+// What is needed to switch back to a stack.
 struct Context {
 #if defined(ONEPASS_HOST_USE_UCONTEXT)
   ucontext_t registers;
@@ -51,7 +51,7 @@ struct Fiber : Context {
   char* stack;  // lowest address; null until first used
 };
 
-// The stack that launch() was called on and that resumes the fibers.
+// The stack on which launch() was called and which resumes the fibers.
 struct Home : Context {
   const void* stack;
   std::size_t stack_size;
@@ -59,8 +59,8 @@ struct Home : Context {
 inline Home home;
 
 #if !defined(ONEPASS_HOST_USE_UCONTEXT)
-// Saves what the calling convention preserves, changes stacks, returns on the other one. noipa: the compiler must not
-// look inside and conclude that the other registers survive.
+// Saves the callee-saved registers, changes stacks and returns on the other one. noipa: the compiler must not look
+// inside and conclude that the other registers survive.
 __attribute__((naked, noinline, noipa)) ONEPASS_HOST_UNCHECKED inline void switch_stacks(void** /*save: rdi*/,
                                                                                          void* /*load: rsi*/) {
   __asm__(
@@ -80,7 +80,7 @@ ONEPASS_HOST_UNCHECKED inline void switch_context(Context& from, Context& to) {
 #endif
 }
 
-// The first thing that runs on a fiber.
+// The first function that runs on a fiber.
 ONEPASS_HOST_UNCHECKED inline void arrived_on_new_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &home.stack, &home.stack_size);
@@ -102,7 +102,7 @@ ONEPASS_HOST_UNCHECKED inline void resume(Fiber& fiber) {
 #endif
 }
 
-// Fiber -> home. Returns when the fiber is resumed; never when it said that it is finished.
+// Fiber -> home. Returns when the fiber is resumed; never if it declared itself finished.
 ONEPASS_HOST_UNCHECKED inline void suspend(Fiber& fiber, bool finished = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.asan_fake_stack, home.stack, home.stack_size);
@@ -118,7 +118,7 @@ ONEPASS_HOST_UNCHECKED inline void suspend(Fiber& fiber, bool finished = false) 
   if (finished) std::abort();
 }
 
-// Makes `main` the next thing to run on the fiber. It must end with suspend(fiber, true).
+// Makes `main` the next function to run on the fiber. It must end with suspend(fiber, true).
 ONEPASS_HOST_UNCHECKED inline void prepare(Fiber& fiber, void (*main)()) {
   if (fiber.stack == nullptr) {
     void* const memory = mmap(nullptr, stack_bytes + page_bytes, PROT_READ | PROT_WRITE,
@@ -146,8 +146,7 @@ ONEPASS_HOST_UNCHECKED inline void prepare(Fiber& fiber, void (*main)()) {
 #endif
 }
 
-// Makes a fiber usable again that was left in the middle of its work: the sanitizers remember frames that nobody will
-// return from.
+// Makes a fiber usable again that was abandoned while running: the sanitizers remember frames that will never return.
 ONEPASS_HOST_UNCHECKED inline void abandon(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack, stack_bytes);
@@ -165,8 +164,8 @@ ONEPASS_HOST_UNCHECKED inline void come_home() {
 #endif
 }
 
-// Ordering of memory accesses, as ThreadSanitizer sees it: what came before a release of `sync` happens before what
-// comes after an acquire of it. Does nothing without it.
+// Ordering of memory accesses for ThreadSanitizer: accesses before a release of `sync` happen before those after an
+// acquire of it. Without ThreadSanitizer these do nothing.
 ONEPASS_HOST_UNCHECKED inline void release([[maybe_unused]] void* sync) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(sync);
@@ -178,7 +177,7 @@ ONEPASS_HOST_UNCHECKED inline void acquire([[maybe_unused]] void* sync) {
 #endif
 }
 
-// The same on behalf of a fiber, from home.
+// The same on behalf of a fiber, called from home.
 ONEPASS_HOST_UNCHECKED inline void release_from([[maybe_unused]] Fiber& fiber, [[maybe_unused]] void* sync) {
 #if defined(__SANITIZE_THREAD__)
   constexpr unsigned without_ordering = 1;

@@ -1,4 +1,4 @@
-// Kernels for test_compile_gate.py: the right ones of the self-test, and ones that break each rule of the gate.
+// Kernels for test_compile_gate.py: the correct ones of the self-test, and one that breaks each rule of the gate.
 #include "selftest_kernels.cuh"
 
 namespace onepass::cuda::selftest {
@@ -25,7 +25,7 @@ __global__ void local_array(float4* out, const float4* in, int n) {
   out[n] = make_float4(local[n & 63], 0, 0, 0);
 }
 
-__global__ void __launch_bounds__(1024, 2) spills(float4* out, const float4* in) {  // 32 registers a thread
+__global__ void __launch_bounds__(1024, 2) spills(float4* out, const float4* in) {  // 32 registers per thread
   float4 x[16];
   ONEPASS_UNROLL
   for (int i = 0; i < 16; ++i) x[i] = in[i * 1024 + threadIdx.x];
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(1024, 2) spills(float4* out, const float4* in)
   for (int i = 0; i < 16; ++i) out[i * 1024 + threadIdx.x] = x[15 - i];
 }
 
-// Only compiled: the launching side under nvcc.
+// Compiled only, to check that nvcc accepts the launching side.
 void launch_copy(float* out, const float* in, int n, void* stream) {
   allow_dynamic_shared("copy", copy<Mutant::none>, 0);
   launch("copy", copy<Mutant::none>, 4, 256, 0, stream, out, in, n);

@@ -1,4 +1,4 @@
-"""How native code is built for tests: the extension by CMake, CUDA sources as host code; and what a run of them reported."""
+"""Builds native code for tests (the extension by CMake, CUDA sources as host code) and reads the reports of their runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
-# -ffp-contract=off: as nvcc's -fmad=false. -fno-strict-aliasing: kernels see memory as 16-byte words.
+# -ffp-contract=off corresponds to nvcc's -fmad=false. -fno-strict-aliasing: kernels access memory as 16-byte words.
 FLAGS = ["-std=c++17", "-g1", "-O1", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing", "-DONEPASS_CUDA_ON_HOST"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 SANITIZERS = {
@@ -22,7 +22,7 @@ SANITIZERS = {
     "asan+ubsan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
     "tsan": ["-fsanitize=thread"],
 }
-# atexit_sleep_ms: ThreadSanitizer waits a second for late races otherwise.
+# atexit_sleep_ms: otherwise ThreadSanitizer waits a second for late races.
 SANITIZER_ENVIRONMENT = {"TSAN_OPTIONS": "atexit_sleep_ms=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -31,7 +31,7 @@ def output(*command: str) -> str:
 
 
 def build(folder: Path, **options: str) -> None:
-    """Configures and compiles the project with these CMake options; nothing to do takes a second or two."""
+    """Configure and compile the project with these CMake options; an up-to-date build takes a second or two."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake = shutil.which("cmake", path=path)
     assert cmake, "cmake is neither beside this Python nor on PATH"
@@ -52,7 +52,7 @@ def build(folder: Path, **options: str) -> None:
 
 
 def cuda_include() -> Path | None:
-    """CUDA's headers: a toolkit, or the PyPI wheels nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl."""
+    """CUDA's headers, from a toolkit or the PyPI wheels nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl."""
 
     def candidates() -> Iterator[Path]:
         for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -81,13 +81,13 @@ def run_program(command: list[str], order: str) -> subprocess.CompletedProcess[s
         return subprocess.run([*prefix, *command], env=env, capture_output=True, text=True, timeout=60, check=False)
 
     done = run()
-    # A kernel that randomises more address bits than ThreadSanitizer knows of.
+    # The operating system randomises more address bits than ThreadSanitizer supports.
     if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
         done = run("setarch", "-R")
     return done
 
 
-# What a run may report, in one or two words.
+# The possible reports of a run, in one or two words.
 REPORTS = {
     "data race": "ThreadSanitizer: data race",
     "heap overflow": "AddressSanitizer: heap-buffer-overflow",
@@ -103,7 +103,7 @@ REPORTS = {
 
 
 def verdict(done: subprocess.CompletedProcess[str]) -> str:
-    """What a run reported; empty if all was well."""
+    """The reports of a run; empty if it passed."""
     if done.returncode == 0:
         return ""
     if done.returncode < 0:

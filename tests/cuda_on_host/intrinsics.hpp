@@ -1,5 +1,5 @@
-// The part of CUDA's device language that the kernels use, by CUDA's names. Where a GPU is more forgiving than its
-// manual (a collective with lanes that have returned, a barrier after an early return), this is as strict as the
+// The part of CUDA's device language that the kernels use, under CUDA's names. Where a GPU is more forgiving than its
+// manual (a collective with lanes that have returned, a barrier after an early return), this code is as strict as the
 // manual.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 #include "block.hpp"
 
-// To g++ a shared array would be an ordinary one, a thread's own.
+// To g++ a shared array would be an ordinary array, private to a thread.
 #undef __shared__
 #define __shared__ static_assert(false, "use ONEPASS_SHARED of platform.cuh");
 #undef __launch_bounds__
@@ -43,8 +43,8 @@ constexpr bool is_atomic_integer = is_one_of<T, int, unsigned, unsigned long lon
 template <class T>
 constexpr bool is_atomic = is_atomic_integer<T> || is_one_of<T, float, double>;
 
-// Replaces *address by next(*address), indivisibly and relaxed; the old value. The threads of a host run never
-// interrupt each other: that it is atomic matters to ThreadSanitizer.
+// Replaces *address with next(*address), atomically and relaxed, and returns the old value. The threads of a host run
+// never interrupt each other; the atomicity matters to ThreadSanitizer.
 template <class T, class Next>
 T update_atomically(T* address, Next next) {
   using Word = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
@@ -211,7 +211,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
-// min and max of CUDA: of two values, the one that is no NaN.
+// CUDA's min and max: if one value is NaN, the other.
 template <class T>
 T min(T a, T b) {
   if constexpr (std::is_floating_point_v<T>) return std::fmin(a, b);

@@ -1,5 +1,5 @@
-// The engines of csrc/cuda without Python, for test_mutants.py: ends with 0 if every result is right and nothing was
-// reported. One rule and one dtype, 16 bits beside states of 32, so that it compiles in seconds.
+// The engines of csrc/cuda without Python, for test_mutants.py: exits with 0 if every result is right and nothing was
+// reported. One rule and one dtype (16 bits, with 32-bit states), so that it compiles in seconds.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -17,7 +17,7 @@ constexpr double hyper[] = {0.1, 0.9, 0.999, 1e-4, 0, 0, 1, 0, 0};
 constexpr int n_hyper = sizeof hyper / sizeof *hyper;
 constexpr std::int64_t chunk = tuning::apply_chunk;
 
-// Exactly n elements on the heap behind `offset` others, so that AddressSanitizer sees the first access beyond.
+// Exactly n elements on the heap after `offset` others, so that AddressSanitizer detects the first access beyond them.
 template <class T>
 struct Array {
   Array(std::int64_t n, int offset) : memory(new T[n + offset]), data(memory.get() + offset) {}
@@ -25,7 +25,7 @@ struct Array {
   T* data;
 };
 
-// A tensor with its streams, and the same as plain numbers that the rule is applied to one by one.
+// A tensor with its streams, and a copy as plain numbers to which the rule is applied one by one.
 template <class T>
 struct Tensor {
   std::int64_t size;
@@ -113,7 +113,7 @@ bool updates() {
       chunks.emplace_back(n, 0);
     for (const int stream : {0, 1, 2}) chunks.emplace_back(chunk + 9, 1, stream == 0, stream == 1, stream == 2);
     right &= update(chunks, 2, scalars);
-    // More than a launch names or carries Steps for; on the device more than one launch of the prepare kernel.
+    // More tensors and Steps than fit in one launch; on the device more than one launch of the prepare kernel.
     const int n_keys = scalars == Scalars::from_host ? tuning::max_steps + 5 : PrepareParams<Rule>::capacity + 5;
     for (int i = 0; i < n_keys + ApplyParams<Rule, T, false>::capacity; ++i) many.emplace_back(1 + i % 3, i % n_keys);
     right &= update(many, n_keys, scalars);
@@ -121,7 +121,7 @@ bool updates() {
   return right;
 }
 
-// Of arrays aligned and not, each with a second stream aligned and not.
+// Aligned and unaligned arrays, each with an aligned and an unaligned second stream.
 template <class T>
 bool sums(DType dtype, Total kind) {
   const bool weighted = kind == Total::weighted_squares;

@@ -1,9 +1,9 @@
-"""Builds the extension with the CUDA kernels for the host, plain and with sanitizers, and runs the tests on it.
+"""Builds the extension with the CUDA kernels for the host, with and without sanitizers, and runs the tests on it.
 
     python tests/cuda_on_host/run.py [--build build/cuda-on-host] [REGEX]    # of the names of some runs
 
-The whole suite once, in random thread order; what launches every kernel, test_*kernels.py, in the other orders and
-under the sanitizers. Prints a line a run; the output of those that failed. See cuda_on_host.hpp for what a run can show.
+The whole suite runs once, in random thread order; test_*kernels.py, which launch every kernel, also in the other orders
+and under the sanitizers. Prints one line per run, and the output of failed runs. cuda_on_host.hpp says what a run can show.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Run:
     module: str = "."  # folder of the extension in the build
     preload: tuple[str, ...] = ()  # the interpreter was not linked with the sanitizer
     environment: dict[str, str] = field(default_factory=dict)
-    select: str = ""  # for pytest -k; else the run has to launch every kernel
+    select: str = ""  # for pytest -k; without it the run has to launch every kernel
 
 
 SANITIZED = {
     "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # the interpreter leaks
-    # Of what runs beside the kernels, ThreadSanitizer knows neither the code nor OpenMP's barriers.
+    # ThreadSanitizer sees neither the code that runs beside the kernels nor OpenMP's barriers.
     "thread": {"TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0:ignore_noninstrumented_modules=1"},
 }
-RUNS = [  # the longest first
+RUNS = [  # longest first
     Run("the whole suite", "random:1", SUITE),
     Run(
         "kernels, ThreadSanitizer",
@@ -58,7 +58,7 @@ RUNS = [  # the longest first
         "thread",
         ("libtsan.so",),
         SANITIZED["thread"],
-        # Threads meet at the same places whatever the dtype, and here they are 20 times slower.
+        # Threads synchronise at the same points for every dtype, and are 20 times slower here.
         select="not (float64 or float16 or turn)",
     ),
     Run(
@@ -66,7 +66,7 @@ RUNS = [  # the longest first
         "random:2",
         KERNELS,
         "address",
-        ("libasan.so", "libstdc++.so"),  # the sanitizer looks for throw when the process starts
+        ("libasan.so", "libstdc++.so"),  # the sanitizer looks up throw when the process starts
         SANITIZED["address"],
     ),
     Run("kernels", "forward", KERNELS),
@@ -79,7 +79,7 @@ def preload(run: Run) -> dict[str, str]:
 
 
 def prefix(run: Run) -> list[str]:
-    """What to start the interpreter with: older versions of ThreadSanitizer stop where addresses are too random."""
+    """A command before the interpreter: older versions of ThreadSanitizer abort if addresses are too random."""
     if not run.preload or not shutil.which("setarch"):
         return []
     command = [sys.executable, "-S", "-c", ""]
@@ -99,10 +99,10 @@ def execute(run: Run, folder: Path) -> tuple[Run, subprocess.CompletedProcess[st
         "ONEPASS_TEST_EXTENSION": str(extensions[0].resolve()),
         "ONEPASS_TEST_EVERY_KERNEL": "" if run.select else "1",
         "ONEPASS_HOST_ORDER": run.order,
-        "OMP_NUM_THREADS": "1",  # as many runs as cores already
+        "OMP_NUM_THREADS": "1",  # there are already as many runs as cores
     }
     tests = [str(path.relative_to(ROOT)) for pattern in run.tests for path in sorted(ROOT.glob(pattern))]
-    # Only what Python writes is captured: a sanitizer that ends the process has the last word.
+    # pytest captures only Python's output: the report of a sanitizer that ends the process has to get through.
     command = [*prefix(run), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys"]
     command += ["-k", run.select] if run.select else []
     done = subprocess.run([*command, *tests], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

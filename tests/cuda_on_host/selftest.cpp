@@ -1,5 +1,5 @@
-// The test of the tester, run by test_tester.py: `selftest KERNEL MUTANT` ends with 0 if the kernel's result is right
-// and nothing was reported. `selftest list` names them all; `selftest features` tries what the kernels do not use.
+// Tests the tester, run by test_tester.py: `selftest KERNEL MUTANT` exits with 0 if the kernel's result is right and
+// nothing was reported. `selftest list` lists them all; `selftest features` tests what the kernels do not use.
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -12,7 +12,7 @@
 namespace onepass::cuda::selftest {
 namespace {
 
-// Exactly n elements on the heap, so that AddressSanitizer sees the first access beyond.
+// Exactly n elements on the heap, so that AddressSanitizer detects the first access beyond them.
 template <class T>
 std::unique_ptr<T[]> array(int n, T value = T()) {
   std::unique_ptr<T[]> a(new T[n]);

@@ -1,5 +1,5 @@
-// What the kernels of selftest_kernels.cuh leave out: every collective and atomic, 16-bit types, large parameters, the
-// errors that launch() reports, and that it works after an error and from several threads.
+// What the kernels of selftest_kernels.cuh do not use: every collective and atomic, 16-bit types, large parameters, the
+// errors that launch() reports, and launches after an error and from several threads.
 #pragma once
 
 #include <cstdio>
@@ -10,7 +10,7 @@
 
 namespace onepass::cuda::selftest {
 
-// What is expected of a thread, from inside a kernel.
+// An assertion about a thread, inside a kernel.
 #define ONEPASS_EXPECT(condition) \
   if (!(condition)) cuda_on_host::fail("line %d: expected %s", __LINE__, #condition)
 
@@ -85,7 +85,7 @@ void check_atomics() {
 __global__ void arithmetic() {
   const __half h = __float2half_rn(1.0009765625f / 2);
   ONEPASS_EXPECT(__half2float(h) == 0.50048828125f);
-  const __nv_bfloat16 b = __float2bfloat16_rn(1.00390625f);  // halfway: to even
+  const __nv_bfloat16 b = __float2bfloat16_rn(1.00390625f);  // a tie: rounds to even
   ONEPASS_EXPECT(__bfloat162float(b) == 1.f && sizeof b == 2);
   ONEPASS_EXPECT(__half2float(__shfl_sync(0xffffffffu, h, 0)) == 0.50048828125f);
   ONEPASS_EXPECT(__umulhi(0x80000000u, 6u) == 3 && __umul64hi(1ULL << 63, 6) == 3);

@@ -1,5 +1,5 @@
-// Small kernels of the kinds that onepass has, each with the mistakes one makes in them. A mutant is the same kernel
-// with one line wrong; Mutant::none is right.
+// Small kernels of the kinds that onepass has, each with typical mistakes. A mutant is the same kernel with one wrong
+// line; Mutant::none is correct.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -36,7 +36,7 @@ enum class Mutant {
   dynamic_shared_overrun,
 };
 
-// Moves n floats, 16 bytes at a time where both ends are aligned.
+// Copies n floats, 16 bytes at a time if source and target are aligned.
 template <Mutant mutant>
 __global__ void copy(float* out, const float* in, int n) {
   const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x),
@@ -62,7 +62,7 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// The sum of each row; a block takes one row after another.
+// The sum of each row; a block processes one row after another.
 template <Mutant mutant>
 __global__ void row_sums(float* sums, const float* in, int n_rows, int n_columns) {
   ONEPASS_SHARED(float, partial, mutant == Mutant::shared_overrun ? 1 : 32);
@@ -87,12 +87,11 @@ __global__ void row_sums(float* sums, const float* in, int n_rows, int n_columns
       sum = warp_sum(sum);
       if (lane == 0) sums[row] = sum;
     }
-    if constexpr (mutant != Mutant::missing_second_barrier) __syncthreads();  // partial is used again
+    if constexpr (mutant != Mutant::missing_second_barrier) __syncthreads();  // partial is reused
   }
 }
 
-// The sum of everything in one launch: the block that finishes last adds up the blocks' sums. The counter is 0 before
-// and after.
+// The total in one launch: the block that finishes last adds up the blocks' sums. The counter is 0 before and after.
 template <Mutant mutant>
 __global__ void grid_sum(float* sum, float* block_sums, unsigned* counter, const float* in, int n) {
   ONEPASS_SHARED(bool, is_last, 1);
@@ -127,7 +126,7 @@ __global__ void grid_sum(float* sum, float* block_sums, unsigned* counter, const
   if (threadIdx.x == 0) *sum = mine;
 }
 
-// How often each of 64 values occurs: counted in shared memory, then added to the total.
+// A histogram of 64 values: counted in shared memory, then added to the total.
 template <Mutant mutant>
 __global__ void histogram(unsigned* totals, const unsigned char* in, int n) {
   ONEPASS_SHARED(unsigned, counts, 64);
@@ -150,7 +149,7 @@ __global__ void histogram(unsigned* totals, const unsigned char* in, int n) {
   }
 }
 
-// Each warp transposes its own 32 x 32 matrix in dynamic shared memory: 32 * 33 floats a warp.
+// Each warp transposes its own 32 x 32 matrix in dynamic shared memory: 32 * 33 floats per warp.
 template <Mutant mutant>
 __global__ void transpose(float* out, const float* in) {
   ONEPASS_DYNAMIC_SHARED(float, tiles);

@@ -1,4 +1,4 @@
-// The shared memory of the running block: filled with NaN, with red zones around the arrays and a GPU's limits.
+// The shared memory of the running block: filled with NaN, with red zones around the arrays, and limited as on a GPU.
 #pragma once
 
 #include "fibers.hpp"
@@ -9,14 +9,14 @@ namespace onepass::cuda_on_host {
 constexpr std::size_t default_shared_limit = 48 << 10;  // static + dynamic, unless the kernel was allowed more
 constexpr std::size_t shared_limit = 227 << 10;         // compute capability 9.0
 
-// Addresses for release() and acquire(), fresh ones for every block lest blocks order each other: two for barriers, one
-// for fences, and for every warp one a lane to come and as many to leave.
+// Addresses for release() and acquire(), new ones for every block so that blocks do not order each other: two for
+// barriers, one for fences, and for every warp one per lane to arrive and one per lane to leave.
 constexpr int max_threads = 1024, warp_size = 32, syncs_per_warp = 2 * warp_size;
 constexpr int barrier_syncs = 0, block_fence_sync = 2, warp_syncs = 3;
 #if defined(__SANITIZE_THREAD__)
 constexpr int n_syncs = warp_syncs + max_threads / warp_size * syncs_per_warp;
 #else
-constexpr int n_syncs = 0;  // nobody looks at them
+constexpr int n_syncs = 0;  // unused
 #endif
 
 class SharedMemory {
@@ -51,7 +51,7 @@ class SharedMemory {
   void* dynamic() const { return dynamic_; }
   std::size_t total_bytes() const { return static_bytes_ + dynamic_bytes_; }
 
-  // Whether every red zone is as it was. AddressSanitizer reports the access itself instead.
+  // Whether every red zone is unchanged. With AddressSanitizer the access itself is reported instead.
   ONEPASS_HOST_UNCHECKED bool intact() const {
 #if !defined(__SANITIZE_ADDRESS__)
     for (int i = 0; i < n_arrays_; ++i) {
@@ -64,8 +64,8 @@ class SharedMemory {
     return true;
   }
 
-  // To ThreadSanitizer two blocks that use the same address race. So memory is given back only once all blocks so far
-  // are ordered before what follows: join() in block.hpp.
+  // To ThreadSanitizer two blocks that use the same address race. Memory is therefore reused only after all blocks so
+  // far are ordered before what follows: join() in scheduler.hpp.
   ONEPASS_HOST_UNCHECKED void end_block() {
     retired_[n_retired_++] = memory_;
     retired_bytes_ += capacity_;
@@ -84,7 +84,7 @@ class SharedMemory {
   static constexpr int max_arrays = 64, max_retired = 512;
   static constexpr std::size_t round_up(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
   static constexpr std::size_t padded(std::size_t bytes) { return round_up(bytes + red_zone_bytes); }
-  // NaN as fp16, bf16, float and double, and no address, like the all-ones of uninitialised memory.
+  // NaN as fp16, bf16, float and double, and not a valid address.
   static constexpr unsigned char red_zone_byte(std::size_t at) { return at % 2 ? 0xFF : 0xF5; }
 
   struct Array {
@@ -93,8 +93,8 @@ class SharedMemory {
     std::size_t bytes;
   };
 
-  // The next array: uninitialised memory with a red zone behind it. Written through volatile, since the sanitizers
-  // would see a memset.
+  // The next array: uninitialised memory followed by a red zone. Written through volatile, because the sanitizers would
+  // instrument a memset.
   ONEPASS_HOST_UNCHECKED unsigned char* take(const void* tag, std::size_t bytes) {
     unsigned char* const memory = memory_ + used_;
     used_ += padded(bytes);

@@ -1,6 +1,6 @@
-"""The CUDA kernels of BatchNorm, called as they are: both layouts, every dtype and option.
+"""The CUDA kernels of BatchNorm, called directly: both layouts, every dtype and option.
 
-Expected values come from the formulas, in float64. These run on a GPU, and on the host with the backend of that name.
+Expected values come from the formulas in float64. The tests run on a GPU, or on the host with backend "cuda-on-host".
 """
 
 import pytest
@@ -13,8 +13,8 @@ from test_layer_kernels import DEVICE, EPS, affine, close, random, same, wide
 pytestmark = pytest.mark.cuda_kernels
 Tensor = torch.Tensor
 
-# Shapes and whether channels are last. Blocks have 8192 elements of a channel, with channels last 16384 of up to 128
-# channels; 256 threads step through them, so the space decides where in a sample a thread comes next.
+# Shapes, and whether channels are last. Blocks have 8192 elements of a channel, with channels last 16384 of up to 128
+# channels; 256 threads stride through them, so the spatial size decides at which position of a sample a thread continues.
 FIRST = [(5, 3, 4, 4), (2, 3, 7, 7), (2, 40, 8), (1, 1, 2), (3, 2, 64, 64), (3, 2, 65, 65), (1500, 2, 9), (900, 2, 24)]
 LAST = [(2, 16, 5, 5), (3, 5, 6, 6), (70, 9), (2, 1), (300, 130), (150, 264), (5000, 8), (3, 2, 91, 91)]
 SHAPES = [(shape, False) for shape in FIRST] + [(shape, True) for shape in LAST]
@@ -47,7 +47,7 @@ def batch_norm(x, mean, var, weight, bias, residual, slope) -> Tensor:
 
 
 def away_from_the_kink(z: Tensor) -> Tensor:
-    """Where rounding cannot decide on the side of the activation."""
+    """Values far enough from the activation's kink that rounding cannot change their side."""
     return (z.abs() > 0.02).double()
 
 
@@ -127,7 +127,7 @@ def test_evaluation(shape, last, dtype):
 
 @EVERY_SHAPE
 def test_halves(shape, last, dtype):
-    """What SyncBatchNorm adds up between them, here of one process: together they are the whole."""
+    """The two halves between which SyncBatchNorm communicates; in one process together they equal the whole."""
     x, dy = laid_out(shape, last, dtype), laid_out(shape, last, dtype)
     channels = shape[1]
     weight, bias = affine("both", channels, dtype)
@@ -151,7 +151,7 @@ def test_halves(shape, last, dtype):
 
 @pytest.mark.parametrize(("shape", "last"), [((5, 3, 4, 4), False), ((150, 264), True)], ids=str)
 def test_odd_addresses(shape, last, dtype):
-    """The same numbers, all of them read one by one; the order of the sums is another."""
+    """The same numbers, although elements are read one by one and sums have another order."""
     aligned, dy = laid_out(shape, last, dtype), laid_out(shape, last, dtype)
     odd = laid_out(shape, last, dtype, offset=1).copy_(aligned)
     results = []
@@ -181,7 +181,7 @@ def test_running_statistics_of_another_dtype(running_dtype):
 
 @EVERY_SHAPE
 def test_statistics_of_a_large_mean(shape, last):
-    """1e4 with a noise of 1e-2: three digits of the deviation, and a mean to the last place."""
+    """1e4 + noise of 1e-2: the deviation has three digits, and the mean all of its digits."""
     x = (1e4 + laid_out(shape, last, torch.float64) * 1e-2).float()
     mean, var = moments(x.double())
     running = torch.zeros(shape[1], device=DEVICE), torch.zeros(shape[1], device=DEVICE)

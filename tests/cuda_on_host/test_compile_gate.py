@@ -51,7 +51,7 @@ def test_budgets(compiled, capsys):
     assert lines["scale_all"].endswith("ok")
 
 
-def test_nothing_to_judge_is_no_success(tmp_path, capsys):
+def test_nothing_to_check_is_an_error(tmp_path, capsys):
     empty = tmp_path / "empty.o"
     subprocess.run(["g++", "-x", "c++", "-c", "-", "-o", str(empty)], input="int x;", text=True, check=True)
     assert compile_gate.main([str(empty)]) == 2

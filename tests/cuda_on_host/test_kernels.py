@@ -1,6 +1,6 @@
-"""What only the CUDA kernels have: scalars in device memory, launches of many tensors, chunks, alignment.
+"""Features of the CUDA kernels alone: scalars in device memory, launches of many tensors, chunks, alignment.
 
-These run on a GPU, and on the host with the backend of that name (see backend.py, run.py).
+The tests run on a GPU, or on the host with backend "cuda-on-host" (see backend.py, run.py).
 """
 
 import math
@@ -28,7 +28,7 @@ KERNELS = {rule.ours.rule: rule for rule in reversed(RULES.values())}  # classes
 
 
 def forms(rule: Rule) -> list[dict]:
-    """Arguments for each choice of states that the rule has: as usual, and without some of what is usual."""
+    """Arguments for each variant of the rule's states: the usual ones, and with some options left out."""
     cases = [{k: v for k, v in rule.usual.items() if k not in without} for without in combinations(rule.usual, 2)]
     found = {}
     for case in (rule.usual, *cases):
@@ -47,14 +47,14 @@ EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
 COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)
 EVERY_SPARSE = pytest.mark.parametrize("rule", SPARSE.values(), ids=SPARSE)
 
-# Chunks have 8192 elements (csrc/cuda/tuning.hpp); empty tensors among the others.
+# Chunks have 8192 elements (csrc/cuda/tuning.hpp); some tensors are empty.
 SIZES = [0, 1, 8191, 0, 8192, 8193, 7, 3 * 8192 + 5, 0]
-MANY = [i % 5 for i in range(1875)]  # 1500 that are not empty: more than any launch can name
+MANY = [i % 5 for i in range(1875)]  # 1500 that are not empty: more than fit in one launch
 FENCE = 7.0
 
 
 def fenced(n: int, dtype: torch.dtype, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole memory and the n random elements in it, `offset` elements behind an aligned address."""
+    """A whole buffer and n random elements in it, `offset` elements after an aligned address."""
     whole = torch.full((n + 32,), FENCE, dtype=dtype, device=DEVICE)
     view = whole[16 + offset : 16 + offset + n]
     view.copy_(torch.randn(n))
@@ -84,7 +84,7 @@ def counts(optimizer: torch.optim.Optimizer) -> list[int]:
 
 @COUNTING_RULE
 def test_step_counts_in_device_memory(rule, dtype):
-    """capturable: the kernels read and advance them; tensors that join late or pause have their own."""
+    """capturable: the kernels read and advance them; tensors that join late or pause have their own counts."""
     params = [parameter(p) for p in random(SIZES, dtype)]
     both = BesideReference(rule, {**rule.usual, "capturable": True}, params)
     for t in range(5):
@@ -95,7 +95,7 @@ def test_step_counts_in_device_memory(rule, dtype):
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
 @EVERY_RULE
 def test_hyper_parameters_in_device_memory(rule, wide, dtype):
-    """Changed in place between the steps; the kernels read what is there when they run."""
+    """Changed in place between steps; the kernels read the current values."""
     lr = torch.tensor(0.5, dtype=wide, device=DEVICE)
     betas = tuple(torch.tensor(beta, dtype=wide, device=DEVICE) for beta in (0.75, 0.9375))  # exact in float32
     case = {**rule.usual, "lr": lr, **({"betas": betas, "capturable": True} if "betas" in rule.options else {})}
@@ -112,7 +112,7 @@ def test_hyper_parameters_in_device_memory(rule, wide, dtype):
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @EVERY_RULE
 def test_skipping_is_decided_on_the_device(rule, max_norm, dtype):
-    """found_inf: nothing is written and no count advances, on the very first step and later."""
+    """found_inf: nothing is written and no count advances, in the first step and later."""
     params = [parameter(p) for p in random(SIZES, dtype)]
     both = BesideReference(rule, {**rule.usual, "fused_unscale": True, "max_norm": max_norm}, params)
 
@@ -155,7 +155,7 @@ def test_more_tensors_than_a_launch_can_name(rule, extra):
 @pytest.mark.parametrize("capturable", [False, True])
 @COUNTING_RULE
 def test_many_distinct_step_counts(rule, capturable):
-    """More than the Steps that a launch carries: 40 tensors, the i-th joins in step i."""
+    """More than a launch can carry: 40 tensors, of which the i-th joins in step i."""
     sizes = [1 + i % 6 for i in range(40)]
     both = BesideReference(
         rule, {**rule.usual, "capturable": capturable}, [parameter(p) for p in random(sizes)], every=10
@@ -171,7 +171,7 @@ def test_many_distinct_step_counts(rule, capturable):
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @EVERY_KERNEL
 def test_chunks_and_alignment(rule, case, offset, dtype):
-    """Tensors that end at, before and behind a chunk's end. 4 elements behind is aligned for some dtypes only."""
+    """Tensors that end at, before and after a chunk's end. An offset of 4 elements is aligned for some dtypes only."""
     wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
     both = BesideReference(rule, {**case, "max_norm": 0.5}, [parameter(view) for view in views])
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_chunks_and_alignment(rule, case, offset, dtype):
 @pytest.mark.parametrize("unaligned", ["gradient", "state"])
 @EVERY_RULE
 def test_one_unaligned_stream(rule, unaligned, dtype):
-    """Beside aligned ones: the wide path is for those that are aligned throughout."""
+    """Beside aligned streams: the wide path requires all streams to be aligned."""
     n = 8192 + 100
     whole, view = fenced(n, dtype)
     p = parameter(view)
@@ -200,7 +200,7 @@ def test_one_unaligned_stream(rule, unaligned, dtype):
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @EVERY_SPARSE
 def test_rows_over_chunks(rule, offset, dtype):
-    """Rows of sparse gradients that begin in one chunk and end in another, wide and narrow, aligned and not."""
+    """Rows of sparse gradients that cross chunks, wide and narrow, aligned and not."""
     shapes = [(3, 8192), (40, 500), (700, 16), (5, 1), (9, 3000), (4000, 3), (2, 0), (6, 4)]
     sizes = [math.prod(shape) for shape in shapes]
     wholes, views = zip(*(fenced(n, dtype, offset) for n in sizes), strict=True)
@@ -213,7 +213,7 @@ def test_rows_over_chunks(rule, offset, dtype):
 
 @EVERY_SPARSE
 def test_more_tables_than_a_launch_can_name(rule):
-    """Among dense gradients, where the rule takes both; tables without a touched row among them."""
+    """Among dense gradients, if the rule accepts both; some tables have no row to update."""
     shapes = [(3, 1 + i % 5) for i in range(900)]
     params = [parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
     twins = [parameter(p.detach().clone()) for p in params]
@@ -235,10 +235,10 @@ def test_more_tables_than_a_launch_can_name(rule):
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, math.inf, -math.inf])
 def test_norms_over_chunks(p, offset, dtype):
-    """The reduction's own chunks; for the usual norm more of them than the block that joins them has threads."""
+    """The reduction has its own chunks; for the 2-norm there are more than the joining block has threads."""
     sizes = SIZES + MANY[:700] if p == 2 else SIZES
     if p == -math.inf:
-        sizes = [n for n in sizes if n > 0]  # the smallest magnitude of nothing is 0
+        sizes = [n for n in sizes if n > 0]  # the smallest magnitude of an empty tensor is 0
     wholes, views = zip(*(fenced(n, dtype, offset) for n in sizes), strict=True)
     params = [parameter(torch.zeros_like(view)) for view in views]
     for q, view in zip(params, views, strict=True):
@@ -282,7 +282,7 @@ EVERY_WRAPPER = pytest.mark.parametrize("wrapper", ["Lookahead", "SAM", "ASAM"])
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @EVERY_WRAPPER
 def test_wrappers_over_chunks_and_alignment(wrapper, offset, dtype):
-    """Synchronisation, perturbation and its norm, with adaptive of two streams, restoration."""
+    """Synchronisation, perturbation and its norm (of two streams with adaptive), restoring."""
     wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
     both = beside(wrapper, [parameter(view) for view in views])
     for t in range(2):
@@ -300,7 +300,7 @@ def test_wrappers_of_more_tensors_than_a_launch_can_name(wrapper):
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
 def test_alpha_in_device_memory(wide, dtype):
-    """As the quadratic form leaves it there: the kernel reads it."""
+    """alpha="quadratic" leaves it there, and the kernel reads it."""
     params = [parameter(p) for p in random(SIZES, dtype)]
     optimizer = Lookahead(SGD(params, lr=0.5), 2)
     for p in params:
@@ -315,7 +315,7 @@ def test_alpha_in_device_memory(wide, dtype):
 
 
 def test_restoring_by_numbers_in_device_memory(dtype):
-    """The numbers of the way there mean nothing on the way back; the states are read and not written."""
+    """Restoring ignores the numbers of the perturbation; the states are read and not written."""
     params, old = (random(SIZES, torch.float32) for _ in range(2))
     params = [p.to(dtype) for p in params]
     old = [o.to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32) for o in old]

@@ -1,6 +1,6 @@
-"""The CUDA kernels of the layers, called as they are: every form of a row and of a channel, every dtype and option.
+"""The CUDA kernels of the layers, called directly: rows of every length, every dtype and option.
 
-Expected values come from the formulas, in float64. These run on a GPU, and on the host with the backend of that name.
+Expected values come from the formulas in float64. The tests run on a GPU, or on the host with backend "cuda-on-host".
 """
 
 import itertools
@@ -19,11 +19,11 @@ if DEVICE is None:
 pytestmark = pytest.mark.cuda_kernels
 Tensor = torch.Tensor
 EPS, SEED, P = 1e-5, -7, 0.4
-TOLERANCE = {torch.float64: 1e-12}  # of sums of many terms, in units of the largest
+TOLERANCE = {torch.float64: 1e-12}  # for sums of many terms, relative to the largest
 
 
 def random(*shape: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
-    """Dense, `offset` elements behind an aligned address."""
+    """A dense random tensor, `offset` elements after an aligned address."""
     n = torch.Size(shape).numel()
     return torch.randn(n + offset).to(DEVICE, dtype)[offset:].view(shape)
 
@@ -50,7 +50,7 @@ def philox(n: int, seed: int) -> Tensor:
     key = [seed & low, seed >> 32 & low]
 
     def product(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word; the factor in halves, for int64 holds no whole product."""
+        """High and low word; the factor is split in halves, because int64 cannot hold the whole product."""
         upper, lower = (multiplier >> 16) * word, (multiplier & 0xFFFF) * word
         middle = upper + (lower >> 16)
         return middle >> 16, (middle & 0xFFFF) << 16 | lower & 0xFFFF
@@ -80,7 +80,7 @@ def test_philox_known_answer():
 def test_dropout(n, offset, dtype):
     x = random(n, dtype=dtype, offset=offset)
     if n:
-        x[:: max(1, n // 7)] = torch.nan  # dropped ones give 0
+        x[:: max(1, n // 7)] = torch.nan  # dropped elements give 0
     for p, inverted in ((P, True), (0.75, False), (0.0, True), (1.0, False)):
         scale = 1 / (1 - p) if inverted else 1.0
         mask, options = keep(n, p), DropoutOptions(seed_tensor(), p, inverted)
@@ -89,7 +89,7 @@ def test_dropout(n, offset, dtype):
         packed = layers.dropout_mask((n,), options, packed=True)
         padded = torch.nn.functional.pad(mask, (0, -n % 8)).view(-1, 8)
         assert packed.tolist() == (padded << torch.arange(8, device=DEVICE)).sum(1).tolist()
-        for known in (packed, packed[:0]):  # a mask that is kept, and one that is made anew
+        for known in (packed, packed[:0]):  # a mask that is kept, and one that is recomputed
             dx = layers.dropout_backward(x, options, known)
             assert bits(dx) == bits(y), "a linear map with a diagonal matrix is its own gradient"
     inplace = x.clone() if offset == 0 else random(n, dtype=dtype, offset=offset).copy_(x)
@@ -98,7 +98,7 @@ def test_dropout(n, offset, dtype):
 
 
 def written_mask(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """From a call that writes y and its mask at once, which the package does on the CPU only."""
+    """A mask from a call that writes y and the mask together, which the package does on the CPU only."""
     x = random(n, dtype=dtype)
     y, mask = torch.empty_like(x), torch.full(((n + 7) // 8,), 255, dtype=torch.uint8, device=DEVICE)
     layers._C.dropout(x, y, n, (seed_tensor(), P, True, mask, False), layers.stream_of(x))
@@ -119,8 +119,8 @@ def test_more_elements_than_a_turn_of_the_grid():
 
 # ---- LayerNorm and RMSNorm -------------------------------------------------------------------------------------------
 
-# Of rows that a few lanes, a warp, several warps have room for; the longest that a block has room for, forward and
-# backward, and longer ones. 8 divides those that are read by 16 bytes; the others are read one by one.
+# Rows that fit a few lanes, a warp or several warps; the longest that fit a block, forward and backward, and longer ones.
+# Sizes divisible by 8 are read in 16-byte words, the others element by element.
 SIZES = [1, 3, 8, 24, 128, 256, 264, 1000, 1024, 1032, 4099, 8192, 8200, 16384, 16392]
 AFFINE = ["none", "both", "weight", "float32", "scalar"]
 
@@ -148,7 +148,7 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def rows_for(size: int) -> int:
-    """Enough for more than one block and a last team without a row."""
+    """Enough rows for more than one block, with a last team that has none."""
     return 3 if size > 1100 else 19 if size > 128 else 300
 
 
@@ -177,7 +177,7 @@ def check_row_norm(x, weight, bias, rms, what) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rows(size, dtype):
-    """RMSNorm has no bias in the package; the kernel does not care."""
+    """In the package RMSNorm has no bias, but the kernel supports one."""
     usual = [(False, "both"), (True, "scalar")]
     for rms, kind in itertools.product((False, True), AFFINE) if size in (24, 264) else usual:
         x = random(rows_for(size), size, dtype=dtype)
@@ -204,7 +204,7 @@ def test_only_what_is_wanted(size, dtype):
 
 @pytest.mark.parametrize(("size", "rows"), [(1, 2048 * 256), (8, 2048 * 128), (1056, 2048 * 2)])
 def test_more_rows_than_a_turn_of_the_grid(size, rows):
-    """Blocks take a second turn, in backward more, the last one without a row for most teams."""
+    """Blocks take a second turn (more in backward), in the last of which most teams have no row."""
     which = torch.arange(rows + 1, device=DEVICE) % 3
     values = torch.randn(3, size).to(DEVICE)
     weight = random(size, dtype=torch.float32)
@@ -222,7 +222,7 @@ def test_more_rows_than_a_turn_of_the_grid(size, rows):
 
 @pytest.mark.parametrize("size", [24, 100, 1000, 1001, 8200, 16392])
 def test_statistics_of_a_large_mean(size):
-    """1e4 with a noise of 1e-2: three digits of the deviation, and a mean to the last place."""
+    """1e4 + noise of 1e-2: the deviation has three digits, and the mean all of its digits."""
     noise = torch.randn(4, size) * 1e-2
     x = (1e4 + noise.double()).float().to(DEVICE)
     mean, rstd, rest_of_mean = layers.norm(x, None, None, NormOptions(size, 0.0, False))[1]
@@ -265,7 +265,7 @@ def test_dropout_add_norm(size, dtype):
 
 @pytest.mark.parametrize("size", [3, 8])
 def test_dropout_add_norm_writes_a_mask(size):
-    """Where the call has one; the package asks for it on the CPU only."""
+    """If the call has a mask; the package passes one on the CPU only."""
     x, residual = random(5, size, dtype=torch.float32), random(5, size, dtype=torch.float32)
     outputs = [torch.empty_like(x), torch.empty_like(x), torch.empty(3, 5, device=DEVICE)]
     mask, seed = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8, device=DEVICE), seed_tensor()

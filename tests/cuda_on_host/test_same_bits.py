@@ -1,4 +1,4 @@
-"""What is computed element by element has the same bits from the CPU kernels and from the CUDA kernels on the host."""
+"""Element-wise results have the same bits from the CPU kernels and from the CUDA kernels on the host."""
 
 import json
 import os
@@ -15,7 +15,7 @@ if DEVICE is None or DEVICE.type != "cpu":
 
 
 def on_the_cpu() -> dict[str, str]:
-    """The digests in a process of its own, which loads the installed extension."""
+    """The digests from a separate process, which loads the installed extension."""
     tests = Path(__file__).parent.parent
     env = {key: value for key, value in os.environ.items() if key != "ONEPASS_TEST_BACKEND"}
     env["PYTHONPATH"] = os.pathsep.join([str(tests), env.get("PYTHONPATH", "")])
@@ -26,7 +26,7 @@ def on_the_cpu() -> dict[str, str]:
 
 
 def test_same_bits_as_the_cpu_kernels():
-    """Every rule, case and dtype, aligned and not, many tensors, values that are not ordinary."""
+    """Every rule, case and dtype, aligned and not, many tensors, special values."""
     expected, came = on_the_cpu(), element_wise.digests(DEVICE)
     assert came.keys() == expected.keys()
     different = [case for case in expected if came[case] != expected[case]]

@@ -1,4 +1,4 @@
-"""The test of the tester: right kernels pass every check, and each seeded mistake is caught by at least one."""
+"""Tests of the tester: correct kernels pass every check, and each seeded mistake is caught by at least one."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(INCLUDE is None, reason="CUDA's headers: neither
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> dict[str, Path]:
-    """The self-test, compiled once for each sanitizer; it holds every mutant."""
+    """The self-test, compiled once per sanitizer; it contains every mutant."""
     folder = tmp_path_factory.mktemp("selftest")
 
     def build(sanitizer: str) -> Path:
@@ -32,7 +32,7 @@ def programs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def verdicts(programs, request) -> dict[tuple[str, str], dict[str, str]]:
-    """What every check said about every case: {(kernel, mutant): {check: verdict}}."""
+    """The verdicts of all checks on all cases: {(kernel, mutant): {check: verdict}}."""
 
     def check(job) -> tuple:
         kernel, mutant, sanitizer, order = job
@@ -54,7 +54,7 @@ def verdicts(programs, request) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def caught_by(found) -> list[str]:
-    """The table: each mutant with what the checks said about it."""
+    """A table of the mutants and the checks' verdicts."""
     rows = [("mutant", *SANITIZERS)]
     for kernel, mutant in MUTANTS:
         cells = []
@@ -79,7 +79,7 @@ def test_mutant_is_caught(verdicts, kernel, mutant):
     assert any(verdicts[kernel, mutant].values()), f"no check noticed {mutant} in {kernel}"
 
 
-# Which check is the one that is there for a mistake, whatever else may see it.
+# The check that is meant to catch a mistake; others may catch it too.
 @pytest.mark.parametrize(
     ("kernel", "mutant", "check", "said"),
     [
@@ -109,7 +109,7 @@ def test_an_unknown_order_is_refused(programs, order):
 
 
 def test_fibers_without_assembly(tmp_path):
-    """The way to switch stacks on processors other than x86-64."""
+    """How stacks are switched on processors other than x86-64."""
     program = tmp_path / "ucontext"
     compile_program(HERE / "selftest.cpp", program, INCLUDE, ["-DONEPASS_HOST_UCONTEXT"])
     for kernel in CLEAN:
