@@ -1,106 +1,14 @@
-"""The table of rules, and an optimizer stepped beside its reference."""
+"""An optimizer stepped beside its reference, or beside torch's, and compared after every step."""
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-import onepass
 import torch
-from reference import adagrad, adam, nadam, rmsprop, rprop, sgd
-from reference.common import Case, Reference
+from reference import RULES
+from reference.common import Case, Rule
 from support import ARITHMETIC, arithmetic_dtype, assert_close, rounding, to_numpy
 
-
-@dataclass(frozen=True)
-class Rule:
-    ours: type[torch.optim.Optimizer]
-    theirs: type[torch.optim.Optimizer]
-    reference: type[Reference]
-    to_torch: Callable[[Case], Case | None]
-    options: dict[str, tuple]
-    cases: list[Case]
-    product: list[Case]
-    usual: Case  # arguments under which every state of the rule exists
-
-    @property
-    def no_decay(self) -> Case:
-        """weight_decay=0, said aloud where the rule has it."""
-        return {"weight_decay": 0.0} if "weight_decay" in self.options else {}
-
-
-_no_decoupled = {key: values for key, values in adam.OPTIONS.items() if key != "decoupled_weight_decay"}
-RULES = {
-    "SGD": Rule(
-        onepass.optim.SGD,
-        torch.optim.SGD,
-        sgd.SGD,
-        sgd.to_torch,
-        sgd.OPTIONS,
-        sgd.CASES,
-        sgd.PRODUCT,
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
-    ),
-    "Adam": Rule(
-        onepass.optim.Adam,
-        torch.optim.Adam,
-        adam.Adam,
-        adam.to_torch,
-        adam.OPTIONS,
-        adam.CASES,
-        adam.PRODUCT,
-        {"lr": 0.1, "eps": 1e-4, "amsgrad": True, "weight_decay": 0.1},
-    ),
-    "AdamW": Rule(
-        onepass.optim.AdamW,
-        torch.optim.AdamW,
-        adam.AdamW,
-        adam.to_torch,
-        _no_decoupled,
-        adam.ADAMW_CASES,
-        [],  # Adam's product with decoupled_weight_decay=True
-        {"lr": 0.1, "eps": 1e-4, "amsgrad": True, "weight_decay": 0.1},
-    ),
-    "NAdam": Rule(
-        onepass.optim.NAdam,
-        torch.optim.NAdam,
-        nadam.NAdam,
-        nadam.to_torch,
-        nadam.OPTIONS,
-        nadam.CASES,
-        nadam.PRODUCT,
-        {"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1},
-    ),
-    "RMSprop": Rule(
-        onepass.optim.RMSprop,
-        torch.optim.RMSprop,
-        rmsprop.RMSprop,
-        rmsprop.to_torch,
-        rmsprop.OPTIONS,
-        rmsprop.CASES,
-        rmsprop.PRODUCT,
-        {"lr": 0.1, "eps": 2e-2, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
-    ),
-    "Rprop": Rule(
-        onepass.optim.Rprop,
-        torch.optim.Rprop,
-        rprop.Rprop,
-        rprop.to_torch,
-        rprop.OPTIONS,
-        rprop.CASES,
-        rprop.PRODUCT,
-        {"lr": 0.1},
-    ),
-    "Adagrad": Rule(
-        onepass.optim.Adagrad,
-        torch.optim.Adagrad,
-        adagrad.Adagrad,
-        adagrad.to_torch,
-        adagrad.OPTIONS,
-        adagrad.CASES,
-        adagrad.PRODUCT,
-        {"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1},
-    ),
-}
+__all__ = ["RULES", "BesideReference", "BesideTorch", "Rule", "loss_of"]
 
 
 class BesideReference:

@@ -11,17 +11,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import _native, nn, optim, show_config
+from .optim._interchange import fused_optimizers
+from .optim._options import options_of
 
-_OPTIMIZERS = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01},
-    "AdamW": {"lr": 0.01},
-    "NAdam": {"lr": 0.01, "weight_decay": 0.01, "decoupled_weight_decay": True},
-    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
-    "Rprop": {"lr": 0.01},
-    "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
-    "SparseAdam": {"lr": 0.01},
+# Options that add states or terms to some rule: every optimizer is tested with those of them that it has.
+_OPTIONS: dict[str, Any] = {
+    "lr": 0.01,
+    "momentum": 0.9,
+    "nesterov": True,
+    "amsgrad": True,
+    "centered": True,
+    "weight_decay": 0.01,
+    "lr_decay": 0.1,
 }
+_OPTIMIZERS = fused_optimizers()
 _SHAPE, _SEED = (6, 5, 33), 1
 
 
@@ -49,11 +52,12 @@ def _largest_difference(name: str, dtype: torch.dtype, device: str) -> float:
     start = [torch.randn(size, dtype=dtype, device=device) for size in (1, 7, 1000)]
     ours = [torch.nn.Parameter(p.clone()) for p in start]
     theirs = [torch.nn.Parameter(p.double()) for p in start]
-    first = getattr(optim, name)(ours, **_OPTIMIZERS[name])
-    second = getattr(torch.optim, name)(theirs, **_OPTIMIZERS[name])
+    cls = _OPTIMIZERS[name]
+    options = {option: value for option, value in _OPTIONS.items() if option in options_of(cls)}
+    first, second = cls(ours, **options), getattr(torch.optim, name)(theirs, **options)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn_like(a).to_sparse() if name == "SparseAdam" else torch.randn_like(a)
+            a.grad = torch.randn_like(a).to_sparse() if cls is optim.SparseAdam else torch.randn_like(a)
             b.grad = a.grad.double()
         first.step()
         second.step()

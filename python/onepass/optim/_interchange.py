@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,18 +15,6 @@ from .._mend import state_dtype
 from ._base import FusedOptimizer
 from ._options import check_params, options_of
 from ._wrapper_states import params_of
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .nadam import NAdam
-from .rmsprop import RMSprop
-from .rprop import Rprop
-from .sgd import SGD
-from .sparse_adam import SparseAdam
-
-_OURS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
-    getattr(torch.optim, cls.__name__): cls for cls in (SGD, Adam, AdamW, NAdam, RMSprop, Rprop, Adagrad, SparseAdam)
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 # What to do about an option that torch.optim does not have; the others are other forms of a rule.
 _ADVICE = {
@@ -44,15 +32,16 @@ def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
     until load_state_dict() gives the new one groups of its own; `scheduler.optimizer = optimizer` makes that last.
 
     Args:
-        optimizer: a torch.optim SGD, Adam, AdamW, NAdam, RMSprop, Rprop, Adagrad or SparseAdam, between two steps. foreach,
-            fused and capturable may have any value.
+        optimizer: one of torch.optim whose name onepass.optim has too, between two steps. foreach, fused and capturable may
+            have any value.
 
     Raises:
         TypeError: another optimizer, or a subclass of these, whose step may be another one.
         RuntimeError, ValueError: an option or a state that this package does not take, differentiable=True among them.
         After an error the old optimizer is as it was.
     """
-    cls = _counterpart(optimizer, _OURS, "from_torch() takes", "torch.optim")
+    pairs = {getattr(torch.optim, name): ours for name, ours in fused_optimizers().items()}
+    cls = _counterpart(optimizer, pairs, "from_torch() takes", "torch.optim")
     _check_representable(optimizer, options_of(type(optimizer)), options_of(cls).keys(), "onepass.optim")
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -83,7 +72,8 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         ValueError: an option that torch.optim does not have; or with its own text, one that it does not take. After an error
             the old optimizer is as it was.
     """
-    cls = _counterpart(optimizer, _THEIRS, "to_torch() takes", "onepass.optim")
+    pairs = {ours: getattr(torch.optim, name) for name, ours in fused_optimizers().items()}
+    cls = _counterpart(optimizer, pairs, "to_torch() takes", "onepass.optim")
     has, taken = options_of(type(optimizer)), options_of(cls).keys()
     _check_representable(optimizer, has, taken, "torch.optim")
     for group in optimizer.param_groups:
@@ -115,15 +105,22 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     return theirs
 
 
-def _counterpart(optimizer: Any, table: dict[Any, Any], who: str, module: str) -> Any:
-    found = table.get(type(optimizer))
+def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
+    """The optimizers that onepass.optim exports, by name; not the wrappers around an optimizer."""
+    from .. import optim  # which imports this module
+
+    return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}
+
+
+def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], who: str, module: str) -> Any:
+    found = pairs.get(type(optimizer))
     if found is not None:
         return found
-    names = ", ".join(sorted(cls.__name__ for cls in table))
+    names = ", ".join(sorted(cls.__name__ for cls in pairs))
     name = type(optimizer).__name__
     if hasattr(optimizer, "base_optimizer"):
         advice = f". Convert what is in the {name}: optimizer.base_optimizer = ...(optimizer.base_optimizer)"
-    elif isinstance(optimizer, tuple(table)):
+    elif isinstance(optimizer, tuple(pairs)):
         advice = ", a subclass of them, whose step may be another one. Give its state_dict() to the optimizer you want"
     else:
         advice = ""
