@@ -1,9 +1,12 @@
 """Arguments in other forms: tensors for lr and betas, hints that are accepted, defaults and signatures as torch's."""
 
 import inspect
+import pydoc
 
+import onepass
 import pytest
 import torch
+from onepass.optim._interchange import fused_optimizers
 from reference.common import SHARED_DEFAULTS
 from rules import RULES, BesideReference
 from support import assert_same, parameter, snapshot
@@ -144,3 +147,17 @@ def test_only_empty_tensors(device):
         both = BesideReference(rule, {**rule.usual, "max_norm": 1.0}, params)
         for _ in range(2):
             both.step([torch.zeros_like(p) for p in params])
+
+
+@pytest.mark.parametrize("name", fused_optimizers())
+def test_options_are_explained_and_misspelt_ones_refused(name):
+    """help() lists every option, the groups keep each by its name, and an unknown one is named in the error."""
+    cls = getattr(onepass.optim, name)
+    p = [parameter(torch.zeros(2))]
+    options = [option for option in inspect.signature(cls).parameters if option != "params"]
+    shown = pydoc.render_doc(cls, renderer=pydoc.plaintext)
+    assert [option for option in options if f"{option}: " not in shown] == []
+    assert cls(p).param_groups[0].keys() >= set(options)
+    assert {"max_norm", "normalize_grads", "fused_unscale"} <= set(options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_nrom'"):
+        cls(p, max_nrom=1.0)

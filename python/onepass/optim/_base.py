@@ -18,6 +18,7 @@ from ._parameter_states import Wanted, check_states, full_state, restore_precisi
 
 # Options of every optimizer here beside its own; all are kept in the param groups.
 _SHARED = ("max_norm", "normalize_grads", "fused_unscale")
+_NOT_OPTIONS = ("self", "params", "__class__")  # of what locals() has in a constructor
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -25,10 +26,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or group dicts, as for torch.optim.
-        defaults: options of the rule, by their PyTorch names.
+        arguments: locals() at the start of the subclass's constructor. Each argument is an option, kept in the groups by its
+            name, as torch.optim keeps them.
+
+    Every subclass has these keyword-only options:
         max_norm: clip the gradients of all groups together to this 2-norm, inside the step; None: no clipping.
         normalize_grads: divide the gradients by their global 2-norm (0 where it is 0). Excludes max_norm.
-        fused_unscale: let torch.amp.GradScaler hand its scale to step(), which then unscales, checks and skips by itself.
+        fused_unscale: let torch.amp.GradScaler pass its scale to step(), which then unscales, checks and skips by itself.
 
     `.grad` is read, never written: clipping, unscaling and the sign of maximize happen on the way into the rule.
     """
@@ -37,17 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states, and their values before the first step
     sparse_text: ClassVar[str | None] = None  # torch's sentence when it refuses sparse gradients
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        max_norm: float | None,
-        normalize_grads: bool,
-        fused_unscale: bool,
-    ) -> None:
-        shared = {"max_norm": max_norm, "normalize_grads": normalize_grads, "fused_unscale": fused_unscale}
-        defaults = {name: as_python_number(value) for name, value in {**defaults, **shared}.items()}
+    def __init__(self, params: ParamsT, arguments: dict[str, Any]) -> None:
+        defaults = {name: as_python_number(value) for name, value in arguments.items() if name not in _NOT_OPTIONS}
         self._check_options(defaults)
         self._grad_norm: Tensor | float | None = None
         super().__init__(params, defaults)
@@ -64,6 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
+        check_scalar("lr", group["lr"])
         self._check_shared_options(group)
 
     def _check_shared_options(self, group: dict[str, Any]) -> None:

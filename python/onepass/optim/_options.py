@@ -15,6 +15,20 @@ def check(ok: bool, text: str, value: object) -> None:
         raise ValueError(f"{text}: {value}")
 
 
+def check_not_negative(group: dict[str, Any], *options: str) -> None:
+    """Raise torch.optim's ValueError for the first of these options that is negative or NaN."""
+    texts = {"lr": "Invalid learning rate", "eps": "Invalid epsilon value"}
+    for name in options:
+        check(group[name] >= 0, texts.get(name, f"Invalid {name} value"), group[name])
+
+
+def check_betas(group: dict[str, Any]) -> None:
+    """Raise ValueError, torch.optim's for Adam, unless each of the betas is one number from 0 to below 1."""
+    for index, beta in enumerate(group["betas"]):
+        check_scalar(f"betas[{index}]", beta)
+        check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
+
+
 def check_scalar(name: str, value: float | Tensor) -> None:
     """A hyper-parameter given as a tensor must have one element."""
     if isinstance(value, Tensor) and value.numel() != 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_not_negative
 
 
 class Adagrad(FusedOptimizer):
@@ -62,23 +62,7 @@ class Adagrad(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-            "eps_inside_sqrt": eps_inside_sqrt,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def share_memory(self) -> None:
         """Move the states `sum` to shared memory, for processes that train together (Hogwild); made where they are missing."""
@@ -90,12 +74,7 @@ class Adagrad(FusedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["lr_decay"] >= 0, "Invalid lr_decay value", group["lr_decay"])
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
-        initial = group["initial_accumulator_value"]
-        check(initial >= 0, "Invalid initial_accumulator_value value", initial)
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
+        check_not_negative(group, "lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
 
     def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
         return None if group["weight_decay"] == 0 else "weight_decay option is not compatible with sparse gradients"

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import _compat
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_betas, check_not_negative
 
 
 class Adam(FusedOptimizer):
@@ -65,37 +65,15 @@ class Adam(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        for index, beta in enumerate(betas):
-            check_scalar(f"betas[{index}]", beta)
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError("betas must be either both floats or both Tensors")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "bias_correction": bias_correction,
-            "eps_inside_sqrt": eps_inside_sqrt,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
-        for index, beta in enumerate(group["betas"]):
-            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        check_not_negative(group, "lr", "eps")
+        check_betas(group)
+        if isinstance(group["betas"][0], Tensor) != isinstance(group["betas"][1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
+        check_not_negative(group, "weight_decay")
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
@@ -135,26 +113,8 @@ class AdamW(Adam):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            bias_correction=bias_correction,
-            eps_inside_sqrt=eps_inside_sqrt,
-            max_norm=max_norm,
-            normalize_grads=normalize_grads,
-            fused_unscale=fused_unscale,
-        )
+        FusedOptimizer.__init__(self, params, {**locals(), "decoupled_weight_decay": True})
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        group["decoupled_weight_decay"] = True  # of an AdamW, whatever a checkpoint of an older torch says
+        group["decoupled_weight_decay"] = True  # which a checkpoint of an older torch does not say

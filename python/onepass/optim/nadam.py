@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_betas, check_not_negative
 
 
 class NAdam(FusedOptimizer):
@@ -61,31 +61,13 @@ class NAdam(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
-        for index, beta in enumerate(group["betas"]):
-            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
-        check(group["momentum_decay"] >= 0, "Invalid momentum_decay value", group["momentum_decay"])
+        check_not_negative(group, "lr", "eps")
+        check_betas(group)
+        check_not_negative(group, "weight_decay", "momentum_decay")
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

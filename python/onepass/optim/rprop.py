@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_not_negative
 
 _VARIANTS = ("irprop-", "rprop-")
 
@@ -62,25 +62,12 @@ class Rprop(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "etas": etas,
-            "step_sizes": step_sizes,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "variant": variant,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         eta_minus, eta_plus = group["etas"]
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        check_not_negative(group, "lr")
         if not 0 < eta_minus < 1 < eta_plus:
             raise ValueError(f"Invalid eta values: {eta_minus}, {eta_plus}")
         if group["variant"] not in _VARIANTS:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar, name_of
+from ._options import check, check_betas, name_of
 
 
 class SparseAdam(FusedOptimizer):
@@ -49,11 +49,7 @@ class SparseAdam(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "maximize": maximize}
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
         self._check_params(lambda p: p.is_sparse, "Sparse", "SparseAdam requires dense parameter tensors")
         self._check_params(lambda p: p.is_complex(), "Complex", "SparseAdam does not support complex parameters")
 
@@ -66,8 +62,7 @@ class SparseAdam(FusedOptimizer):
         super()._check_options(group)
         check(group["lr"] > 0, "Invalid learning rate", group["lr"])
         check(group["eps"] > 0, "Invalid epsilon value", group["eps"])
-        for index, beta in enumerate(group["betas"]):
-            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
+        check_betas(group)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
