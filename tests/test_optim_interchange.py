@@ -420,12 +420,7 @@ def test_inside_of_a_wrapper(wrap):
 
 
 EXTRAS = [
-    ("SGD", {"lr_in_velocity": True, "momentum": 0.9}),
-    ("Adam", {"bias_correction": False}),
-    ("AdamW", {"eps_inside_sqrt": True}),
-    ("RMSprop", {"eps_inside_sqrt": True}),
-    ("Adagrad", {"eps_inside_sqrt": True}),
-    ("Rprop", {"variant": "rprop-"}),
+    *((name, {k: v}) for name, rule in RULES.items() for k in rule.only_ours for v in rule.options[k][1:]),
     ("Adam", {"max_norm": 1.0}),
     ("NAdam", {"normalize_grads": True}),
     ("SGD", {"fused_unscale": True}),
