@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
-from .._mend import Mender
+from ._checks import RequiredStates, check_loaded_states, check_params, name_of
 from ._distributed import reduce_sharded
-from ._options import as_python_number, check, check_params, check_scalar, name_of, options_of
-from ._parameter_states import Wanted, check_states, full_state, restore_precision, scalar_tensor
+from ._options import SHARED, as_python_number, check_agreement, check_scalar, check_shared_options, options_of
+from ._parameter_states import full_state, restore_precision, scalar_tensor
+from ._staging import Staging
 
-# Options of every optimizer here beside its own; all are kept in the param groups.
-_SHARED = ("max_norm", "normalize_grads", "fused_unscale")
 _NOT_OPTIONS = ("self", "params", "__class__")  # of what locals() has in a constructor
 
 
@@ -60,23 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
         check_scalar("lr", group["lr"])
-        self._check_shared_options(group)
-
-    def _check_shared_options(self, group: dict[str, Any]) -> None:
-        """The part that is asked again at every step: groups are dicts that anyone may change."""
-        if group.get("differentiable"):
-            raise RuntimeError(
-                f"`fused` does not support `differentiable`: {type(self).__name__} writes parameters in place in one kernel. "
-                f"Use torch.optim.{type(self).__name__}(differentiable=True) to differentiate through the step."
-            )
-        if group.get("foreach") and group.get("fused"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        max_norm = group["max_norm"]
-        if max_norm is not None:
-            check_scalar("max_norm", max_norm)
-            check(max_norm >= 0, "Invalid max_norm value", max_norm)
-            if group["normalize_grads"]:
-                raise ValueError("max_norm and normalize_grads exclude each other: clip to a norm or divide by it")
+        check_shared_options(group, type(self).__name__)
 
     def _all_state_names(self) -> tuple[str, ...]:
         """Every state that some choice of options makes."""
@@ -125,21 +108,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 param_group[option] = as_python_number(param_group[option])
             self._check_options({**self.defaults, **param_group})
             for other in self.param_groups[:1]:
-                self._check_agreement(other, {**self.defaults, **param_group})
+                check_agreement(other, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1], len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
-
-    @staticmethod
-    def _check_agreement(group: dict[str, Any], other: dict[str, Any]) -> None:
-        for option in _SHARED:
-            if group[option] != other[option]:
-                raise ValueError(
-                    f"{option} counts for the whole optimizer, but its groups disagree: {group[option]} and {other[option]}"
-                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
@@ -154,7 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if loading is not None:  # how this process scales its losses is not the checkpoint's to say
                 group["fused_unscale"] = old["fused_unscale"]
             self._check_options(group)
-            self._check_agreement(state["param_groups"][0], group)
+            check_agreement(state["param_groups"][0], group)
         if loading is not None:
             restore_precision(state, loading, self.scalar_states)
         for number, group in enumerate(state["param_groups"]):
@@ -163,7 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if loading is not None:  # for groups that are added later
             for group in self.param_groups[:1]:
-                self.defaults.update({option: group[option] for option in _SHARED})
+                self.defaults.update({option: group[option] for option in SHARED})
 
     @_compat.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -190,7 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
         """Check the loaded states of a group's parameters, and put 0-d ones where they have to live."""
-        wanted = Wanted(
+        required = RequiredStates(
             type(self).__name__,
             self._state_names(group),
             tuple(self.scalar_states),
@@ -201,7 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, param in enumerate(group["params"]):
             states = state.get(param)
             if states:
-                check_states(name_of(group, number, index), param, states, wanted)
+                check_loaded_states(name_of(group, number, index), param, states, required)
                 for name in self.scalar_states:
                     states[name] = self._scalar_tensor(group, param, states[name])
 
@@ -245,18 +220,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _clip(self) -> _native.Clip:
         options = self.param_groups[0]
         for group in self.param_groups:
-            self._check_shared_options(group)
-            self._check_agreement(options, group)
+            check_shared_options(group, type(self).__name__)
+            check_agreement(options, group)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not options["fused_unscale"] and (grad_scale is not None or found_inf is not None):
             raise RuntimeError(
                 "grad_scale and found_inf are set on this optimizer, but it was made without fused_unscale=True and would "
                 "ignore them"
             )
-        return _native.Clip(options["max_norm"], options["normalize_grads"], grad_scale, found_inf)
+        max_norm = None if options["max_norm"] is None else float(options["max_norm"])
+        return _native.Clip(max_norm, bool(options["normalize_grads"]), grad_scale, found_inf)
 
     def _update(self, clip: _native.Clip) -> None:
-        plan, menders, missing = self._gather(None)
+        plan, stagings, missing = self._gather(None)
         if clip.needs_norm and plan.has_subclasses():
             clip.reduce = reduce_sharded(self.param_groups)
         self._check_capture(plan)
@@ -266,10 +242,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 made = [(group["params"][i], self._new_states(group, group["params"][i])) for group, i in missing]
                 for param, states in made:
                     self.state[param].update(states)
-                plan, menders, missing = self._gather(self._fresh_params(missing) or None)
+                plan, stagings, missing = self._gather(self._fresh_params(missing) or None)
                 if missing:
                     raise RuntimeError("the optimizer's state changed while it was being made")
-            norm = _native.update(plan, menders, clip)
+            norm = _native.update(plan, stagings, clip)
         except BaseException:
             if not plan.has_run():
                 self._take_back(made)
@@ -300,38 +276,37 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"is False."
             )
 
-    def _gather(self, fresh: set[Tensor] | None) -> tuple[Any, list[Mender], list[tuple[dict[str, Any], int]]]:
-        """Check and collect every group: plan, menders, and the [(group, index)] whose state is still to be made."""
+    def _gather(self, fresh: set[Tensor] | None) -> tuple[Any, list[Staging], list[tuple[dict[str, Any], int]]]:
+        """Check and collect every group: plan, stagings, and the [(group, index)] whose state is still to be made."""
         plan = _native.new_plan()
-        menders: list[Mender] = []
+        stagings: list[Staging] = []
         missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
             device_scalars = bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
-            mender = Mender(
+            staging = Staging(
                 partial(name_of, group, number),
                 states,
-                _native.cuda_kernels,
                 self._sparse_refusal(group),
                 partial(self._replace_state, group),
-                _native.takes_rows(self.rule, states),
+                _native.find_variant(self.rule, states)[1].takes_rows,
                 device_scalars,
             )
-            menders.append(mender)
+            stagings.append(staging)
             native = _native.Group(
                 self.rule,
                 states,
                 group["params"],
                 self.state,
                 self._hyper(group),
-                mender,
+                staging,
                 counts_steps="step" in self.scalar_states,
                 device_scalars=device_scalars,
                 maximize=group["maximize"],
                 fresh=fresh,
             )
             missing += [(group, index) for index in native.gather(plan)]
-        return plan, menders, missing
+        return plan, stagings, missing
 
     def _replace_state(self, group: dict[str, Any], index: int, name: str, tensor: Tensor) -> None:
         self.state[group["params"][index]][name] = tensor

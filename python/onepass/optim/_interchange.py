@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from .._mend import state_dtype
 from ._base import FusedOptimizer
-from ._options import check_params, options_of
+from ._checks import check_params, state_dtype
+from ._options import options_of
 from ._wrapper_states import params_of
 
 # What to do about an option that torch.optim does not have; the others are other forms of a rule.
@@ -130,7 +130,7 @@ def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], who: str, module: str
 def _widened(param: Tensor, value: Any) -> Any:
     """A state as this package keeps it: float32 beside 16-bit parameters."""
     is_state = isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
-    return value.to(state_dtype(param.dtype)) if is_state and param.is_floating_point() and param.dim() else value
+    return value.to(state_dtype(param)) if is_state and param.is_floating_point() and param.dim() else value
 
 
 def _check_representable(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _compat, _native
-from .._mend import Mender, state_dtype
-from ._options import as_python_number, name_of
+from ._checks import check_loaded_shape, name_of, state_dtype
+from ._options import as_python_number
+from ._staging import Staging
 from ._wrapper_states import State, States, WeakStates, params_of
 
 
@@ -153,9 +154,9 @@ class Wrapper(torch.optim.Optimizer):
         _compat.end_load(self)
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
-        wanted = [name for name in self.defaults if name.startswith(self.prefix)]
+        required = [name for name in self.defaults if name.startswith(self.prefix)]
         for group in groups:
-            missing = [name for name in wanted if name not in group]
+            missing = [name for name in required if name not in group]
             if missing:
                 raise ValueError(
                     f"the loaded state is not one of {type(self).__name__}: its groups lack {missing}. The state of the "
@@ -174,13 +175,8 @@ class Wrapper(torch.optim.Optimizer):
             if not isinstance(states, dict) or self.kept not in states:
                 continue
             value = states[self.kept]
-            if not isinstance(value, Tensor) or value.shape != param.shape:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-                raise ValueError(
-                    f"{names_of(self.param_groups, [param])(0)}: the loaded state '{self.kept}' has {came}, the parameter has "
-                    f"shape {tuple(param.shape)}. The state belongs to another model."
-                )
-            own[param] = {self.kept: value.to(device=param.device, dtype=state_dtype(param.dtype))}
+            check_loaded_shape(names_of(self.param_groups, [param])(0), param, self.kept, value)
+            own[param] = {self.kept: value.to(device=param.device, dtype=state_dtype(param))}
             rest[i] = {name: state for name, state in states.items() if name != self.kept}
             if not rest[i]:
                 del rest[i]
@@ -201,7 +197,7 @@ def kept_copy(param: Tensor) -> Tensor:
     """A copy of a parameter as kernels keep it: with its strides, float32 for 16 bits, a DTensor of a DTensor."""
     with torch.no_grad():
         like = torch.zeros_like(
-            param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format, requires_grad=False
+            param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
         )
         return like.copy_(param)
 
@@ -215,26 +211,26 @@ def gather(
     hyper: dict[str, float | Tensor],
     plan: Any,
     **options: Any,
-) -> tuple[Mender, list[Tensor]]:
+) -> tuple[Staging, list[Tensor]]:
     """Check and collect the tensors of a pass with one state; which parameters still lack it."""
 
     def replace(index: int, name: str, tensor: Tensor) -> None:
         state[params[index]][name] = tensor
 
     sparse_text = cast("str | None", options.pop("sparse_text", None))
-    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace=replace)
-    missing = _native.Group(rule, (name,), params, state, hyper, mender, **options).gather(plan)
-    return mender, [params[index] for index in missing]
+    staging = Staging(names_of(groups, params), (name,), sparse_text, replace)
+    missing = _native.Group(rule, (name,), params, state, hyper, staging, **options).gather(plan)
+    return staging, [params[index] for index in missing]
 
 
 def restore(groups: list[dict[str, Any]], states: State) -> None:
     """Write kept weights back, states[param]["old_param"], in one pass. To do it twice changes nothing."""
     plan = _native.new_plan()
     hyper: dict[str, float | Tensor] = {"rho": 0.0, "adaptive": 0.0}
-    mender, missing = gather("sam", "old_param", groups, list(states), states, hyper, plan, reads_grad=False)
+    staging, missing = gather("sam", "old_param", groups, list(states), states, hyper, plan, reads_grad=False)
     if missing:
         raise RuntimeError(
             "the weights from before are gone: the optimizer's state was changed from outside. Load model and optimizer from a "
             "checkpoint"
         )
-    _native.update(plan, [mender], _native.Clip())
+    _native.update(plan, [staging], _native.Clip())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _compat, _native
+from ._staging import Staging
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -69,7 +72,28 @@ def clip_grad_norm_(
     if norm_type == 0 or not parts_suffice or _sharded(gradients):
         return _clip_by_torch(gradients, max_norm, norm_type, error_if_nonfinite)
     dtype = functools.reduce(torch.promote_types, (g.dtype.to_real() for g in gradients))
-    return _native.clip_to_norm(gradients, max_norm, norm_type, dtype, error_if_nonfinite)
+    plan, staging = _gather(gradients, math.inf)
+    norm = _native.norm_of(plan, norm_type)
+    _check_finite(norm.to(dtype), norm_type, error_if_nonfinite)
+    if plan.cuda_devices() or not max_norm / (float(norm) + 1e-6) >= 1:  # on the CPU a factor of 1 needs no pass
+        _native.update(plan, [staging], _native.Clip(max_norm), norm)
+    return norm.to(dtype)
+
+
+def _gather(gradients: list[Tensor], limit: float) -> tuple[Any, Staging]:
+    """A plan that clamps the gradients in place to [-limit, limit]."""
+    plan, staging = _native.new_plan(), Staging(lambda index: f"gradient {index}", ())
+    _native.Group("clip", (), gradients, {}, {"limit": limit}, staging, reads_grad=False).gather(plan)
+    return plan, staging
+
+
+def _check_finite(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
+    """Raise torch's RuntimeError for a norm that is NaN or infinite, if requested (that reads it on the host)."""
+    if error_if_nonfinite and not bool(torch.isfinite(norm)):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
+            f"disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
 
 
 def _sharded(gradients: list[Tensor]) -> bool:
@@ -83,7 +107,7 @@ def _clip_by_torch(gradients: list[Tensor], max_norm: float, norm_type: float, e
         norms = [torch.linalg.vector_norm(g, norm_type) for g in gradients]
         device = norms[0].device
         total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
-        _native.check_finite(total, norm_type, error_if_nonfinite)
+        _check_finite(total, norm_type, error_if_nonfinite)
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for g in gradients:
             g.mul_(factor.to(g.device))
@@ -107,4 +131,5 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         for g in gradients:
             g.clamp_(-clip_value, clip_value)
     elif gradients:
-        _native.clip_to_value(gradients, float(clip_value))
+        plan, staging = _gather(gradients, float(clip_value))
+        _native.update(plan, [staging], _native.Clip())

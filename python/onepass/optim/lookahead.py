@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _compat, _native
-from .._mend import Mender
 from ._options import check, check_scalar
+from ._staging import Staging
 from ._wrapper import Wrapper, gather, kept_copy, restore
 from ._wrapper_states import State, params_of
 
@@ -141,16 +141,16 @@ class Lookahead(Wrapper):
         known = self._own.get
         return {p: state for p in params_of(self.param_groups) if (state := known(p)) and p.requires_grad}
 
-    def _gather(self, states: State, plan: Any, alpha: float | Tensor) -> Mender:
+    def _gather(self, states: State, plan: Any, alpha: float | Tensor) -> Staging:
         hyper = {"alpha": alpha}
         params = list(states)
-        mender, _ = gather("lookahead", self.kept, self.param_groups, params, states, hyper, plan, reads_grad=False)
-        return mender
+        staging, _ = gather("lookahead", self.kept, self.param_groups, params, states, hyper, plan, reads_grad=False)
+        return staging
 
     def _synchronise(self, alpha: float | Tensor) -> None:
         plan = _native.new_plan()
-        mender = self._gather(self._slow(), plan, alpha)
-        _native.update(plan, [mender], _native.Clip())
+        staging = self._gather(self._slow(), plan, alpha)
+        _native.update(plan, [staging], _native.Clip())
 
     # --- alpha="quadratic" --------------------------------------------------------------------------------------------
 
@@ -183,10 +183,10 @@ class Lookahead(Wrapper):
                 if param.grad is None:
                     continue
                 grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
-                way = param.to(state[self.kept].dtype) - state[self.kept]
+                difference = param.to(state[self.kept].dtype) - state[self.kept]
                 if param.is_complex():
-                    way, grad = torch.view_as_real(way), torch.view_as_real(grad)
-                part = (way * grad).sum(dtype=torch.float64)
+                    difference, grad = torch.view_as_real(difference), torch.view_as_real(grad)
+                part = (difference * grad).sum(dtype=torch.float64)
                 total += _compat.whole(part).to(total.device)
         return total
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
-from .._mend import Mender, state_dtype
+from ._checks import state_dtype
 from ._distributed import reduce_sharded
 from ._options import check, check_scalar
+from ._staging import Staging
 from ._wrapper import Wrapper, gather, restore
 from ._wrapper_states import State, params_of
 
@@ -211,12 +212,12 @@ class SAM(Wrapper):
                 f"{what} after first_step(): second_step(), or step() without a closure, has to come first"
             )
 
-    def _gather(self, states: State) -> tuple[Any, list[Mender], list[Tensor]]:
+    def _gather(self, states: State) -> tuple[Any, list[Staging], list[Tensor]]:
         plan = _native.new_plan()
-        menders: list[Mender] = []
+        stagings: list[Staging] = []
         missing: list[Tensor] = []
         for group in self.param_groups:
-            mender, lacking = gather(
+            staging, lacking = gather(
                 "sam",
                 self.kept,
                 self.param_groups,
@@ -227,9 +228,9 @@ class SAM(Wrapper):
                 maximize=bool(group.get("maximize", False)),  # the loss is then -loss, and so is its slope
                 sparse_text="SAM does not support sparse gradients",
             )
-            menders.append(mender)
+            stagings.append(staging)
             missing += lacking
-        return plan, menders, missing
+        return plan, stagings, missing
 
     def _perturb(self) -> None:
         adaptive = {bool(self._option(group, "sam_adaptive")) for group in self.param_groups}
@@ -238,17 +239,17 @@ class SAM(Wrapper):
         params = params_of(self.param_groups)
         self._own.keep_only(params)
         states = {param: self._own.get_or_make(param) for param in params if param.grad is not None}
-        plan, menders, missing = self._gather(states)
+        plan, stagings, missing = self._gather(states)
         if missing:  # everything was checked before the first copy is made
             for param in missing:
-                states[param][self.kept] = torch.zeros_like(param, dtype=state_dtype(param.dtype))
-            plan, menders, _ = self._gather(states)
+                states[param][self.kept] = torch.zeros_like(param, dtype=state_dtype(param))
+            plan, stagings, _ = self._gather(states)
         clip = _native.Clip(normalize=True, epsilon=1e-12, weighted=True in adaptive)
         if plan.has_subclasses():
             clip.reduce = reduce_sharded(self.param_groups, "SAM needs")
         self._perturbing, self._perturbed = plan, states
         try:
-            _native.update(plan, menders, clip)
+            _native.update(plan, stagings, clip)
         finally:
             if not plan.has_run():
                 self._perturbed = None

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_betas, name_of
+from ._checks import name_of
+from ._options import check, check_betas
 
 
 class SparseAdam(FusedOptimizer):
