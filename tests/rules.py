@@ -14,8 +14,8 @@ __all__ = ["RULES", "BesideReference", "BesideTorch", "Rule", "loss_of"]
 class BesideReference:
     """An optimizer and its float64 reference, stepped together and compared after every step, or every few.
 
-    A 16-bit parameter must be the reference's result rounded to its dtype. Both then go on from the parameters that
-    were stored: a tie that fell to the other side, or a rounding that weight decay feeds back, is no error.
+    A 16-bit parameter must be the reference's result rounded to its dtype. After each comparison the reference continues from
+    the stored parameters, so that a tie rounded the other way, or a rounding that weight decay feeds back, is no error.
     """
 
     def __init__(self, rule: Rule, case: Case, params: list[torch.nn.Parameter], every: int = 1) -> None:
@@ -54,8 +54,8 @@ class BesideReference:
             )
             for key, value in states.items():
                 assert_close(came[key], value, tolerance, f"{key} of parameter {i} {where}")
-                wanted = torch.float32 if key in self.optimizer.scalar_states else p.dtype if p.is_complex() else dtype
-                assert came[key].dtype == wanted, f"{key} of parameter {i} should be {wanted}, is {came[key].dtype}"
+                right = torch.float32 if key in self.optimizer.scalar_states else p.dtype if p.is_complex() else dtype
+                assert came[key].dtype == right, f"{key} of parameter {i} should be {right}, is {came[key].dtype}"
         self.compare_norm(where)
 
     def compare_norm(self, where: str) -> None:
@@ -69,7 +69,7 @@ class BesideReference:
 
 
 class BesideTorch:
-    """One small model trained by an optimizer of ours, its copy by torch's, on the same data; compared every step."""
+    """A small model trained by our optimizer, and its copy trained by torch's on the same data; compared every step."""
 
     def __init__(self, rule: Rule, case: Case | None = None, dtype: torch.dtype = torch.float64, device="cpu") -> None:
         self.rule, self.case = rule, case or rule.usual
@@ -97,7 +97,7 @@ class BesideTorch:
 
     def compare(self, tolerance: float | None = None) -> None:
         for (name, p), twin in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
-            # The training feeds back what differs, so ten times what one step may lose.
+            # Training feeds differences back, hence ten times the tolerance of one step.
             allowed = tolerance or 10 * ARITHMETIC[arithmetic_dtype(p.dtype)]
             assert_close(p, twin, allowed, f"{name} after {self.steps} steps", rounding(p.dtype))
 

@@ -28,7 +28,7 @@ MAY_INCLUDE = {
     "cpu": {"cpu", "rows", "core"},
     "cuda": {"cuda", "rows", "core"},
 }
-# What only the binding knows.
+# Only the binding may include these.
 PYTHON_HEADERS = re.compile(r"pybind11|Python\.h|torch/|ATen|c10")
 
 
@@ -85,7 +85,7 @@ def test_only_native_imports_the_extension(path: Path) -> None:
     assert not uses or native, f"{path.name} imports the extension"
 
 
-WRAPPERS = {"lookahead", "sam"}  # passes with a class; the others are functions
+WRAPPERS = {"lookahead", "sam"}  # the passes that have a class
 
 
 @pytest.mark.parametrize("rule", sorted(rules_in_cmake("ONEPASS_RULES") | WRAPPERS))
@@ -101,7 +101,7 @@ def test_every_rule_has_its_four_files(rule: str) -> None:
 
 
 def test_every_optimizer_is_exported() -> None:
-    """The import is written out in onepass.optim, where type checkers and editors read it; the test says which is missing."""
+    """Type checkers and editors read the import in onepass/optim/__init__.py; the message is the missing line."""
     for path in (PACKAGE / "optim").glob("[!_]*.py"):
         module = importlib.import_module(f"onepass.optim.{path.stem}")
         for name, cls in vars(module).items():
@@ -116,14 +116,14 @@ def test_every_optimizer_has_a_page_and_a_reference(name: str, cls: type[FusedOp
     page = ROOT / "docs" / "rules" / f"{inspect.getmodule(cls).__name__.rpartition('.')[2]}.md"
     text = page.read_text()
     parameters = inspect.signature(cls).parameters
-    said = f"`onepass.optim.{name}(params" in text or f"`onepass.optim.{name}`: the same" in text
-    assert said, f"{page.name} does not show how {name} is called"
+    has_call = f"`onepass.optim.{name}(params" in text or f"`onepass.optim.{name}`: the same" in text
+    assert has_call, f"{page.name} does not show how {name} is called"
     own = parameters.keys() - {"params", "foreach", "fused", "differentiable"}
-    unsaid = [argument for argument in own if argument not in text]
-    assert not unsaid, f"{page.name} does not say {unsaid}"
+    missing = [argument for argument in own if argument not in text]
+    assert not missing, f"{page.name} lacks the arguments {missing}"
     states = {*cls([torch.zeros(1)])._all_state_names(), *cls.scalar_states}
-    unsaid = [state for state in states if f"`{state}`" not in text]
-    assert not unsaid, f"{page.name} does not name the states {unsaid}"
+    missing = [state for state in states if f"`{state}`" not in text]
+    assert not missing, f"{page.name} lacks the states {missing}"
     for needed in ("Memory", "Source", f"csrc/rules/{cls.rule}.hpp"):
         assert needed in text, f"{page.name} has no {needed!r}"
     if name != "SparseAdam":  # it takes no dense gradients: tests/test_optim_sparse.py
@@ -140,7 +140,7 @@ def test_every_optimizer_names_a_rule_of_the_build() -> None:
 
 
 def test_the_rule_in_contributing_compiles(tmp_path: Path) -> None:
-    """The first of the four edits is code a newcomer copies."""
+    """Newcomers copy the code block."""
     blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     assert len(blocks) == 1, f"CONTRIBUTING.md should have one C++ block, has {len(blocks)}"
     compiler = shutil.which("g++") or pytest.skip("no g++ here")

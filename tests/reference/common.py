@@ -1,4 +1,4 @@
-"""What every optimizer shares, in this order: unscale, global norm, scale and sign, weight decay, then the rule."""
+"""The part that all rules share (unscale, global norm, scale and sign, weight decay, in this order), and `Rule`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,20 +13,20 @@ import torch
 Array = np.ndarray
 Case = dict[str, object]
 
-SHARED_DEFAULTS: ClassVar[Case] = {
+SHARED_DEFAULTS: Case = {
     "maximize": False,
     "max_norm": None,
     "normalize_grads": False,
     "fused_unscale": False,
 }
-# The values of the arguments that every rule has; a rule adds its own.
+# The values of the arguments that all rules have; each adds its own.
 SHARED_OPTIONS: dict[str, tuple] = {
     "maximize": (False, True),
     "max_norm": (None, 0.5),
     "normalize_grads": (False, True),
     "fused_unscale": (False, True),
 }
-DECAY: dict[str, tuple] = {"weight_decay": (0.0, 0.1)}  # every rule's but Rprop's
+DECAY: dict[str, tuple] = {"weight_decay": (0.0, 0.1)}  # of every rule but Rprop
 
 
 def total_norm(grads: Iterable[Array | None]) -> float:
@@ -46,8 +46,8 @@ def norm_scale(norm: float, max_norm: float | None, normalize_grads: bool) -> fl
 class Reference:
     """A rule derives from this class and fills in DEFAULTS and `update`.
 
-    params and grads are lists of float64 arrays; the parameters are written in place, the gradients never; None stands
-    for a gradient that is not there. `overrides[i]` replaces options for parameter i, as a param group does.
+    params and grads are lists of float64 arrays. Parameters are written in place, gradients never; None stands for a missing
+    gradient. `overrides[i]` replaces options for parameter i, as a param group does.
     """
 
     DEFAULTS: ClassVar[Case] = {}
@@ -85,7 +85,7 @@ class Reference:
                 self.update(w, g, self.state.setdefault(i, {}), o)
 
     def decoupled(self, o: Case) -> bool:
-        """Whether the decay is taken from the weights and not added to the gradient."""
+        """Whether decay scales the weights instead of adding to the gradient."""
         return False
 
     def update(self, w: Array, g: Array, state: dict[str, Array], o: Case) -> None:

@@ -40,7 +40,7 @@ class Group:
         reads_grad: selects between two variants with the same states.
         counts_steps: whether the state has a "step".
         device_scalars: whether "step" lives beside the parameter on CUDA.
-        maximize: whether the gradient changes its sign.
+        maximize: whether the gradient's sign is flipped.
         fresh: parameters whose states were made for this very step, for rules that treat them differently.
     """
 

@@ -1,4 +1,4 @@
-"""What every optimizer here shares: options, state, checkpoints, and the step that gathers, checks and then writes."""
+"""The base class of the optimizers: groups, states, checkpoints, and the step, which checks everything before it writes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ._options import SHARED, as_python_number, check_agreement, check_scalar, c
 from ._parameter_states import full_state, restore_precision, scalar_tensor
 from ._staging import Staging
 
-_NOT_OPTIONS = ("self", "params", "__class__")  # of what locals() has in a constructor
+_NOT_OPTIONS = ("self", "params", "__class__")  # the rest of locals() in a constructor
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the fused optimizers. A subclass names its rule, its options, its states and its hyper-parameters.
+    """Base of the fused optimizers. A subclass defines its rule, options, states and hyper-parameters.
 
     Args:
         params: parameters, named parameters or group dicts, as for torch.optim.
-        arguments: locals() at the start of the subclass's constructor. Each argument is an option, kept in the groups by its
-            name, as torch.optim keeps them.
+        arguments: locals() at the start of the subclass's constructor. Each argument is an option; the groups keep it under
+            its name, as in torch.optim.
 
     Every subclass has these keyword-only options:
         max_norm: clip the gradients of all groups together to this 2-norm, inside the step; None: no clipping.
@@ -36,9 +36,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     `.grad` is read, never written: clipping, unscaling and the sign of maximize happen on the way into the rule.
     """
 
-    rule: ClassVar[str]  # a word of the list in CMakeLists.txt
-    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states, and their values before the first step
-    sparse_text: ClassVar[str | None] = None  # torch's sentence when it refuses sparse gradients
+    rule: ClassVar[str]  # a word in ONEPASS_RULES in CMakeLists.txt
+    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states and their initial values
+    sparse_text: ClassVar[str | None] = None  # torch's sentence for refusing sparse gradients
 
     def __init__(self, params: ParamsT, arguments: dict[str, Any]) -> None:
         defaults = {name: as_python_number(value) for name, value in arguments.items() if name not in _NOT_OPTIONS}
@@ -46,14 +46,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | float | None = None
         super().__init__(params, defaults)
 
-    # --- what a subclass says -----------------------------------------------------------------------------------------
+    # --- what a subclass defines --------------------------------------------------------------------------------------
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the states of one element each, in the order of the rule."""
+        """Names of the per-element states under these options, in the rule's order."""
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
-        """A value for each hyper-parameter of the rule."""
+        """The value of each hyper-parameter of the rule."""
         raise NotImplementedError
 
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -62,15 +62,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_shared_options(group, type(self).__name__)
 
     def _all_state_names(self) -> tuple[str, ...]:
-        """Every state that some choice of options makes."""
+        """The per-element states under any options."""
         return _native.state_names(self.rule)
 
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
-        """What each element of a state is before the first step."""
+        """The value of a state's elements before the first step."""
         return 0.0
 
     def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
-        """torch's sentence when it refuses sparse gradients under these options; None: they are taken."""
+        """torch's sentence for refusing sparse gradients under these options; None: they are taken."""
         return self.sparse_text
 
     def _may_lack(self, name: str) -> bool:
@@ -78,7 +78,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return False
 
     def _needs_fresh(self, group: dict[str, Any]) -> bool:
-        """Whether the rule treats states apart that were made for this very step."""
+        """Whether the rule's first step with a state differs from later ones."""
         return False
 
     # --- torch.optim.Optimizer ----------------------------------------------------------------------------------------
@@ -87,12 +87,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Global 2-norm of the (unscaled) gradients of the last step that clipped or normalised: a 0-d tensor, or None.
 
-        It stays on the parameters' device; reading it as a number is what synchronises.
+        It stays on the parameters' device; only reading it as a number synchronises.
         """
         if self._grad_norm is None:
             return None
-        wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
-        dtype = torch.float64 if wide else torch.float32
+        any_double = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        dtype = torch.float64 if any_double else torch.float32
         if isinstance(self._grad_norm, Tensor):
             return self._grad_norm.to(dtype)
         return torch.tensor(self._grad_norm, dtype=dtype, device="cpu")
@@ -102,7 +102,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return bool(self.defaults["fused_unscale"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch.optim does; its options are checked like those of the constructor."""
+        """Add a group, as torch.optim does; its options are checked like the constructor's."""
         if isinstance(param_group, dict):
             for option in param_group.keys() & self.defaults.keys():
                 param_group[option] = as_python_number(param_group[option])
@@ -117,16 +117,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
+        """Restore from a pickle or a copy. load_state_dict() calls it too, without the defaults."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
-        for option, value in options_of(type(self)).items():  # a pickle of an older onepass
+        for option, value in options_of(type(self)).items():  # which a pickle of an older onepass may lack
             defaults.setdefault(option, value)
         old_groups = [{}] * len(state["param_groups"]) if loading is None else self.param_groups
         for group, old in zip(state["param_groups"], old_groups, strict=True):
             for option, value in {**defaults, **old}.items():
                 group.setdefault(option, value)
-            if loading is not None:  # how this process scales its losses is not the checkpoint's to say
+            if loading is not None:  # a checkpoint does not decide how this process scales its losses
                 group["fused_unscale"] = old["fused_unscale"]
             self._check_options(group)
             check_agreement(state["param_groups"][0], group)
@@ -147,7 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Options that the state lacks (ours, in a checkpoint of torch.optim) keep their values. States keep their precision:
         float32 beside 16-bit parameters. Raises ValueError, with nothing changed, where groups, shapes or forms differ.
         """
-        # The base class casts states to the parameter's dtype and then calls __setstate__, which repairs that from here.
+        # The base class casts states to the parameter's dtype, then calls __setstate__, which restores them from `loading`.
         loading: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(
             lambda _, loaded: loading.update(loaded)
@@ -160,11 +160,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             del self._loading
 
     def _saved_state(self, states: dict[str, Any]) -> dict[str, Any]:
-        """The states of a parameter as torch's namesake has them."""
+        """A parameter's states in the form that torch's namesake saves."""
         return states
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
-        """Check the loaded states of a group's parameters, and put 0-d ones where they have to live."""
+        """Check the loaded states of a group's parameters and move the 0-d ones to their device."""
         required = RequiredStates(
             type(self).__name__,
             self._state_names(group),
@@ -181,7 +181,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     states[name] = self._scalar_tensor(group, param, states[name])
 
     def _scalar_tensor(self, group: dict[str, Any], param: Tensor, value: float | Tensor) -> Tensor:
-        return scalar_tensor(param, value, on_device=bool(group.get("capturable") or group["fused_unscale"]))
+        return scalar_tensor(param, value, self._counts_on_device(group))
+
+    def _counts_on_device(self, group: dict[str, Any]) -> bool:
+        """Whether 0-d states live beside parameters on CUDA."""
+        return bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             closure: evaluates the model and returns the loss; called once, with gradients enabled.
 
         Returns:
-            What the closure returned, or None.
+            The closure's result, or None.
 
         Raises:
             RuntimeError: naming the parameter, before anything is written, where one cannot be updated.
@@ -210,12 +214,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _found_overflow(self, found_inf: Tensor | None) -> bool:
-        """Whether the step is to be skipped, as far as the host decides: a kernel on the device that has found_inf reads it."""
+        """Whether the host skips the step for an overflow. It leaves that to the kernels where found_inf is on their device."""
         if found_inf is None:
             return False
         stepped = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
-        kernels_look = _native.is_on_cuda(found_inf) and any(_native.is_on_cuda(p) for p in stepped)
-        return not kernels_look and bool(found_inf)
+        kernels_decide = _native.is_on_cuda(found_inf) and any(_native.is_on_cuda(p) for p in stepped)
+        return not kernels_decide and bool(found_inf)
 
     def _clip(self) -> _native.Clip:
         options = self.param_groups[0]
@@ -238,7 +242,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_capture(plan)
         made: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
-            if missing:  # parameters met for the first time; everything was checked before their states are made
+            if missing:  # parameters that step for the first time; all were checked before states are made
                 made = [(group["params"][i], self._new_states(group, group["params"][i])) for group, i in missing]
                 for param, states in made:
                     self.state[param].update(states)
@@ -248,18 +252,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             norm = _native.update(plan, stagings, clip)
         except BaseException:
             if not plan.has_run():
-                self._take_back(made)
+                self._discard(made)
             raise
         if norm is not None:
             self._grad_norm = norm
 
     def _fresh_params(self, missing: list[tuple[dict[str, Any], int]]) -> set[Tensor]:
-        """Those among them whose rule has to know that their states are new."""
+        """The parameters for which the rule needs to know that their states are new."""
         needs_fresh = {id(group): self._needs_fresh(group) for group in self.param_groups}
         return {group["params"][index] for group, index in missing if needs_fresh[id(group)]}
 
-    def _take_back(self, made: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
-        """Remove states made for a step that did not take place."""
+    def _discard(self, made: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Remove states that were made for a step that failed."""
         for param, states in made:
             of_param = self.state.get(param, {})
             for name in states:
@@ -268,22 +272,22 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state.pop(param, None)
 
     def _check_capture(self, plan: Any) -> None:
-        """A CUDA graph that replays a step whose number the host counts would repeat that one step."""
-        on_host = [g for g in self.param_groups if not (g.get("capturable") or g["fused_unscale"])]
-        if self.scalar_states and on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
+        """Raise if a CUDA graph would capture a step that the host counts: each replay would repeat the same step."""
+        counts_on_host = self.scalar_states and not all(map(self._counts_on_device, self.param_groups))
+        if counts_on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable "
                 f"is False."
             )
 
     def _gather(self, fresh: set[Tensor] | None) -> tuple[Any, list[Staging], list[tuple[dict[str, Any], int]]]:
-        """Check and collect every group: plan, stagings, and the [(group, index)] whose state is still to be made."""
+        """Check and collect every group. Gives the plan, the stagings, and [(group, index)] of parameters without states."""
         plan = _native.new_plan()
         stagings: list[Staging] = []
         missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
-            device_scalars = bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
+            device_scalars = self._counts_on_device(group)
             staging = Staging(
                 partial(name_of, group, number),
                 states,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Options of every optimizer here beside its own. Like those they stand in the groups, but count for the whole optimizer.
+# Options of every optimizer here. The groups have them like all options, but they apply to the whole optimizer.
 SHARED = ("max_norm", "normalize_grads", "fused_unscale")
 
 
@@ -25,22 +25,22 @@ def check_not_negative(group: dict[str, Any], *options: str) -> None:
 
 
 def check_betas(group: dict[str, Any]) -> None:
-    """Raise ValueError, torch.optim's for Adam, unless each of the betas is one number from 0 to below 1."""
+    """Raise torch.optim's ValueError unless each of the betas is one number in [0, 1)."""
     for index, beta in enumerate(group["betas"]):
         check_scalar(f"betas[{index}]", beta)
         check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
 
 
 def check_scalar(name: str, value: float | Tensor) -> None:
-    """A hyper-parameter given as a tensor must have one element."""
+    """Raise torch.optim's ValueError for a hyper-parameter that is a tensor of several elements."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element")
 
 
 def check_shared_options(group: dict[str, Any], optimizer: str) -> None:
-    """Raise for options, of those that every optimizer has, that are out of range or exclude each other.
+    """Raise for options of every optimizer that are out of range or exclude each other.
 
-    Checked again at every step, because users change the groups.
+    Every step calls this again, because users change the groups.
     """
     if group.get("differentiable"):
         raise RuntimeError(
@@ -67,15 +67,15 @@ def check_agreement(group: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def as_python_number(value: Any) -> Any:
-    """A number of NumPy's as Python's own, in a tuple too: torch.load(weights_only=True) takes no other. All else as it is."""
+    """NumPy numbers, alone or in a tuple, as Python numbers, the only ones that torch.load(weights_only=True) takes."""
     if isinstance(value, tuple):
         return tuple(map(as_python_number, value))
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
 
 
 def options_of(cls: type) -> dict[str, Any]:
-    """Options of an optimizer of this package, or of torch, with their defaults. What a subclass takes besides is its own."""
+    """Options of an optimizer of this package or of torch, with their defaults; without those that a user's subclass adds."""
     packages = (f"{__package__}.", "torch.optim.")
-    known = next(base for base in cls.__mro__ if base.__module__.startswith(packages))
-    parameters = inspect.signature(known).parameters.values()
+    base_class = next(base for base in cls.__mro__ if base.__module__.startswith(packages))
+    parameters = inspect.signature(base_class).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

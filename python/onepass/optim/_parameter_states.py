@@ -1,4 +1,4 @@
-"""The states of one parameter: how they are made, and what dtype and device loaded ones get."""
+"""The states of one parameter: made for its first step, or loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def full_state(param: Tensor, value: float) -> Tensor:
 
 
 def scalar_tensor(param: Tensor, value: float | Tensor, on_device: bool) -> Tensor:
-    """A 0-d state where it has to live: on the CPU, or beside a CUDA parameter for CUDA graphs and fused_unscale."""
+    """A 0-d state on its device: the CPU, or beside a CUDA parameter for CUDA graphs and fused_unscale."""
     on_device = on_device and param.is_cuda
     device = param.device if on_device else torch.device("cpu")
     dtype = torch.float32 if on_device else _compat.default_scalar_dtype()
@@ -35,9 +35,9 @@ def scalar_tensor(param: Tensor, value: float | Tensor, on_device: bool) -> Tens
 
 
 def restore_precision(state: dict[str, Any], loading: dict[str, Any], scalar_states: Collection[str]) -> None:
-    """Take states again from the loaded dict where torch's load_state_dict cast them to less than state_dtype.
+    """Take those states from the loaded dict again that torch's load_state_dict cast to the parameter's dtype.
 
-    The 0-d ones come back as they were saved: cast to the parameter's dtype, mu_product would be another number.
+    The 0-d ones get the dtype in which they were saved: a cast would change mu_product.
     """
     ids = [i for group in loading["param_groups"] for i in group["params"]]
     params = [p for group in state["param_groups"] for p in group["params"]]

@@ -19,23 +19,23 @@ class Adagrad(FusedOptimizer):
         G <- G + g^2
         w <- w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(G) + eps)
 
-    A sparse gradient updates the rows it has.
+    A sparse gradient updates only its rows.
 
     Source: Duchi, Hazan & Singer 2011.
 
     Args:
         params, lr, lr_decay, weight_decay, eps, maximize: as torch.optim.Adagrad. lr may be a tensor of one element; on CUDA
             it may live on the device and change without a synchronisation.
-        initial_accumulator_value: what G is before a parameter's first step.
-        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        initial_accumulator_value: G before a parameter's first step.
+        foreach, fused: hints to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
-        eps_inside_sqrt: sqrt(G + eps) in place of sqrt(G) + eps.
+        eps_inside_sqrt: sqrt(G + eps) instead of sqrt(G) + eps.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
 
-    State: step (0-d float32), sum (G), in the parameter's dtype (float32 for bfloat16 and float16). It is made in a
-    parameter's first step, or by share_memory().
+    State: step (0-d float32), sum (G), in the parameter's dtype (float32 for bfloat16 and float16). A parameter's first step
+    makes it, or share_memory().
 
     Raises:
         ValueError: an option out of range, with torch.optim's text.
@@ -65,7 +65,7 @@ class Adagrad(FusedOptimizer):
         super().__init__(params, locals())
 
     def share_memory(self) -> None:
-        """Move the states `sum` to shared memory, for processes that train together (Hogwild); made where they are missing."""
+        """Move the states `sum` to shared memory, for processes that train together (Hogwild). Makes missing states."""
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         made = [(param, self._new_states(group, param)) for group, param in params]
         for param, states in made:

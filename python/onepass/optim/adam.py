@@ -21,17 +21,17 @@ class Adam(FusedOptimizer):
         v <- beta2 * v + (1 - beta2) * g^2
         w <- w - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    With amsgrad the largest v so far takes the place of v. Sources: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018.
+    With amsgrad the largest v so far replaces v. Sources: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as torch.optim.Adam. lr and betas may
             be tensors of one element; on CUDA they may live on the device and change without a synchronisation.
-        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach, fused: hints to torch.optim, accepted and ignored: the only implementation is fused.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
         differentiable: must be False.
-        bias_correction: False leaves out the divisions by 1 - beta^t.
-        eps_inside_sqrt: sqrt(v + eps) in place of sqrt(v) + eps.
+        bias_correction: False omits the divisions by 1 - beta^t.
+        eps_inside_sqrt: sqrt(v + eps) instead of sqrt(v) + eps.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
 
     State: step (0-d float32), exp_avg, exp_avg_sq and with amsgrad max_exp_avg_sq, in the parameter's dtype (float32 for
@@ -87,8 +87,8 @@ class Adam(FusedOptimizer):
 class AdamW(Adam):
     r"""Adam with decoupled weight decay; torch.optim.AdamW in one pass over memory.
 
-    As Adam, with w <- w * (1 - lr * weight_decay) before the update in place of weight decay in the gradient.
-    Source: Loshchilov & Hutter 2019. Arguments, state and errors as Adam; weight_decay is 1e-2 by default.
+    Like Adam, but weight decay is w <- w * (1 - lr * weight_decay) before the update, and no part of the gradient.
+    Source: Loshchilov & Hutter 2019. Arguments, state and errors are Adam's; weight_decay is 1e-2 by default.
     """
 
     sparse_text = Adam.sparse_text if _compat.ADAMW_IS_AN_ADAM else "AdamW does not support sparse gradients"
@@ -117,4 +117,4 @@ class AdamW(Adam):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        group["decoupled_weight_decay"] = True  # which a checkpoint of an older torch does not say
+        group["decoupled_weight_decay"] = True  # older torch does not save it

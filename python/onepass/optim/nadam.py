@@ -26,7 +26,7 @@ class NAdam(FusedOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize: as torch.optim.NAdam. lr may
             be a tensor of one element; on CUDA it may live on the device and change without a synchronisation.
-        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach: a hint to torch.optim, accepted and ignored: the only implementation is fused.
         capturable: keep step and mu_product on the device, so that step() can be captured in a CUDA graph. On the CPU it
             changes nothing.
         differentiable: must be False.
@@ -75,6 +75,6 @@ class NAdam(FusedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         beta1, beta2 = group["betas"]
         own = ("lr", "eps", "weight_decay", "decoupled_weight_decay")
-        # The host multiplies mu_product too, so what it depends on has to be numbers.
+        # The host computes mu_product too, so the hyper-parameters that it depends on have to be numbers.
         product = {"beta1": float(beta1), "momentum_base": 0.96 ** float(group["momentum_decay"])}
         return {**product, "beta2": beta2, **{name: group[name] for name in own}}

@@ -30,7 +30,7 @@ class RMSprop(FusedOptimizer):
             element; on CUDA it may live on the device and change without a synchronisation.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
-        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach: a hint to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
         eps_inside_sqrt: D = sqrt(G + eps), or sqrt(max(0, G - a^2) + eps).
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.

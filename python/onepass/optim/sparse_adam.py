@@ -74,8 +74,8 @@ class SparseAdam(FusedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         beta1, beta2 = group["betas"]
         own = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-        not_here = {"weight_decay": 0.0, "decoupled_weight_decay": False, "eps_inside_sqrt": False}
-        return {**own, **not_here, "bias_correction": True, "eps_before_correction": True}
+        unused = {"weight_decay": 0.0, "decoupled_weight_decay": False, "eps_inside_sqrt": False}
+        return {**own, **unused, "bias_correction": True, "eps_before_correction": True}
 
     def _gather(self, fresh: set[Tensor] | None) -> Any:
         for number, group in enumerate(self.param_groups):
