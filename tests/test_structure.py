@@ -12,8 +12,7 @@ import onepass
 import pytest
 import torch
 from onepass import _native
-from onepass.optim._base import FusedOptimizer
-from onepass.optim._interchange import fused_optimizers
+from onepass.optim._base import FusedOptimizer, fused_optimizers
 from rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +59,12 @@ def test_dtypes_are_dispatched_in_one_place_per_device() -> None:
     assert homes == {"cpu/pack.hpp", "cuda/vector_io.cuh"}, "with_dtype() has the list; call it"
 
 
-@pytest.mark.parametrize("path", native_sources(), ids=lambda path: str(path.relative_to(CSRC)))
-def test_native_files_can_be_read_in_one_sitting(path: Path) -> None:
+def python_sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", native_sources() + python_sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     lines = path.read_text().count("\n")
     assert lines <= 350, f"{path.name} has {lines} lines: it holds more than one thing"
 
@@ -72,17 +75,23 @@ def test_rules_are_arithmetic_only(path: Path) -> None:
     assert not brackets, f"a rule needs core/rule.hpp and nothing else, {path.name} includes {brackets}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_native_imports_the_extension(path: Path) -> None:
+def imports_of(path: Path) -> list[str]:
+    """Modules and names that a file imports, those of the package without its name."""
     imported = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             imported += [node.module or "", *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
             imported += [alias.name for alias in node.names]
-    uses = any(name == "_C" or name.endswith("._C") for name in imported)
-    native = path.parent.name == "_native"
-    assert not uses or native, f"{path.name} imports the extension"
+    return imported
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_python_imports_go_one_way(path: Path) -> None:
+    """Only _native imports the extension, and it imports neither optim nor nn."""
+    imported = {name.split(".")[0] for name in imports_of(path)} | {name.split(".")[-1] for name in imports_of(path)}
+    wrong = {"optim", "nn"} if path.parent.name == "_native" else {"_C"}
+    assert not imported & wrong, f"{path.name} imports {sorted(imported & wrong)}"
 
 
 WRAPPERS = {"lookahead", "sam"}  # the passes that have a class

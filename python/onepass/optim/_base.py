@@ -324,3 +324,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             **{name: self._scalar_tensor(group, param, value) for name, value in scalars},
             **{name: full_state(param, self._initial_value(group, name)) for name in lacking},
         }
+
+
+def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
+    """The optimizers that onepass.optim exports, by name; not the wrappers around an optimizer."""
+    from .. import optim  # which imports this module
+
+    return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from ._base import FusedOptimizer
+from ._base import FusedOptimizer, fused_optimizers
 from ._checks import check_params, state_dtype
 from ._options import options_of
 from ._wrapper_states import params_of
@@ -102,13 +102,6 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
                 theirs.state[param][name] = optimizer.state[param][name]
     _hand_over(optimizer, theirs, dropped)
     return theirs
-
-
-def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
-    """The optimizers that onepass.optim exports, by name; not the wrappers around an optimizer."""
-    from .. import optim  # which imports this module
-
-    return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}
 
 
 def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], subject: str, module: str) -> Any:
