@@ -21,5 +21,5 @@ from .sam import SAM as SAM
 from .sgd import SGD as SGD
 from .sparse_adam import SparseAdam as SparseAdam
 
-if not TYPE_CHECKING:  # type checkers read the imports; so each name stands once
+if not TYPE_CHECKING:  # computed, to repeat no name; type checkers read the imports
     __all__ = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(f"{__name__}.")]

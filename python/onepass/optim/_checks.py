@@ -21,7 +21,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def name_of(group: dict[str, Any], number: int, index: int) -> str:
-    """What error messages call a parameter: its name where the optimizer was given named parameters."""
+    """What error messages call a parameter: its name if the optimizer has named parameters."""
     names = group.get("param_names")
     return f"parameter '{names[index]}'" if names else f"parameter {index} of group {number}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -210,6 +210,8 @@ def gather(
     state: State,
     hyper: dict[str, float | Tensor],
     plan: Any,
+    *,
+    sparse_text: str | None = None,
     **options: Any,
 ) -> tuple[Staging, list[Tensor]]:
     """Check and collect the tensors of a pass with one state. Gives the staging, and the parameters that lack the state."""
@@ -217,7 +219,6 @@ def gather(
     def replace(index: int, name: str, tensor: Tensor) -> None:
         state[params[index]][name] = tensor
 
-    sparse_text = cast("str | None", options.pop("sparse_text", None))
     staging = Staging(names_of(groups, params), (name,), sparse_text, replace)
     missing = _native.Group(rule, (name,), params, state, hyper, staging, **options).gather(plan)
     return staging, [params[index] for index in missing]

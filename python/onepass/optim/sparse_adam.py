@@ -22,7 +22,7 @@ class SparseAdam(FusedOptimizer):
         v <- beta2 * v + (1 - beta2) * g^2
         w <- w - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
 
-    Sources: Kingma & Ba 2015, the end of section 2, where eps stands before the correction; torch.optim.SparseAdam.
+    Sources: Kingma & Ba 2015, the end of section 2, which adds eps before the correction; torch.optim.SparseAdam.
 
     Args:
         params, lr, betas, eps, maximize: as torch.optim.SparseAdam. lr may be a tensor of one element; on CUDA it may live on
