@@ -13,6 +13,7 @@ from collections.abc import Callable
 import onepass
 import torch
 from onepass.nn import functional as OF
+from rules import RULES
 
 warnings.simplefilter("ignore")
 Tensors = dict[str, torch.Tensor]
@@ -272,18 +273,13 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensors], object], Tensors]] = {
         operands(x=IMAGE, weight=C, bias=C, stats=(3, 6)),
     ),
     **{
-        f"{kind.__name__}.step": (
-            step(lambda params, kind=kind, more=more: kind(params, lr=0.1, **more)),
+        f"{name}.step": (
+            step(lambda params, rule=rule, more=more: rule.ours(params, **{**rule.usual, **more})),
             operands(parameter=X, gradient=X, state=X),
         )
-        for kind, more in (
-            (OPTIM.SGD, {"momentum": 0.9}),
-            (OPTIM.Adam, {}),
-            (OPTIM.AdamW, {"max_norm": 0.5}),
-            (OPTIM.NAdam, {}),
-            (OPTIM.RMSprop, {}),
-            (OPTIM.Rprop, {}),
-            (OPTIM.Adagrad, {}),
+        for name, rule, more in (
+            *((name, rule, {}) for name, rule in RULES.items()),
+            ("AdamW clipped", RULES["AdamW"], {"max_norm": 0.5}),
         )
     },
     "clip_grad_norm_": (clip(lambda p: OPTIM.clip_grad_norm_([p], 0.5)), operands(gradient=X)),

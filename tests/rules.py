@@ -1,113 +1,21 @@
-"""The table of rules, and an optimizer stepped beside its reference."""
+"""An optimizer stepped beside its reference, or beside torch's, and compared after every step."""
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-import onepass
 import torch
-from reference import adagrad, adam, nadam, rmsprop, rprop, sgd
-from reference.common import Case, Reference
+from reference import RULES
+from reference.common import Case, Rule
 from support import ARITHMETIC, arithmetic_dtype, assert_close, rounding, to_numpy
 
-
-@dataclass(frozen=True)
-class Rule:
-    ours: type[torch.optim.Optimizer]
-    theirs: type[torch.optim.Optimizer]
-    reference: type[Reference]
-    to_torch: Callable[[Case], Case | None]
-    options: dict[str, tuple]
-    cases: list[Case]
-    product: list[Case]
-    usual: Case  # arguments under which every state of the rule exists
-
-    @property
-    def no_decay(self) -> Case:
-        """weight_decay=0, said aloud where the rule has it."""
-        return {"weight_decay": 0.0} if "weight_decay" in self.options else {}
-
-
-_no_decoupled = {key: values for key, values in adam.OPTIONS.items() if key != "decoupled_weight_decay"}
-RULES = {
-    "SGD": Rule(
-        onepass.optim.SGD,
-        torch.optim.SGD,
-        sgd.SGD,
-        sgd.to_torch,
-        sgd.OPTIONS,
-        sgd.CASES,
-        sgd.PRODUCT,
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
-    ),
-    "Adam": Rule(
-        onepass.optim.Adam,
-        torch.optim.Adam,
-        adam.Adam,
-        adam.to_torch,
-        adam.OPTIONS,
-        adam.CASES,
-        adam.PRODUCT,
-        {"lr": 0.1, "eps": 1e-4, "amsgrad": True, "weight_decay": 0.1},
-    ),
-    "AdamW": Rule(
-        onepass.optim.AdamW,
-        torch.optim.AdamW,
-        adam.AdamW,
-        adam.to_torch,
-        _no_decoupled,
-        adam.ADAMW_CASES,
-        [],  # Adam's product with decoupled_weight_decay=True
-        {"lr": 0.1, "eps": 1e-4, "amsgrad": True, "weight_decay": 0.1},
-    ),
-    "NAdam": Rule(
-        onepass.optim.NAdam,
-        torch.optim.NAdam,
-        nadam.NAdam,
-        nadam.to_torch,
-        nadam.OPTIONS,
-        nadam.CASES,
-        nadam.PRODUCT,
-        {"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1},
-    ),
-    "RMSprop": Rule(
-        onepass.optim.RMSprop,
-        torch.optim.RMSprop,
-        rmsprop.RMSprop,
-        rmsprop.to_torch,
-        rmsprop.OPTIONS,
-        rmsprop.CASES,
-        rmsprop.PRODUCT,
-        {"lr": 0.1, "eps": 2e-2, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
-    ),
-    "Rprop": Rule(
-        onepass.optim.Rprop,
-        torch.optim.Rprop,
-        rprop.Rprop,
-        rprop.to_torch,
-        rprop.OPTIONS,
-        rprop.CASES,
-        rprop.PRODUCT,
-        {"lr": 0.1},
-    ),
-    "Adagrad": Rule(
-        onepass.optim.Adagrad,
-        torch.optim.Adagrad,
-        adagrad.Adagrad,
-        adagrad.to_torch,
-        adagrad.OPTIONS,
-        adagrad.CASES,
-        adagrad.PRODUCT,
-        {"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1},
-    ),
-}
+__all__ = ["RULES", "BesideReference", "BesideTorch", "Rule", "loss_of"]
 
 
 class BesideReference:
     """An optimizer and its float64 reference, stepped together and compared after every step, or every few.
 
-    A 16-bit parameter must be the reference's result rounded to its dtype. Both then go on from the parameters that
-    were stored: a tie that fell to the other side, or a rounding that weight decay feeds back, is no error.
+    A 16-bit parameter must be the reference's result rounded to its dtype. After each comparison the reference continues from
+    the stored parameters, so that a tie rounded the other way, or a rounding that weight decay feeds back, is no error.
     """
 
     def __init__(self, rule: Rule, case: Case, params: list[torch.nn.Parameter], every: int = 1) -> None:
@@ -146,8 +54,8 @@ class BesideReference:
             )
             for key, value in states.items():
                 assert_close(came[key], value, tolerance, f"{key} of parameter {i} {where}")
-                wanted = torch.float32 if key in self.optimizer.scalar_states else p.dtype if p.is_complex() else dtype
-                assert came[key].dtype == wanted, f"{key} of parameter {i} should be {wanted}, is {came[key].dtype}"
+                right = torch.float32 if key in self.optimizer.scalar_states else p.dtype if p.is_complex() else dtype
+                assert came[key].dtype == right, f"{key} of parameter {i} should be {right}, is {came[key].dtype}"
         self.compare_norm(where)
 
     def compare_norm(self, where: str) -> None:
@@ -161,7 +69,7 @@ class BesideReference:
 
 
 class BesideTorch:
-    """One small model trained by an optimizer of ours, its copy by torch's, on the same data; compared every step."""
+    """A small model trained by our optimizer, and its copy trained by torch's on the same data; compared every step."""
 
     def __init__(self, rule: Rule, case: Case | None = None, dtype: torch.dtype = torch.float64, device="cpu") -> None:
         self.rule, self.case = rule, case or rule.usual
@@ -189,7 +97,7 @@ class BesideTorch:
 
     def compare(self, tolerance: float | None = None) -> None:
         for (name, p), twin in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
-            # The training feeds back what differs, so ten times what one step may lose.
+            # Training feeds differences back, hence ten times the tolerance of one step.
             allowed = tolerance or 10 * ARITHMETIC[arithmetic_dtype(p.dtype)]
             assert_close(p, twin, allowed, f"{name} after {self.steps} steps", rounding(p.dtype))
 

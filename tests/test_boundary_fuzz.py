@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onepass.nn import functional as OF
+from rules import RULES
 from support import ARITHMETIC, DTYPES, arithmetic_dtype, assert_close, rounding
 from torch.nn import functional as F
 
@@ -107,13 +108,6 @@ def test_dropout(data, dtype, shape, p, seed):
         )
 
 
-RULES = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
-    "Adam": {"lr": 0.1, "amsgrad": True},
-    "AdamW": {"lr": 0.1, "weight_decay": 0.1},
-    "RMSprop": {"lr": 0.1, "centered": True},
-    "Adagrad": {"lr": 0.1},
-}
 shapes = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=12)
 
 
@@ -133,7 +127,8 @@ def test_steps(data, name, kinds, sizes):
             twins[-1].grad = params[-1].grad.clone().double()
     if not params:
         return
-    ours, theirs = getattr(onepass.optim, name)(params, **RULES[name]), getattr(torch.optim, name)(twins, **RULES[name])
+    rule = RULES[name]
+    ours, theirs = rule.ours(params, **rule.usual), rule.theirs(twins, **rule.usual)
     for _ in range(2):
         ours.step()
         theirs.step()

@@ -7,10 +7,10 @@ import onepass
 import pytest
 import torch
 from onepass import _native
-from onepass._mend import Mender
 from onepass._native import batch_norm, layers
 from onepass._native.batch_norm import BatchNormOptions, Operands, Running, Saved
 from onepass._native.layers import DropoutOptions, NormOptions
+from onepass.optim._staging import Staging
 from support import assert_close
 
 N = 1000
@@ -104,10 +104,10 @@ def test_gradients_of_an_empty_batch_are_zero(weight):
 # --- a step that fails, or must not happen ----------------------------------------------------------------------------
 
 
-def gathered(plan, params: list[torch.Tensor]) -> Mender:
-    mender = Mender(lambda index: f"parameter {index}", (), _native.cuda_kernels)
-    _native.Group("clip", (), params, {}, {"limit": 1.0}, mender, reads_grad=False).gather(plan)
-    return mender
+def gathered(plan, params: list[torch.Tensor]) -> Staging:
+    staging = Staging(lambda index: f"parameter {index}", ())
+    _native.Group("clip", (), params, {}, {"limit": 1.0}, staging, reads_grad=False).gather(plan)
+    return staging
 
 
 @pytest.mark.skipif(_native.cuda_kernels and not _native.has_cuda, reason="the CUDA kernels take such numbers")
@@ -116,13 +116,13 @@ def test_updates_before_a_failure_are_completed():
     first = torch.full((4, 6), 3.0)[:, ::2]  # not dense, so updated in a copy
     second = torch.full((3,), 3.0)
     plan = _native.new_plan()
-    menders = [gathered(plan, [first])]
-    group = _native.Group("clip", (), [second], {}, {"limit": 1.0}, menders[0], reads_grad=False)
+    stagings = [gathered(plan, [first])]
+    group = _native.Group("clip", (), [second], {}, {"limit": 1.0}, stagings[0], reads_grad=False)
     group.hyper = (torch.tensor(1.0),)  # a number in device memory, which CPU kernels cannot read
     group.gather(plan)
     version = first._version
     with pytest.raises(ValueError, match="hyper-parameter in device memory"):
-        _native.update(plan, menders, _native.Clip())
+        _native.update(plan, stagings, _native.Clip())
     assert first.tolist() == [[1.0] * 3] * 4
     assert first._version > version
     assert second.tolist() == [3.0] * 3

@@ -1,28 +1,16 @@
 """Arguments in other forms: tensors for lr and betas, accepted hints, and torch's defaults and signatures."""
 
 import inspect
+import pydoc
 
+import onepass
 import pytest
 import torch
-from reference.adam import torch_has_decoupled
+from onepass.optim._base import fused_optimizers
+from reference.common import SHARED_DEFAULTS
 from rules import RULES, BesideReference
 from support import assert_same, parameter, snapshot
 
-OF_ALL = ["max_norm", "normalize_grads", "fused_unscale"]
-OURS = {
-    "SGD": ["lr_in_velocity", *OF_ALL],
-    "Adam": [
-        *([] if torch_has_decoupled else ["decoupled_weight_decay"]),
-        "bias_correction",
-        "eps_inside_sqrt",
-        *OF_ALL,
-    ],
-    "AdamW": ["bias_correction", "eps_inside_sqrt", *OF_ALL],
-    "NAdam": OF_ALL,
-    "RMSprop": ["eps_inside_sqrt", *OF_ALL],
-    "Rprop": ["variant", *OF_ALL],
-    "Adagrad": ["capturable", "eps_inside_sqrt", *OF_ALL],
-}
 ADAMS = {key: RULES[key] for key in ("Adam", "AdamW")}
 COUNTING = {key: rule for key, rule in RULES.items() if "capturable" in rule.options}
 
@@ -44,8 +32,11 @@ def test_signature_is_torchs_and_ours_is_keyword_only(rule):
     positional = [k for k, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [k for k, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     assert {k: p.default for k, p in ours.items() if k in theirs} == {k: p.default for k, p in theirs.items()}
-    assert sorted(ours.keys() - theirs.keys()) == sorted(OURS[rule]), "the arguments that torch does not have"
-    assert all(ours[k].kind is ours[k].KEYWORD_ONLY for k in OURS[rule])
+    added = ours.keys() - theirs.keys()
+    accepted = {*RULES[rule].only_ours, *SHARED_DEFAULTS, "capturable"}  # Adagrad of torch has no capturable
+    assert added <= accepted, f"arguments that neither torch nor the reference has: {added - accepted}"
+    assert added >= {*RULES[rule].only_ours, "max_norm", "normalize_grads", "fused_unscale"}
+    assert all(ours[name].kind is ours[name].KEYWORD_ONLY for name in added)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -156,3 +147,17 @@ def test_only_empty_tensors(device):
         both = BesideReference(rule, {**rule.usual, "max_norm": 1.0}, params)
         for _ in range(2):
             both.step([torch.zeros_like(p) for p in params])
+
+
+@pytest.mark.parametrize("name", fused_optimizers())
+def test_options_are_explained_and_misspelt_ones_refused(name):
+    """help() lists every option, the groups keep each by its name, and an unknown one is named in the error."""
+    cls = getattr(onepass.optim, name)
+    p = [parameter(torch.zeros(2))]
+    options = [option for option in inspect.signature(cls).parameters if option != "params"]
+    shown = pydoc.render_doc(cls, renderer=pydoc.plaintext)
+    assert [option for option in options if f"{option}: " not in shown] == []
+    assert cls(p).param_groups[0].keys() >= set(options)
+    assert {"max_norm", "normalize_grads", "fused_unscale"} <= set(options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_nrom'"):
+        cls(p, max_nrom=1.0)

@@ -6,20 +6,14 @@ import pickle
 
 import pytest
 import torch
+from reference.common import name
 from rules import RULES, BesideReference, BesideTorch
 from support import HALF, assert_same, needs_named_parameters, parameter, snapshot
 
-CASES = {
-    "SGD": [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}],
-    "Adam": [{"lr": 0.01}, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}],
-    "AdamW": [{"lr": 0.01}],
-    "NAdam": [{"lr": 0.01}, {"lr": 0.01, "momentum_decay": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}],
-    "RMSprop": [{"lr": 0.01}, {"lr": 0.01, "momentum": 0.9}, {"lr": 0.01, "momentum": 0.9, "centered": True}],
-    "Rprop": [{"lr": 0.01}, {"lr": 0.01, "etas": (0.3, 1.5)}],
-    "Adagrad": [{"lr": 0.1}, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}],
-}
-PAIRS = [
-    pytest.param(RULES[key], case, id=f"{key}-{i}") for key, cases in CASES.items() for i, case in enumerate(cases)
+FORMS = [
+    pytest.param(rule, form, id=f"{key}-{name(form, rule.options)}")
+    for key, rule in RULES.items()
+    for form in rule.torch_forms(rule.cases)
 ]
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
@@ -32,7 +26,7 @@ def through_file(state_dict: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(("rule", "case"), PAIRS)
+@pytest.mark.parametrize(("rule", "case"), FORMS)
 def test_torch_to_ours(rule, case, device):
     """An optimizer with other arguments takes everything from the checkpoint and continues like torch."""
     both = BesideTorch(rule, case, device=device)
@@ -42,7 +36,7 @@ def test_torch_to_ours(rule, case, device):
     both.train(5)
 
 
-@pytest.mark.parametrize(("rule", "case"), PAIRS)
+@pytest.mark.parametrize(("rule", "case"), FORMS)
 def test_ours_to_torch(rule, case, device):
     both = BesideTorch(rule, case, device=device)
     both.train(5)

@@ -3,12 +3,12 @@
 import contextlib
 import tempfile
 
-import onepass
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from processes import run
+from rules import RULES
 from support import assert_close
 
 pytestmark = [
@@ -32,13 +32,7 @@ if dist.is_available():
 needs_fully_shard = pytest.mark.skipif(fully_shard is None, reason="this torch has no public fully_shard")
 
 OPTIMIZERS: dict[str, tuple[type, type, dict]] = {
-    "SGD": (onepass.optim.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-    "Adam": (onepass.optim.Adam, torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
-    "AdamW": (onepass.optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
-    "NAdam": (onepass.optim.NAdam, torch.optim.NAdam, {"lr": 0.01}),
-    "RMSprop": (onepass.optim.RMSprop, torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9}),
-    "Rprop": (onepass.optim.Rprop, torch.optim.Rprop, {"lr": 0.01}),
-    "Adagrad": (onepass.optim.Adagrad, torch.optim.Adagrad, {"lr": 0.01, "initial_accumulator_value": 0.1}),
+    name: (rule.ours, rule.theirs, {**rule.usual, "lr": 0.01}) for name, rule in RULES.items()
 }
 
 

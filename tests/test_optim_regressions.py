@@ -151,7 +151,7 @@ def test_change_of_memory_format_moves_the_state_once(monkeypatch: pytest.Monkey
     optimizer.step()
     state = optimizer.state[conv.weight]["exp_avg"]
     assert state.stride() == conv.weight.stride(), "the state has the parameter's strides from now on"
-    monkeypatch.setattr(onepass._mend, "STRICT", True)
+    monkeypatch.setattr(onepass.optim._staging, "STRICT", True)
     optimizer.step()
     assert optimizer.state[conv.weight]["exp_avg"] is state
 

@@ -68,11 +68,8 @@ def test_every_combination_of_arguments(rule):
 
 def torch_cases(rule: Rule) -> list[dict]:
     """The cases that torch.optim can compute, once each; more than the pairs, because torch lacks many pairs."""
-    seen = {}
-    for case in rule.product or rule.cases:
-        form = rule.to_torch(case)
-        if form is not None and not case["fused_unscale"] and not case.get("capturable"):
-            seen[str(form) + str(case["max_norm"])] = case
+    cases = [case for case in rule.product or rule.cases if not case["fused_unscale"] and not case.get("capturable")]
+    seen = {f"{form} {case['max_norm']}": case for case in cases if (form := rule.to_torch(case)) is not None}
     return list(seen.values())
 
 

@@ -7,7 +7,8 @@ import re
 import onepass
 import pytest
 import torch
-from onepass import _mend, _native
+from onepass import _native
+from onepass.optim import _staging
 from rules import RULES
 from sparse import SPARSE, Beside, some_rows, sparse
 from support import ARITHMETIC, assert_close, assert_same, bits, parameter, snapshot
@@ -164,7 +165,7 @@ def test_tables_that_are_not_contiguous(rule, device, monkeypatch):
         theirs.step()
         assert_close(p, twin, 1e-13, "transposed table")
     before = snapshot(ours)
-    monkeypatch.setattr(_mend, "STRICT", True)
+    monkeypatch.setattr(_staging, "STRICT", True)
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*ONEPASS_STRICT"):
         ours.step()
     assert_same(snapshot(ours), before, "after the error")
@@ -358,7 +359,7 @@ def test_momentum_makes_the_gradient_dense(monkeypatch):
     p = parameter(torch.ones(3, 2))
     optimizer = onepass.optim.SGD([parameter(torch.ones(2)), p], lr=0.1, momentum=0.9)
     p.grad = sparse(p.shape, [1])
-    monkeypatch.setattr(_mend, "STRICT", True)
+    monkeypatch.setattr(_staging, "STRICT", True)
     assert_refused(optimizer, "parameter 1 of group 0")
 
 

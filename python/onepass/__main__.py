@@ -1,4 +1,4 @@
-"""`python -m onepass`: what this installation is and can do, and whether its kernels give torch's numbers here."""
+"""`python -m onepass`: the environment report, and a self-test of every kernel against torch in float64."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import _native, nn, optim, show_config
+from .optim._base import fused_optimizers
+from .optim._options import options_of
 
-_OPTIMIZERS = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01},
-    "AdamW": {"lr": 0.01},
-    "NAdam": {"lr": 0.01, "weight_decay": 0.01, "decoupled_weight_decay": True},
-    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
-    "Rprop": {"lr": 0.01},
-    "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
-    "SparseAdam": {"lr": 0.01},
+# Options that add states or terms to a rule. The self-test gives each optimizer those that it has.
+_OPTIONS: dict[str, Any] = {
+    "lr": 0.01,
+    "momentum": 0.9,
+    "nesterov": True,
+    "amsgrad": True,
+    "centered": True,
+    "weight_decay": 0.01,
+    "lr_decay": 0.1,
 }
+_OPTIMIZERS = fused_optimizers()
 _SHAPE, _SEED = (6, 5, 33), 1
 
 
@@ -31,7 +34,7 @@ def _dropout(ours: bool, x: Tensor) -> Tensor:
     return x * nn.functional.dropout_mask(x.shape, 0.3, _SEED, device=x.device) / 0.7
 
 
-# Ours, or torch's, on x and a weight and bias of the last dimension.
+# Our layer, or torch's, on x with a weight and bias of the last dimension.
 _LAYERS: dict[str, Callable[[bool, Tensor, Tensor, Tensor], Any]] = {
     "layer_norm": lambda ours, x, w, b: (nn.functional if ours else functional).layer_norm(x, w.shape, w, b),
     "rms_norm": lambda ours, x, w, b: (nn.functional if ours else functional).rms_norm(x, w.shape, w, 1e-5),
@@ -44,16 +47,17 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1, to
 
 
 def _largest_difference(name: str, dtype: torch.dtype, device: str) -> float:
-    """Parameters after a few steps: ours against torch's in float64 from the same start and gradients."""
+    """Parameters after five steps: ours against torch's in float64, from the same values and gradients."""
     torch.manual_seed(0)
     start = [torch.randn(size, dtype=dtype, device=device) for size in (1, 7, 1000)]
     ours = [torch.nn.Parameter(p.clone()) for p in start]
     theirs = [torch.nn.Parameter(p.double()) for p in start]
-    first = getattr(optim, name)(ours, **_OPTIMIZERS[name])
-    second = getattr(torch.optim, name)(theirs, **_OPTIMIZERS[name])
+    cls = _OPTIMIZERS[name]
+    options = {option: value for option, value in _OPTIONS.items() if option in options_of(cls)}
+    first, second = cls(ours, **options), getattr(torch.optim, name)(theirs, **options)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn_like(a).to_sparse() if name == "SparseAdam" else torch.randn_like(a)
+            a.grad = torch.randn_like(a).to_sparse() if cls is optim.SparseAdam else torch.randn_like(a)
             b.grad = a.grad.double()
         first.step()
         second.step()
@@ -61,7 +65,7 @@ def _largest_difference(name: str, dtype: torch.dtype, device: str) -> float:
 
 
 def _largest_layer_difference(name: str, dtype: torch.dtype, device: str) -> float:
-    """Result and gradient of the input: ours against torch's in float64."""
+    """Output and input gradient: ours against torch's in float64."""
     torch.manual_seed(0)
     x, dy = (torch.randn(_SHAPE, dtype=dtype, device=device) for _ in range(2))
     w, b = (torch.randn(_SHAPE[-1], dtype=dtype, device=device) for _ in range(2))
@@ -75,10 +79,10 @@ def _largest_layer_difference(name: str, dtype: torch.dtype, device: str) -> flo
 
 
 def _self_test() -> Iterator[tuple[str, bool]]:
-    places = [("cpu", isa) for isa in _native.isas()]
+    engines = [("cpu", isa) for isa in _native.isas()]
     if _native.has_cuda and torch.cuda.is_available():
-        places.append(("cuda", _native.isa()))
-    for device, isa in places:
+        engines.append(("cuda", _native.isa()))
+    for device, isa in engines:
         for name in [*_OPTIMIZERS, *_LAYERS]:
             difference = _largest_difference if name in _OPTIMIZERS else _largest_layer_difference
             with _native.use_isa(isa):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from cuda_on_host import backend
 from onepass import _native
-from onepass._mend import Mender
 from onepass.optim import SGD, Lookahead, clip_grad_norm_, clip_grad_value_
+from onepass.optim._staging import Staging
 from reference import clip
 from rules import RULES, BesideReference, Rule
 from sparse import SPARSE, Beside, some_rows, sparse
@@ -320,11 +320,11 @@ def test_restoring_by_numbers_in_device_memory(dtype):
     params = [p.to(dtype) for p in params]
     old = [o.to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32) for o in old]
     before = [bits(o) for o in old]
-    plan, mender = _native.new_plan(), Mender(str, ("old_param",), True)
+    plan, staging = _native.new_plan(), Staging(str, ("old_param",))
     state = {p: {"old_param": o} for p, o in zip(params, old, strict=True)}
     hyper = {"rho": torch.tensor(math.nan, device=DEVICE), "adaptive": 1.0}
-    assert not _native.Group("sam", ("old_param",), params, state, hyper, mender, reads_grad=False).gather(plan)
-    _native.update(plan, [mender], _native.Clip())
+    assert not _native.Group("sam", ("old_param",), params, state, hyper, staging, reads_grad=False).gather(plan)
+    _native.update(plan, [staging], _native.Clip())
     for p, o in zip(params, old, strict=True):
         assert bits(p) == bits(o.to(dtype))
     assert [bits(o) for o in old] == before

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, Rule
 
 
 class Adagrad(Reference):
@@ -40,19 +40,6 @@ OPTIONS = {
     **SHARED_OPTIONS,
 }
 
-
-def valid(case: Case) -> bool:
-    """What the constructor accepts: everything."""
-    return True
-
-
-PRODUCT = every(OPTIONS, valid)
-CASES = pairwise(PRODUCT)
-
-
-def to_torch(case: Case) -> Case | None:
-    """torch clips outside the step: the caller does it with `max_norm`; capturable is ours here."""
-    if case.get("eps_inside_sqrt") or case.get("normalize_grads"):
-        return None
-    ours = ("eps_inside_sqrt", "normalize_grads", "max_norm", "fused_unscale", "capturable")
-    return {key: value for key, value in case.items() if key not in ours}
+RULES = [
+    Rule(Adagrad, OPTIONS, usual={"lr": 0.1, "eps": 1e-4, "weight_decay": 0.1}, only_ours={"eps_inside_sqrt": False})
+]

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, Rule
 
 
 class Adam(Reference):
@@ -62,28 +62,20 @@ OPTIONS = {
     **SHARED_OPTIONS,
 }
 
+_USUAL: Case = {"lr": 0.1, "eps": 1e-4, "amsgrad": True, "weight_decay": 0.1}
+_ONLY_OURS: Case = {"bias_correction": True, "eps_inside_sqrt": False}
+# Older versions of torch decouple in AdamW alone.
+_DECOUPLED: Case = {"decoupled_weight_decay": False}
+_torch_has_decoupled = _DECOUPLED.keys() <= inspect.signature(torch.optim.Adam).parameters.keys()
 
-def valid(case: Case) -> bool:
-    """What the constructor accepts: everything."""
-    return True
-
-
-PRODUCT = every(OPTIONS, valid)
-CASES = pairwise(PRODUCT)
-ADAMW_CASES = pairwise(every({k: v for k, v in OPTIONS.items() if k != "decoupled_weight_decay"}, valid))
-
-
-torch_has_decoupled = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
-"""Whether torch's Adam has the option; in older ones AdamW alone decouples."""
-
-
-def to_torch(case: Case) -> Case | None:
-    """torch clips outside the step: the caller does it with `max_norm`; torch's capturable is for accelerators only."""
-    if case.get("eps_inside_sqrt") or case.get("normalize_grads") or not case.get("bias_correction", True):
-        return None
-    ours = ("eps_inside_sqrt", "normalize_grads", "bias_correction", "max_norm", "fused_unscale", "capturable")
-    if not torch_has_decoupled:
-        if case.get("decoupled_weight_decay"):
-            return None
-        ours += ("decoupled_weight_decay",)
-    return {key: value for key, value in case.items() if key not in ours}
+RULES = [
+    Rule(Adam, OPTIONS, usual=_USUAL, only_ours=_ONLY_OURS if _torch_has_decoupled else {**_ONLY_OURS, **_DECOUPLED}),
+    # Every combination has been tested as Adam's with decoupled_weight_decay=True.
+    Rule(
+        AdamW,
+        {name: values for name, values in OPTIONS.items() if name not in _DECOUPLED},
+        usual=_USUAL,
+        only_ours=_ONLY_OURS,
+        pairs_only=True,
+    ),
+]

@@ -23,12 +23,12 @@ def axes(x: Array) -> tuple[int, ...]:
 
 
 def per_channel(values: Array, x: Array) -> Array:
-    """[C] beside [N, C, *space]."""
+    """[C] as it broadcasts to [N, C, *space]."""
     return values.reshape(1, -1, *(1,) * (x.ndim - 2))
 
 
 def count(x: Array) -> int:
-    """Elements a channel."""
+    """Elements per channel."""
     return x.size // x.shape[1] if x.shape[1] else 0
 
 
@@ -43,7 +43,7 @@ def updated(running: Array, batch: Array, momentum: float) -> Array:
 
 
 def running_statistics(x: Array, running_mean: Array, running_var: Array, momentum: float) -> tuple[Array, Array]:
-    """After this batch: the variance that is averaged is the unbiased one. An empty batch changes nothing."""
+    """The running statistics after this batch. They average the unbiased variance; an empty batch changes nothing."""
     if x.size == 0:
         return running_mean, running_var
     with np.errstate(all="ignore"):
@@ -66,7 +66,7 @@ def batch_norm(
     residual: Array | None = None,
     slope: float | None = None,
 ) -> Array:
-    """With the statistics given (evaluation), or with the batch's own (training)."""
+    """With given statistics (evaluation), or with the batch's own (training)."""
     if x.size == 0:
         return x.copy()
     with np.errstate(all="ignore"):
@@ -96,7 +96,9 @@ def batch_norm_backward(
         dz = dy
         if slope is not None:
             out = batch_norm(x, weight, bias, eps, statistics, residual)
-            dz = np.where(out > 0, dy, slope * dy if slope else 0.0)  # a choice: ReLU stops an infinite gradient too
+            dz = np.where(
+                out > 0, dy, slope * dy if slope else 0.0
+            )  # a selection, so that ReLU stops an infinite gradient too
         g = dz if weight is None else dz * per_channel(weight, x)
         if statistics is None:  # the batch's statistics depend on x
             mean_g, mean_gx = g.mean(axis=axes(x)), (g * x_hat).mean(axis=axes(x))

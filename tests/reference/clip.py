@@ -6,7 +6,7 @@ from .common import Array, norm_scale
 
 
 def p_norm(values: Array, p: float) -> float:
-    """The p-norm of a vector; p = 0 counts what is not zero, ±inf are the largest and the smallest magnitude."""
+    """The p-norm of a vector; p = 0 counts the nonzero elements, ±inf give the largest and the smallest magnitude."""
     magnitude = np.abs(values)
     if values.size == 0:
         return 0.0

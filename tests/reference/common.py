@@ -1,28 +1,32 @@
-"""What every optimizer shares, in this order: unscale, global norm, scale and sign, weight decay, then the rule."""
+"""The part that all rules share (unscale, global norm, scale and sign, weight decay, in this order), and `Rule`."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations, product
 from typing import ClassVar
 
 import numpy as np
+import onepass
+import torch
 
 Array = np.ndarray
 Case = dict[str, object]
 
-SHARED_DEFAULTS: ClassVar[Case] = {
+SHARED_DEFAULTS: Case = {
     "maximize": False,
     "max_norm": None,
     "normalize_grads": False,
     "fused_unscale": False,
 }
-# The values of the arguments that every rule has; a rule adds its own.
+# The values of the arguments that all rules have; each adds its own.
 SHARED_OPTIONS: dict[str, tuple] = {
     "maximize": (False, True),
     "max_norm": (None, 0.5),
     "normalize_grads": (False, True),
     "fused_unscale": (False, True),
 }
-DECAY: dict[str, tuple] = {"weight_decay": (0.0, 0.1)}  # every rule's but Rprop's
+DECAY: dict[str, tuple] = {"weight_decay": (0.0, 0.1)}  # of every rule but Rprop
 
 
 def total_norm(grads: Iterable[Array | None]) -> float:
@@ -42,8 +46,8 @@ def norm_scale(norm: float, max_norm: float | None, normalize_grads: bool) -> fl
 class Reference:
     """A rule derives from this class and fills in DEFAULTS and `update`.
 
-    params and grads are lists of float64 arrays; the parameters are written in place, the gradients never; None stands
-    for a gradient that is not there. `overrides[i]` replaces options for parameter i, as a param group does.
+    params and grads are lists of float64 arrays. Parameters are written in place, gradients never; None stands for a missing
+    gradient. `overrides[i]` replaces options for parameter i, as a param group does.
     """
 
     DEFAULTS: ClassVar[Case] = {}
@@ -81,14 +85,14 @@ class Reference:
                 self.update(w, g, self.state.setdefault(i, {}), o)
 
     def decoupled(self, o: Case) -> bool:
-        """Whether the decay is taken from the weights and not added to the gradient."""
+        """Whether decay scales the weights instead of adding to the gradient."""
         return False
 
     def update(self, w: Array, g: Array, state: dict[str, Array], o: Case) -> None:
         raise NotImplementedError
 
 
-def every(options: dict[str, tuple], valid: Callable[[Case], bool]) -> list[Case]:
+def every(options: dict[str, tuple], valid: Callable[[Case], bool] = lambda case: True) -> list[Case]:
     """The full product of the options, without what the constructor refuses."""
     cases = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     return [case for case in cases if not (case.get("max_norm") and case.get("normalize_grads")) and valid(case)]
@@ -114,3 +118,58 @@ def name(case: Case, options: dict[str, tuple]) -> str:
     """A readable test id: the arguments that differ from the first value listed."""
     parts = (f"{key}={value}" for key, value in case.items() if value != options[key][0])
     return ",".join(parts).replace(" ", "") or "plain"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the tests need to know of one optimizer: its reference, its counterparts by the same name, its cases."""
+
+    reference: type[Reference]
+    options: dict[str, tuple]  # every argument and the values worth testing
+    usual: Case  # arguments under which every state of the rule exists
+    only_ours: Case = field(default_factory=dict)  # arguments that torch lacks, with the values that change nothing
+    valid: Callable[[Case], bool] = lambda case: True  # whether the constructor accepts the arguments together
+    pairs_only: bool = False  # the full product is another rule's
+
+    @property
+    def name(self) -> str:
+        return self.reference.__name__
+
+    @property
+    def ours(self) -> type[torch.optim.Optimizer]:
+        return getattr(onepass.optim, self.name)
+
+    @property
+    def theirs(self) -> type[torch.optim.Optimizer]:
+        return getattr(torch.optim, self.name)
+
+    @cached_property
+    def product(self) -> list[Case]:
+        """All combinations of the arguments' values; none where `pairs_only`."""
+        return [] if self.pairs_only else every(self.options, self.valid)
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """A short list with every pair of two arguments' values."""
+        return pairwise(self.product or every(self.options, self.valid))
+
+    @property
+    def no_decay(self) -> Case:
+        """weight_decay=0, explicitly, where the rule has it."""
+        return {"weight_decay": 0.0} if "weight_decay" in self.options else {}
+
+    def to_torch(self, case: Case) -> Case | None:
+        """The arguments of the same form in torch.optim; None where torch has no such form.
+
+        torch clips outside the step (the caller does, by `max_norm`), and its capturable is for accelerators only.
+        """
+        neutral = {**self.only_ours, "normalize_grads": False}
+        if any(case.get(name, value) != value for name, value in neutral.items()):
+            return None
+        dropped = {*neutral, "max_norm", "fused_unscale", "capturable"}
+        return {name: value for name, value in case.items() if name not in dropped}
+
+    def torch_forms(self, cases: list[Case]) -> list[Case]:
+        """The forms among the cases that torch has, once each, in torch's arguments."""
+        forms = {str(form): form for case in cases if (form := self.to_torch(case)) is not None}
+        return list(forms.values())

@@ -7,7 +7,7 @@ from .philox import keep_mask
 
 
 def scale(p: float, inverted: bool) -> float:
-    """The factor on what is kept in training. The original paper's form has none and scales in evaluation."""
+    """The factor on kept elements in training. The original paper's form has none and scales in evaluation."""
     return 1.0 / (1.0 - p) if inverted and p < 1 else 1.0
 
 
@@ -16,7 +16,7 @@ def dropout(x: Array, p: float, seed: int, *, training: bool = True, inverted: b
         return x.copy() if inverted else (1.0 - p) * x
     if p == 0:
         return x.copy()
-    # A choice, not a product: a dropped NaN or Inf gives 0.
+    # A selection, not a product, so that a dropped NaN or Inf gives 0.
     return np.where(keep_mask(x.shape, p, seed), x * scale(p, inverted), 0.0)
 
 

@@ -42,7 +42,7 @@ class Lookahead:
 
 
 def minimum(first: float, last: float, slope: float) -> float:
-    """Of q(x) = a·x² + b·x + c in [0, 1], where q(0) = first, q(1) = last, q'(1) = slope."""
+    """Where in [0, 1] q(x) = a·x² + b·x + c is smallest, with q(0) = first, q(1) = last, q'(1) = slope."""
     a, b = slope - (last - first), 2 * (last - first) - slope
     if not np.isfinite([first, last, slope]).all():
         return 0.5

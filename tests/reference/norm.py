@@ -18,7 +18,7 @@ class Gradients:
 
 
 def mean(x: Array) -> Array:
-    """Of each row. A row without elements has none."""
+    """The mean of each row; NaN for rows without elements."""
     return x.mean(axis=1, keepdims=True) if x.shape[1] else np.full((x.shape[0], 1), np.nan)
 
 
@@ -29,7 +29,7 @@ def affine(x_hat: Array, weight: Array | None, bias: Array | None) -> Array:
 
 
 def parameter_gradients(dy: Array, x_hat: Array, dx: Array, weight: Array | None, bias: Array | None) -> Gradients:
-    """dγ = Σ_rows dy⊙x̂ and dβ = Σ_rows dy; of one number: the sum over the row as well."""
+    """dγ = Σ_rows dy⊙x̂ and dβ = Σ_rows dy; for a scalar affine summed over the row too."""
 
     def reduced(values: Array, parameter: Array | None) -> Array | None:
         if parameter is None:

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, Rule
 
 
 class RMSprop(Reference):
@@ -54,19 +54,11 @@ OPTIONS = {
     **SHARED_OPTIONS,
 }
 
-
-def valid(case: Case) -> bool:
-    """What the constructor accepts: everything."""
-    return True
-
-
-PRODUCT = every(OPTIONS, valid)
-CASES = pairwise(PRODUCT)
-
-
-def to_torch(case: Case) -> Case | None:
-    """torch clips outside the step: the caller does it with `max_norm`; torch's capturable is for accelerators only."""
-    if case.get("eps_inside_sqrt") or case.get("normalize_grads"):
-        return None
-    ours = ("eps_inside_sqrt", "normalize_grads", "max_norm", "fused_unscale", "capturable")
-    return {key: value for key, value in case.items() if key not in ours}
+RULES = [
+    Rule(
+        RMSprop,
+        OPTIONS,
+        usual={"lr": 0.1, "eps": 2e-2, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+        only_ours={"eps_inside_sqrt": False},
+    )
+]

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .common import SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import SHARED_OPTIONS, Array, Case, Reference, Rule
 
 
 class Rprop(Reference):
@@ -43,19 +43,4 @@ OPTIONS = {
     **SHARED_OPTIONS,
 }
 
-
-def valid(case: Case) -> bool:
-    """What the constructor accepts: everything."""
-    return True
-
-
-PRODUCT = every(OPTIONS, valid)
-CASES = pairwise(PRODUCT)
-
-
-def to_torch(case: Case) -> Case | None:
-    """torch clips outside the step: the caller does it with `max_norm`; torch's capturable is for accelerators only."""
-    if case.get("variant", "irprop-") != "irprop-" or case.get("normalize_grads"):
-        return None
-    ours = ("variant", "normalize_grads", "max_norm", "fused_unscale", "capturable")
-    return {key: value for key, value in case.items() if key not in ours}
+RULES = [Rule(Rprop, OPTIONS, usual={"lr": 0.1}, only_ours={"variant": "irprop-"})]

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, every, pairwise
+from .common import DECAY, SHARED_OPTIONS, Array, Case, Reference, Rule
 
 
 class SGD(Reference):
@@ -46,13 +46,12 @@ def valid(case: Case) -> bool:
     return case["dampening"] == 0 or not (case["lr_in_velocity"] or case["fused_unscale"])
 
 
-PRODUCT = every(OPTIONS, valid)
-CASES = pairwise(PRODUCT)
-
-
-def to_torch(case: Case) -> Case | None:
-    """torch clips outside the step: the caller does it with `max_norm`. The velocity that holds lr is not torch's."""
-    if case.get("lr_in_velocity") or case.get("normalize_grads"):
-        return None
-    ours = ("lr_in_velocity", "normalize_grads", "max_norm", "fused_unscale")
-    return {key: value for key, value in case.items() if key not in ours}
+RULES = [
+    Rule(
+        SGD,
+        OPTIONS,
+        usual={"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+        only_ours={"lr_in_velocity": False},
+        valid=valid,
+    )
+]

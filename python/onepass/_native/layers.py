@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _C
 from .._dtypes import compute_dtype
-from . import _stream, is_on_cuda
+from .devices import current_stream, is_on_cuda
 
 __all__ = [
     "TINY",
@@ -65,7 +65,7 @@ def stream_of(x: Tensor) -> Place:
     """Where the kernels of x run."""
     if not x.is_cuda and not _C.cuda_on_host:
         return torch.get_num_threads(), 0, None
-    return 1, _stream(x.device.index), lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
+    return 1, current_stream(x.device.index), lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 # --- norms over rows --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every optimizer here shares: options, state, checkpoints, and the step that gathers, checks and then writes."""
+"""The base class of the optimizers: groups, states, checkpoints, and the step, which checks everything before it writes."""
 
 from __future__ import annotations
 
@@ -11,87 +11,66 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
-from .._mend import Mender
+from ._checks import RequiredStates, check_loaded_states, check_params, name_of
 from ._distributed import reduce_sharded
-from ._options import as_python_number, check, check_params, check_scalar, name_of, options_of
-from ._parameter_states import Wanted, check_states, full_state, restore_precision, scalar_tensor
+from ._options import SHARED, as_python_number, check_agreement, check_scalar, check_shared_options, options_of
+from ._parameter_states import full_state, restore_precision, scalar_tensor
+from ._staging import Staging
 
-# Options of every optimizer here beside its own; all are kept in the param groups.
-_SHARED = ("max_norm", "normalize_grads", "fused_unscale")
+_NOT_OPTIONS = ("self", "params", "__class__")  # the rest of locals() in a constructor
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the fused optimizers. A subclass names its rule, its options, its states and its hyper-parameters.
+    """Base of the fused optimizers. A subclass defines its rule, options, states and hyper-parameters.
 
     Args:
         params: parameters, named parameters or group dicts, as for torch.optim.
-        defaults: options of the rule, by their PyTorch names.
+        arguments: locals() at the start of the subclass's constructor. Each argument is an option; the groups keep it under
+            its name, as in torch.optim.
+
+    Every subclass has these keyword-only options:
         max_norm: clip the gradients of all groups together to this 2-norm, inside the step; None: no clipping.
         normalize_grads: divide the gradients by their global 2-norm (0 where it is 0). Excludes max_norm.
-        fused_unscale: let torch.amp.GradScaler hand its scale to step(), which then unscales, checks and skips by itself.
+        fused_unscale: let torch.amp.GradScaler pass its scale to step(), which then unscales, checks and skips by itself.
 
     `.grad` is read, never written: clipping, unscaling and the sign of maximize happen on the way into the rule.
     """
 
-    rule: ClassVar[str]  # a word of the list in CMakeLists.txt
-    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states, and their values before the first step
-    sparse_text: ClassVar[str | None] = None  # torch's sentence when it refuses sparse gradients
+    rule: ClassVar[str]  # a word in ONEPASS_RULES in CMakeLists.txt
+    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states and their initial values
+    sparse_text: ClassVar[str | None] = None  # torch's sentence for refusing sparse gradients
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        max_norm: float | None,
-        normalize_grads: bool,
-        fused_unscale: bool,
-    ) -> None:
-        shared = {"max_norm": max_norm, "normalize_grads": normalize_grads, "fused_unscale": fused_unscale}
-        defaults = {name: as_python_number(value) for name, value in {**defaults, **shared}.items()}
+    def __init__(self, params: ParamsT, arguments: dict[str, Any]) -> None:
+        defaults = {name: as_python_number(value) for name, value in arguments.items() if name not in _NOT_OPTIONS}
         self._check_options(defaults)
         self._grad_norm: Tensor | float | None = None
         super().__init__(params, defaults)
 
-    # --- what a subclass says -----------------------------------------------------------------------------------------
+    # --- what a subclass defines --------------------------------------------------------------------------------------
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the states of one element each, in the order of the rule."""
+        """Names of the per-element states under these options, in the rule's order."""
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
-        """A value for each hyper-parameter of the rule."""
+        """The value of each hyper-parameter of the rule."""
         raise NotImplementedError
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
-        self._check_shared_options(group)
-
-    def _check_shared_options(self, group: dict[str, Any]) -> None:
-        """The part that is asked again at every step: groups are dicts that anyone may change."""
-        if group.get("differentiable"):
-            raise RuntimeError(
-                f"`fused` does not support `differentiable`: {type(self).__name__} writes parameters in place in one kernel. "
-                f"Use torch.optim.{type(self).__name__}(differentiable=True) to differentiate through the step."
-            )
-        if group.get("foreach") and group.get("fused"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        max_norm = group["max_norm"]
-        if max_norm is not None:
-            check_scalar("max_norm", max_norm)
-            check(max_norm >= 0, "Invalid max_norm value", max_norm)
-            if group["normalize_grads"]:
-                raise ValueError("max_norm and normalize_grads exclude each other: clip to a norm or divide by it")
+        check_scalar("lr", group["lr"])
+        check_shared_options(group, type(self).__name__)
 
     def _all_state_names(self) -> tuple[str, ...]:
-        """Every state that some choice of options makes."""
+        """The per-element states under any options."""
         return _native.state_names(self.rule)
 
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
-        """What each element of a state is before the first step."""
+        """The value of a state's elements before the first step."""
         return 0.0
 
     def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
-        """torch's sentence when it refuses sparse gradients under these options; None: they are taken."""
+        """torch's sentence for refusing sparse gradients under these options; None: they are taken."""
         return self.sparse_text
 
     def _may_lack(self, name: str) -> bool:
@@ -99,7 +78,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return False
 
     def _needs_fresh(self, group: dict[str, Any]) -> bool:
-        """Whether the rule treats states apart that were made for this very step."""
+        """Whether the rule's first step with a state differs from later ones."""
         return False
 
     # --- torch.optim.Optimizer ----------------------------------------------------------------------------------------
@@ -108,12 +87,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Global 2-norm of the (unscaled) gradients of the last step that clipped or normalised: a 0-d tensor, or None.
 
-        It stays on the parameters' device; reading it as a number is what synchronises.
+        It stays on the parameters' device; only reading it as a number synchronises.
         """
         if self._grad_norm is None:
             return None
-        wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
-        dtype = torch.float64 if wide else torch.float32
+        any_double = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        dtype = torch.float64 if any_double else torch.float32
         if isinstance(self._grad_norm, Tensor):
             return self._grad_norm.to(dtype)
         return torch.tensor(self._grad_norm, dtype=dtype, device="cpu")
@@ -123,13 +102,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         return bool(self.defaults["fused_unscale"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch.optim does; its options are checked like those of the constructor."""
+        """Add a group, as torch.optim does; its options are checked like the constructor's."""
         if isinstance(param_group, dict):
             for option in param_group.keys() & self.defaults.keys():
                 param_group[option] = as_python_number(param_group[option])
             self._check_options({**self.defaults, **param_group})
             for other in self.param_groups[:1]:
-                self._check_agreement(other, {**self.defaults, **param_group})
+                check_agreement(other, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1], len(self.param_groups) - 1)
@@ -137,28 +116,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @staticmethod
-    def _check_agreement(group: dict[str, Any], other: dict[str, Any]) -> None:
-        for option in _SHARED:
-            if group[option] != other[option]:
-                raise ValueError(
-                    f"{option} counts for the whole optimizer, but its groups disagree: {group[option]} and {other[option]}"
-                )
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a pickle, a copy or (with a subset of the keys) load_state_dict."""
+        """Restore from a pickle or a copy. load_state_dict() calls it too, without the defaults."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
-        for option, value in options_of(type(self)).items():  # a pickle of an older onepass
+        for option, value in options_of(type(self)).items():  # which a pickle of an older onepass may lack
             defaults.setdefault(option, value)
         old_groups = [{}] * len(state["param_groups"]) if loading is None else self.param_groups
         for group, old in zip(state["param_groups"], old_groups, strict=True):
             for option, value in {**defaults, **old}.items():
                 group.setdefault(option, value)
-            if loading is not None:  # how this process scales its losses is not the checkpoint's to say
+            if loading is not None:  # a checkpoint does not decide how this process scales its losses
                 group["fused_unscale"] = old["fused_unscale"]
             self._check_options(group)
-            self._check_agreement(state["param_groups"][0], group)
+            check_agreement(state["param_groups"][0], group)
         if loading is not None:
             restore_precision(state, loading, self.scalar_states)
         for number, group in enumerate(state["param_groups"]):
@@ -167,7 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if loading is not None:  # for groups that are added later
             for group in self.param_groups[:1]:
-                self.defaults.update({option: group[option] for option in _SHARED})
+                self.defaults.update({option: group[option] for option in SHARED})
 
     @_compat.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,7 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Options that the state lacks (ours, in a checkpoint of torch.optim) keep their values. States keep their precision:
         float32 beside 16-bit parameters. Raises ValueError, with nothing changed, where groups, shapes or forms differ.
         """
-        # The base class casts states to the parameter's dtype and then calls __setstate__, which repairs that from here.
+        # The base class casts states to the parameter's dtype, then calls __setstate__, which restores them from `loading`.
         loading: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(
             lambda _, loaded: loading.update(loaded)
@@ -189,12 +160,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             del self._loading
 
     def _saved_state(self, states: dict[str, Any]) -> dict[str, Any]:
-        """The states of a parameter as torch's namesake has them."""
+        """A parameter's states in the form that torch's namesake saves."""
         return states
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
-        """Check the loaded states of a group's parameters, and put 0-d ones where they have to live."""
-        wanted = Wanted(
+        """Check the loaded states of a group's parameters and move the 0-d ones to their device."""
+        required = RequiredStates(
             type(self).__name__,
             self._state_names(group),
             tuple(self.scalar_states),
@@ -205,12 +176,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, param in enumerate(group["params"]):
             states = state.get(param)
             if states:
-                check_states(name_of(group, number, index), param, states, wanted)
+                check_loaded_states(name_of(group, number, index), param, states, required)
                 for name in self.scalar_states:
                     states[name] = self._scalar_tensor(group, param, states[name])
 
     def _scalar_tensor(self, group: dict[str, Any], param: Tensor, value: float | Tensor) -> Tensor:
-        return scalar_tensor(param, value, on_device=bool(group.get("capturable") or group["fused_unscale"]))
+        return scalar_tensor(param, value, self._counts_on_device(group))
+
+    def _counts_on_device(self, group: dict[str, Any]) -> bool:
+        """Whether 0-d states live beside parameters on CUDA."""
+        return bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -222,7 +197,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             closure: evaluates the model and returns the loss; called once, with gradients enabled.
 
         Returns:
-            What the closure returned, or None.
+            The closure's result, or None.
 
         Raises:
             RuntimeError: naming the parameter, before anything is written, where one cannot be updated.
@@ -239,55 +214,56 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _found_overflow(self, found_inf: Tensor | None) -> bool:
-        """Whether the step is to be skipped, as far as the host decides: a kernel on the device that has found_inf reads it."""
+        """Whether the host skips the step for an overflow. It leaves that to the kernels where found_inf is on their device."""
         if found_inf is None:
             return False
         stepped = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
-        kernels_look = _native.is_on_cuda(found_inf) and any(_native.is_on_cuda(p) for p in stepped)
-        return not kernels_look and bool(found_inf)
+        kernels_decide = _native.is_on_cuda(found_inf) and any(_native.is_on_cuda(p) for p in stepped)
+        return not kernels_decide and bool(found_inf)
 
     def _clip(self) -> _native.Clip:
         options = self.param_groups[0]
         for group in self.param_groups:
-            self._check_shared_options(group)
-            self._check_agreement(options, group)
+            check_shared_options(group, type(self).__name__)
+            check_agreement(options, group)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not options["fused_unscale"] and (grad_scale is not None or found_inf is not None):
             raise RuntimeError(
                 "grad_scale and found_inf are set on this optimizer, but it was made without fused_unscale=True and would "
                 "ignore them"
             )
-        return _native.Clip(options["max_norm"], options["normalize_grads"], grad_scale, found_inf)
+        max_norm = None if options["max_norm"] is None else float(options["max_norm"])
+        return _native.Clip(max_norm, bool(options["normalize_grads"]), grad_scale, found_inf)
 
     def _update(self, clip: _native.Clip) -> None:
-        plan, menders, missing = self._gather(None)
+        plan, stagings, missing = self._gather(None)
         if clip.needs_norm and plan.has_subclasses():
             clip.reduce = reduce_sharded(self.param_groups)
         self._check_capture(plan)
         made: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
-            if missing:  # parameters met for the first time; everything was checked before their states are made
+            if missing:  # parameters that step for the first time; all were checked before states are made
                 made = [(group["params"][i], self._new_states(group, group["params"][i])) for group, i in missing]
                 for param, states in made:
                     self.state[param].update(states)
-                plan, menders, missing = self._gather(self._fresh_params(missing) or None)
+                plan, stagings, missing = self._gather(self._fresh_params(missing) or None)
                 if missing:
                     raise RuntimeError("the optimizer's state changed while it was being made")
-            norm = _native.update(plan, menders, clip)
+            norm = _native.update(plan, stagings, clip)
         except BaseException:
             if not plan.has_run():
-                self._take_back(made)
+                self._discard(made)
             raise
         if norm is not None:
             self._grad_norm = norm
 
     def _fresh_params(self, missing: list[tuple[dict[str, Any], int]]) -> set[Tensor]:
-        """Those among them whose rule has to know that their states are new."""
+        """The parameters for which the rule needs to know that their states are new."""
         needs_fresh = {id(group): self._needs_fresh(group) for group in self.param_groups}
         return {group["params"][index] for group, index in missing if needs_fresh[id(group)]}
 
-    def _take_back(self, made: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
-        """Remove states made for a step that did not take place."""
+    def _discard(self, made: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Remove states that were made for a step that failed."""
         for param, states in made:
             of_param = self.state.get(param, {})
             for name in states:
@@ -296,46 +272,45 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state.pop(param, None)
 
     def _check_capture(self, plan: Any) -> None:
-        """A CUDA graph that replays a step whose number the host counts would repeat that one step."""
-        on_host = [g for g in self.param_groups if not (g.get("capturable") or g["fused_unscale"])]
-        if self.scalar_states and on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
+        """Raise if a CUDA graph would capture a step that the host counts: each replay would repeat the same step."""
+        counts_on_host = self.scalar_states and not all(map(self._counts_on_device, self.param_groups))
+        if counts_on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable "
                 f"is False."
             )
 
-    def _gather(self, fresh: set[Tensor] | None) -> tuple[Any, list[Mender], list[tuple[dict[str, Any], int]]]:
-        """Check and collect every group: plan, menders, and the [(group, index)] whose state is still to be made."""
+    def _gather(self, fresh: set[Tensor] | None) -> tuple[Any, list[Staging], list[tuple[dict[str, Any], int]]]:
+        """Check and collect every group. Gives the plan, the stagings, and [(group, index)] of parameters without states."""
         plan = _native.new_plan()
-        menders: list[Mender] = []
+        stagings: list[Staging] = []
         missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
             states = self._state_names(group)
-            device_scalars = bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
-            mender = Mender(
+            device_scalars = self._counts_on_device(group)
+            staging = Staging(
                 partial(name_of, group, number),
                 states,
-                _native.cuda_kernels,
                 self._sparse_refusal(group),
                 partial(self._replace_state, group),
-                _native.takes_rows(self.rule, states),
+                _native.find_variant(self.rule, states)[1].takes_rows,
                 device_scalars,
             )
-            menders.append(mender)
+            stagings.append(staging)
             native = _native.Group(
                 self.rule,
                 states,
                 group["params"],
                 self.state,
                 self._hyper(group),
-                mender,
+                staging,
                 counts_steps="step" in self.scalar_states,
                 device_scalars=device_scalars,
                 maximize=group["maximize"],
                 fresh=fresh,
             )
             missing += [(group, index) for index in native.gather(plan)]
-        return plan, menders, missing
+        return plan, stagings, missing
 
     def _replace_state(self, group: dict[str, Any], index: int, name: str, tensor: Tensor) -> None:
         self.state[group["params"][index]][name] = tensor
@@ -349,3 +324,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             **{name: self._scalar_tensor(group, param, value) for name, value in scalars},
             **{name: full_state(param, self._initial_value(group, name)) for name in lacking},
         }
+
+
+def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
+    """The optimizers that onepass.optim exports, by name; not the wrappers around an optimizer."""
+    from .. import optim  # which imports this module
+
+    return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}

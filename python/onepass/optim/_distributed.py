@@ -11,12 +11,12 @@ from .. import _compat
 
 
 def reduce_sharded(
-    groups: list[dict[str, Any]], who: str = "max_norm and normalize_grads need"
+    groups: list[dict[str, Any]], subject: str = "max_norm and normalize_grads need"
 ) -> Callable[[Tensor], Tensor] | None:
-    """How to turn the sum of squares of this process's shards into that of all: None where nothing is sharded.
+    """A function from this process's sum of squares to the sum over all processes; None where nothing is sharded.
 
-    Every gradient must then be a DTensor sharded over the same mesh dimensions: one all-reduce over each of them.
-    Replicated dimensions hold the same numbers everywhere and are not summed. who: begins the error where that is not so.
+    All gradients have to be DTensors sharded over the same mesh dimensions; each of these takes one all-reduce. Replicated
+    dimensions hold the same numbers everywhere and are not summed. subject: how the error begins where gradients differ.
     """
     dtensor: Any = _compat.dtensor_type()
     if dtensor is None:
@@ -26,7 +26,7 @@ def reduce_sharded(
     for group in groups:
         for param in group["params"]:
             if param.grad is None and not (isinstance(param, dtensor) and param.requires_grad):
-                continue  # a shard without a gradient counts: elsewhere in the mesh it may have one
+                continue  # a DTensor without a gradient here may have one elsewhere in the mesh
             if isinstance(param, dtensor):
                 sharded = tuple(d for d, placement in enumerate(param.placements) if placement.is_shard())
                 layouts[(param.device_mesh, sharded)] = None
@@ -37,7 +37,7 @@ def reduce_sharded(
         return None
     if plain or len(layouts) > 1:
         raise RuntimeError(
-            f"{who} all parameters sharded alike; here some are sharded over other mesh dimensions or not at all. Clip "
+            f"{subject} all parameters sharded alike; here some are sharded over other mesh dimensions or not at all. Clip "
             f"before the step with torch.nn.utils.clip_grad_norm_ on each set, or split the optimizer."
         )
     mesh, dims = sharded_layouts[0]

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _compat
-from .._mend import state_dtype
-from ._base import FusedOptimizer
-from ._options import check_params, options_of
+from ._base import FusedOptimizer, fused_optimizers
+from ._checks import check_params, state_dtype
+from ._options import options_of
 from ._wrapper_states import params_of
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .nadam import NAdam
-from .rmsprop import RMSprop
-from .rprop import Rprop
-from .sgd import SGD
-from .sparse_adam import SparseAdam
 
-_OURS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
-    getattr(torch.optim, cls.__name__): cls for cls in (SGD, Adam, AdamW, NAdam, RMSprop, Rprop, Adagrad, SparseAdam)
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-
-# What to do about an option that torch.optim does not have; the others are other forms of a rule.
+# What to do about an option that torch.optim lacks. Those not listed select a form of a rule.
 _ADVICE = {
     "max_norm": "Clip by torch.nn.utils.clip_grad_norm_ before each step and set it to None in the groups.",
     "normalize_grads": "Divide the gradients by their norm before each step and set it to False in the groups.",
@@ -37,28 +25,29 @@ _ADVICE = {
 
 
 def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
-    """Make the optimizer of this package that goes on where one of torch.optim stands.
+    """Make the optimizer of this package that continues where one of torch.optim stopped.
 
-    State, groups, options, parameter names and hooks are taken over, not copied: from here on the old optimizer is not to
-    be stepped. The groups are the same dicts in the same list, so that a scheduler made for the old one is still heard,
-    until load_state_dict() gives the new one groups of its own; `scheduler.optimizer = optimizer` makes that last.
+    State, groups, options, parameter names and hooks are taken over, not copied, so do not step the old optimizer again. The
+    groups are the same dicts in the same list: a scheduler made for the old optimizer still works, until load_state_dict()
+    gives the new one its own groups. After `scheduler.optimizer = optimizer` it works for good.
 
     Args:
-        optimizer: a torch.optim SGD, Adam, AdamW, NAdam, RMSprop, Rprop, Adagrad or SparseAdam, between two steps. foreach,
-            fused and capturable may have any value.
+        optimizer: one of torch.optim whose name exists in onepass.optim, between two steps. foreach, fused and capturable
+            may have any value.
 
     Raises:
-        TypeError: another optimizer, or a subclass of these, whose step may be another one.
+        TypeError: any other optimizer, and a subclass of these, because its step may differ.
         RuntimeError, ValueError: an option or a state that this package does not take, differentiable=True among them.
-        After an error the old optimizer is as it was.
+        After an error the old optimizer is unchanged.
     """
-    cls = _counterpart(optimizer, _OURS, "from_torch() takes", "torch.optim")
+    pairs = {getattr(torch.optim, name): ours for name, ours in fused_optimizers().items()}
+    cls = _counterpart(optimizer, pairs, "from_torch() takes", "torch.optim")
     _check_representable(optimizer, options_of(type(optimizer)), options_of(cls).keys(), "onepass.optim")
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
     state: defaultdict[Any, Any] = defaultdict(dict)
     content: dict[Any, Any] = optimizer.state
     for param, states in content.items():
-        if not isinstance(param, Tensor):  # anything that a user keeps there
+        if not isinstance(param, Tensor):  # a user may keep anything there
             state[param] = states
             continue
         known = {name: _widened(param, value) for name, value in states.items() if value is not None}
@@ -73,17 +62,18 @@ def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
 
 
 def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
-    """Make the optimizer of torch.optim that goes on where one of this package stands; the way back of from_torch().
+    """Make the optimizer of torch.optim that continues where one of this package stopped: the inverse of from_torch().
 
-    State, groups, options, parameter names and hooks are taken over as there. States of 16-bit parameters, which are float32
-    here, are rounded to the parameter's dtype, as torch keeps them.
+    State, groups, options, parameter names and hooks are taken over in the same way. States of 16-bit parameters are float32
+    here and are rounded to the parameter's dtype, which torch keeps.
 
     Raises:
-        TypeError: a subclass, a wrapper, or no optimizer of this package.
-        ValueError: an option that torch.optim does not have; or with its own text, one that it does not take. After an error
-            the old optimizer is as it was.
+        TypeError: a subclass, a wrapper, or an optimizer of another package.
+        ValueError: an option that torch.optim lacks, or, with torch's own text, a value that it refuses. After an error the
+            old optimizer is unchanged.
     """
-    cls = _counterpart(optimizer, _THEIRS, "to_torch() takes", "onepass.optim")
+    pairs = {ours: getattr(torch.optim, name) for name, ours in fused_optimizers().items()}
+    cls = _counterpart(optimizer, pairs, "to_torch() takes", "onepass.optim")
     has, taken = options_of(type(optimizer)), options_of(cls).keys()
     _check_representable(optimizer, has, taken, "torch.optim")
     for group in optimizer.param_groups:
@@ -98,16 +88,15 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate parameters")
         groups = [_nameless(group, dropped) for group in optimizer.param_groups]
         theirs = cls(groups, **{name: value for name, value in optimizer.defaults.items() if name in taken})
-    dropped |= {"decoupled_weight_decay"} - theirs.defaults.keys()  # which older torch does not keep for its AdamW
-    if theirs.state:  # Adagrad of torch makes all states at once
+    dropped |= {"decoupled_weight_decay"} - theirs.defaults.keys()  # which older torch lacks in its AdamW
+    if theirs.state:  # torch's Adagrad makes all states in its constructor
         for group in optimizer.param_groups:
             for param in params_of([group]):
                 new = optimizer._new_states(group, param)
                 optimizer.state[param].update(new)
     theirs.load_state_dict(_packed(optimizer, dropped))
-    for name in optimizer.scalar_states.keys() - {
-        "step"
-    }:  # loading casts NAdam's mu_product: its steps would be others
+    # Loading casts NAdam's mu_product to the parameter's dtype, which would change its steps.
+    for name in optimizer.scalar_states.keys() - {"step"}:
         for param in params_of(optimizer.param_groups):
             if name in theirs.state.get(param, {}):
                 theirs.state[param][name] = optimizer.state[param][name]
@@ -115,31 +104,31 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     return theirs
 
 
-def _counterpart(optimizer: Any, table: dict[Any, Any], who: str, module: str) -> Any:
-    found = table.get(type(optimizer))
+def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], subject: str, module: str) -> Any:
+    found = pairs.get(type(optimizer))
     if found is not None:
         return found
-    names = ", ".join(sorted(cls.__name__ for cls in table))
+    names = ", ".join(sorted(cls.__name__ for cls in pairs))
     name = type(optimizer).__name__
     if hasattr(optimizer, "base_optimizer"):
         advice = f". Convert what is in the {name}: optimizer.base_optimizer = ...(optimizer.base_optimizer)"
-    elif isinstance(optimizer, tuple(table)):
+    elif isinstance(optimizer, tuple(pairs)):
         advice = ", a subclass of them, whose step may be another one. Give its state_dict() to the optimizer you want"
     else:
         advice = ""
-    raise TypeError(f"{who} {names} of {module}; {name} came{advice}")
+    raise TypeError(f"{subject} {names} of {module}; {name} came{advice}")
 
 
 def _widened(param: Tensor, value: Any) -> Any:
-    """A state as this package keeps it: float32 beside 16-bit parameters."""
+    """A state in the dtype of this package: float32 beside 16-bit parameters."""
     is_state = isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
-    return value.to(state_dtype(param.dtype)) if is_state and param.is_floating_point() and param.dim() else value
+    return value.to(state_dtype(param)) if is_state and param.is_floating_point() and param.dim() else value
 
 
 def _check_representable(
     optimizer: torch.optim.Optimizer, has: dict[str, Any], taken: Collection[str], to: str
 ) -> None:
-    """Raise for an option, of those that the optimizer has, that the other package lacks, unless it changes nothing."""
+    """Raise for an option that the other package lacks, unless it has its default."""
     for group in optimizer.param_groups:
         for option, default in has.items():
             value = group.get(option, default)
@@ -149,13 +138,13 @@ def _check_representable(
 
 
 def _nameless(group: dict[str, Any], dropped: set[str]) -> dict[str, Any]:
-    """A group as the constructor of every torch takes it; loading brings the names of the parameters."""
+    """A group as the constructors of all torch versions take it; loading adds the parameters' names."""
     options = {name: value for name, value in group.items() if name not in dropped and name != "param_names"}
     return {**options, "params": list(group["params"])}
 
 
 def _packed(optimizer: FusedOptimizer, dropped: set[str]) -> dict[str, Any]:
-    """What state_dict() gives without hooks, and without some options."""
+    """The state_dict() without hooks and without some options."""
     params = params_of(optimizer.param_groups)
     index = {id(param): i for i, param in enumerate(params)}
     groups = []
@@ -169,13 +158,13 @@ def _packed(optimizer: FusedOptimizer, dropped: set[str]) -> dict[str, Any]:
 
 
 def _hand_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer, dropped: set[str]) -> None:
-    """Nothing is refused from here on: the groups, with the options of the new optimizer, the defaults and the hooks."""
+    """Pass groups, defaults and hooks to the new optimizer. Everything was checked before."""
     for group, complete in zip(old.param_groups, new.param_groups, strict=True):
         for option in dropped:
             group.pop(option, None)
         group.update({option: value for option, value in complete.items() if option not in group.keys() | dropped})
     new.param_groups = old.param_groups
-    for option, value in old.defaults.items():  # a wrapper around the old optimizer may have its own among them
+    for option, value in old.defaults.items():  # among them those of a wrapper around the old optimizer
         if option not in dropped:
             new.defaults.setdefault(option, value)
     _compat.share_hooks(old, new)

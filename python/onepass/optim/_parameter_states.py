@@ -1,15 +1,15 @@
-"""The states of one parameter: how they are made, and what loaded ones have to be."""
+"""The states of one parameter: made for its first step, or loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _compat
-from .._mend import state_dtype
+from ._checks import state_dtype
 
 
 def full_state(param: Tensor, value: float) -> Tensor:
@@ -17,14 +17,14 @@ def full_state(param: Tensor, value: float) -> Tensor:
     return torch.full_like(
         param,
         complex(value, value) if param.is_complex() else value,  # complex numbers are pairs of reals
-        dtype=state_dtype(param.dtype),
+        dtype=state_dtype(param),
         memory_format=torch.preserve_format,
         requires_grad=False,
     )
 
 
 def scalar_tensor(param: Tensor, value: float | Tensor, on_device: bool) -> Tensor:
-    """A 0-d state where it has to live: on the CPU, or beside a CUDA parameter for CUDA graphs and fused_unscale."""
+    """A 0-d state on its device: the CPU, or beside a CUDA parameter for CUDA graphs and fused_unscale."""
     on_device = on_device and param.is_cuda
     device = param.device if on_device else torch.device("cpu")
     dtype = torch.float32 if on_device else _compat.default_scalar_dtype()
@@ -34,55 +34,10 @@ def scalar_tensor(param: Tensor, value: float | Tensor, on_device: bool) -> Tens
     return torch.tensor(float(value), dtype=dtype, device=device)
 
 
-class Wanted(NamedTuple):
-    """The states that an optimizer needs of a parameter under some options.
-
-    Args:
-        optimizer: its name, for messages.
-        names: the states of the parameter's shape.
-        scalars: the states of one number.
-        known: every state that some options make.
-        foreign: states of other rules.
-        may_lack: whether a checkpoint may leave a state out.
-    """
-
-    optimizer: str
-    names: tuple[str, ...]
-    scalars: tuple[str, ...]
-    known: frozenset[str]
-    foreign: frozenset[str]
-    may_lack: Callable[[str], bool]
-
-
-def check_states(who: str, param: Tensor, states: dict[str, Any], wanted: Wanted) -> None:
-    """Raise ValueError unless these are the states of this optimizer, all of them, for a parameter of this shape."""
-    needed = [*wanted.names, *wanted.scalars]
-    missing = [name for name in needed if states.get(name) is None and not wanted.may_lack(name)]
-    if missing or wanted.foreign & states.keys() or not wanted.known & states.keys():
-        raise ValueError(
-            f"{who}: the loaded state has {sorted(map(str, states))}, {wanted.optimizer} needs {needed}. Is it of another "
-            f"optimizer?"
-        )
-    for name in wanted.names:
-        value = states.get(name)
-        if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise ValueError(
-                f"{who}: the loaded state '{name}' has {came}, the parameter has shape {tuple(param.shape)}. The state belongs "
-                f"to another model."
-            )
-    for name in wanted.scalars:
-        value = states[name]
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{who}: the loaded state '{name}' has shape {tuple(value.shape)}; one number is expected."
-            )
-
-
 def restore_precision(state: dict[str, Any], loading: dict[str, Any], scalar_states: Collection[str]) -> None:
-    """Take states again from the loaded dict where torch's load_state_dict cast them to less than state_dtype.
+    """Take those states from the loaded dict again that torch's load_state_dict cast to the parameter's dtype.
 
-    The 0-d ones come back as they were saved: cast to the parameter's dtype, mu_product would be another number.
+    The 0-d ones get the dtype in which they were saved: a cast would change mu_product.
     """
     ids = [i for group in loading["param_groups"] for i in group["params"]]
     params = [p for group in state["param_groups"] for p in group["params"]]
@@ -96,6 +51,6 @@ def restore_precision(state: dict[str, Any], loading: dict[str, Any], scalar_sta
             if name in scalar_states:
                 kept[name] = value
                 continue
-            dtype = state_dtype(param.dtype) if value.dim() > 0 or param.dim() == 0 else value.dtype
+            dtype = state_dtype(param) if value.dim() > 0 or param.dim() == 0 else value.dtype
             if kept[name].dtype != dtype:
                 kept[name] = value.to(device=param.device, dtype=dtype)

@@ -1,65 +1,66 @@
-"""What Lookahead and SAM share: an optimizer around another one, with one set of groups and one checkpoint for both."""
+"""The base class of Lookahead and SAM: an optimizer around another one, with one set of groups and one checkpoint."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _compat, _native
-from .._mend import Mender, state_dtype
-from ._options import as_python_number, name_of
+from ._checks import check_loaded_shape, name_of, state_dtype
+from ._options import as_python_number
+from ._staging import Staging
 from ._wrapper_states import State, States, WeakStates, params_of
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Base of the wrappers. A subclass names the state it keeps, and its options, which stand in the groups.
+    """Base of the wrappers. A subclass defines the state that it keeps and its options, which the groups hold.
 
     Args:
         optimizer: the optimizer to wrap, of any class.
         options: what the wrapper adds to the groups, under names that no optimizer uses for something else.
 
-    `param_groups` and `defaults` are those of the wrapped optimizer, so that schedulers work on either, and what is no
-    longer in a group is no longer the wrapper's. `state` shows the states of both and can be written to.
+    `param_groups` and `defaults` are the wrapped optimizer's, so that schedulers work on either. The wrapper keeps state only
+    for parameters in the groups. `state` shows the states of both and can be written to.
     """
 
-    kept: ClassVar[str]  # name of the state that the wrapper keeps for a parameter
-    prefix: ClassVar[str]  # of the names of its options in the groups
+    kept: ClassVar[str]  # name of the state that the wrapper keeps per parameter
+    prefix: ClassVar[str]  # of its options' names in the groups
     base_optimizer: torch.optim.Optimizer
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):  # the sentence of torch.optim.lr_scheduler
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
         options = {name: as_python_number(value) for name, value in options.items()}
-        # Not the base class's __init__, which would make groups of its own; __setstate__ makes all the rest.
+        # The base class's __init__ would make groups of its own; __setstate__ does everything else.
         self.__setstate__({"base_optimizer": optimizer, "_own_state": {}})
         self.defaults.update(options)
         for group in self.param_groups:
             for name, value in options.items():
                 group.setdefault(name, value)
 
-    # --- what a subclass says -----------------------------------------------------------------------------------------
+    # --- what a subclass defines --------------------------------------------------------------------------------------
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise ValueError for options of the wrapper that are out of range."""
         raise NotImplementedError
 
     def _state_of(self, param: Tensor, make: bool = False) -> dict[str, Tensor]:
-        """The dict with the wrapper's state of a parameter, empty if there is none that means something now.
+        """The dict with the wrapper's state of a parameter; empty if there is none, or none that is valid now.
 
-        make: it is to be written to.
+        make: create the dict, to write to it.
         """
         return self._own.get_or_make(param) if make else self._own.get(param) or {}
 
     def _drop_state(self, param: Tensor) -> None:
-        """The same as if there had never been one."""
+        """Forget the wrapper's state of a parameter."""
         self._own.pop(param)
 
     def _kept_state(self) -> State:
-        """The states that mean something now, which a checkpoint has to hold."""
+        """The states that are valid now; a checkpoint contains these."""
         params = params_of(self.param_groups)
         return {param: state for param in params if self.kept in (state := self._state_of(param))}
 
@@ -94,20 +95,20 @@ class Wrapper(torch.optim.Optimizer):
         States(self).replace(states)
 
     def _option(self, group: dict[str, Any], name: str) -> Any:
-        """The wrapped optimizer may have loaded groups that know nothing of the wrapper."""
+        """A group's option. The wrapped optimizer may have loaded groups without the wrapper's."""
         return group.get(name, self.defaults[name])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the wrapped optimizer does it."""
+        """Clear the gradients, as the wrapped optimizer does."""
         self.base_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer; options of the wrapper that it lacks come from the constructor."""
+        """Add a group to the wrapped optimizer; the wrapper's options default to the constructor's."""
         if isinstance(param_group, dict):
             for name in param_group.keys() & self.defaults.keys():
                 param_group[name] = as_python_number(param_group[name])
             self._check_options({**self.defaults, **param_group})
-        self.base_optimizer.add_param_group(param_group)  # its defaults have our options too
+        self.base_optimizer.add_param_group(param_group)  # whose defaults include our options
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -134,10 +135,10 @@ class Wrapper(torch.optim.Optimizer):
 
     @_compat.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what state_dict() gave: options, the wrapped optimizer's state and the wrapper's.
+        """Load the result of state_dict(): options, the wrapped optimizer's state and the wrapper's.
 
-        Raises ValueError, with nothing changed, for the state of another optimizer: of the wrapped one alone, too, which
-        base_optimizer.load_state_dict() takes.
+        Raises ValueError, with nothing changed, for the state of another optimizer. That includes the state of the wrapped
+        one alone, for which there is base_optimizer.load_state_dict().
         """
         state_dict = _compat.begin_load(self, state_dict)
         self._check_loaded(state_dict["param_groups"])
@@ -153,9 +154,9 @@ class Wrapper(torch.optim.Optimizer):
         _compat.end_load(self)
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
-        wanted = [name for name in self.defaults if name.startswith(self.prefix)]
+        required = [name for name in self.defaults if name.startswith(self.prefix)]
         for group in groups:
-            missing = [name for name in wanted if name not in group]
+            missing = [name for name in required if name not in group]
             if missing:
                 raise ValueError(
                     f"the loaded state is not one of {type(self).__name__}: its groups lack {missing}. The state of the "
@@ -164,7 +165,7 @@ class Wrapper(torch.optim.Optimizer):
             self._check_options(group)
 
     def _split(self, state_dict: dict[str, Any]) -> tuple[State, dict[Any, Any]]:
-        """The wrapper's states by parameter, where the kernels want them, and all others as they came."""
+        """The wrapper's states by parameter, in dtype and device for the kernels, and all others unchanged."""
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         own: State = {}
@@ -174,13 +175,8 @@ class Wrapper(torch.optim.Optimizer):
             if not isinstance(states, dict) or self.kept not in states:
                 continue
             value = states[self.kept]
-            if not isinstance(value, Tensor) or value.shape != param.shape:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-                raise ValueError(
-                    f"{names_of(self.param_groups, [param])(0)}: the loaded state '{self.kept}' has {came}, the parameter has "
-                    f"shape {tuple(param.shape)}. The state belongs to another model."
-                )
-            own[param] = {self.kept: value.to(device=param.device, dtype=state_dtype(param.dtype))}
+            check_loaded_shape(names_of(self.param_groups, [param])(0), param, self.kept, value)
+            own[param] = {self.kept: value.to(device=param.device, dtype=state_dtype(param))}
             rest[i] = {name: state for name, state in states.items() if name != self.kept}
             if not rest[i]:
                 del rest[i]
@@ -188,7 +184,7 @@ class Wrapper(torch.optim.Optimizer):
 
 
 def names_of(groups: list[dict[str, Any]], params: list[Tensor]) -> Callable[[int], str]:
-    """What error messages call the i-th of some parameters."""
+    """A function from an index in `params` to the parameter's name in error messages."""
 
     @functools.cache
     def names() -> dict[int, str]:
@@ -198,10 +194,10 @@ def names_of(groups: list[dict[str, Any]], params: list[Tensor]) -> Callable[[in
 
 
 def kept_copy(param: Tensor) -> Tensor:
-    """A copy of a parameter as kernels keep it: with its strides, float32 for 16 bits, a DTensor of a DTensor."""
+    """A copy of a parameter as a state: the same strides, float32 for 16-bit dtypes, a DTensor for a DTensor."""
     with torch.no_grad():
         like = torch.zeros_like(
-            param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format, requires_grad=False
+            param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
         )
         return like.copy_(param)
 
@@ -214,27 +210,28 @@ def gather(
     state: State,
     hyper: dict[str, float | Tensor],
     plan: Any,
+    *,
+    sparse_text: str | None = None,
     **options: Any,
-) -> tuple[Mender, list[Tensor]]:
-    """Check and collect the tensors of a pass with one state; which parameters still lack it."""
+) -> tuple[Staging, list[Tensor]]:
+    """Check and collect the tensors of a pass with one state. Gives the staging, and the parameters that lack the state."""
 
     def replace(index: int, name: str, tensor: Tensor) -> None:
         state[params[index]][name] = tensor
 
-    sparse_text = cast("str | None", options.pop("sparse_text", None))
-    mender = Mender(names_of(groups, params), (name,), _native.cuda_kernels, sparse_text, replace=replace)
-    missing = _native.Group(rule, (name,), params, state, hyper, mender, **options).gather(plan)
-    return mender, [params[index] for index in missing]
+    staging = Staging(names_of(groups, params), (name,), sparse_text, replace)
+    missing = _native.Group(rule, (name,), params, state, hyper, staging, **options).gather(plan)
+    return staging, [params[index] for index in missing]
 
 
 def restore(groups: list[dict[str, Any]], states: State) -> None:
-    """Write kept weights back, states[param]["old_param"], in one pass. To do it twice changes nothing."""
+    """Write the kept weights states[param]["old_param"] back, in one pass. Doing it twice changes nothing."""
     plan = _native.new_plan()
     hyper: dict[str, float | Tensor] = {"rho": 0.0, "adaptive": 0.0}
-    mender, missing = gather("sam", "old_param", groups, list(states), states, hyper, plan, reads_grad=False)
+    staging, missing = gather("sam", "old_param", groups, list(states), states, hyper, plan, reads_grad=False)
     if missing:
         raise RuntimeError(
             "the weights from before are gone: the optimizer's state was changed from outside. Load model and optimizer from a "
             "checkpoint"
         )
-    _native.update(plan, [mender], _native.Clip())
+    _native.update(plan, [staging], _native.Clip())

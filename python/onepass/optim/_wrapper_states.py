@@ -18,20 +18,20 @@ State = dict[Tensor, dict[str, Tensor]]
 
 
 class WeakStates:
-    """The states of a wrapper by parameter. They keep no parameter alive, and go when it goes.
+    """The states of a wrapper by parameter. They keep no parameter alive and disappear with it.
 
-    Entries are found by id(): the hash of a tensor is a call into Python. An id is safe because the callback of the weak
-    reference removes the entry before another object can get the same id. Parameters whose memory torch may swap under
-    them cannot have weak references; these are held until keep_only() drops them.
+    The key is id(), because the hash of a tensor is a call into Python. This is safe: the callback of the weak reference
+    removes the entry before another object can get the same id. Parameters whose memory torch may swap
+    (torch.utils.swap_tensors) cannot have weak references; they are held until keep_only() drops them.
     """
 
     def __init__(self, states: State | None = None) -> None:
         self._entries: dict[int, tuple[object, dict[str, Tensor]]] = {}
 
-        here = weakref.ref(self)  # a cycle would keep the states of a dropped wrapper until the next collection
+        this = weakref.ref(self)  # a strong reference would be a cycle and delay the release of the states
 
         def forget(dead: weakref.KeyedRef[int, Tensor]) -> None:
-            states = here()
+            states = this()
             if states is not None:
                 states._entries.pop(dead.key, None)
 
@@ -58,7 +58,7 @@ class WeakStates:
         self._entries.pop(id(param), None)
 
     def keep_only(self, params: Iterable[Tensor]) -> list[Tensor]:
-        """Drop the states of all other parameters. Gives those among `params` that have none."""
+        """Drop the states of all other parameters. Gives those of `params` that have none."""
         by_id = {id(param): param for param in params}
         if self._entries.keys() == by_id.keys():
             return []
@@ -68,9 +68,9 @@ class WeakStates:
 
 
 class StateOfParameter(MutableMapping[str, Any]):
-    """The states of one parameter: the wrapped optimizer's and, under its name, the wrapper's. What is written goes there.
+    """The states of one parameter: the wrapped optimizer's and, under its name, the wrapper's. Writes go to their owner.
 
-    Made of a mapping alone, as code that rebuilds containers by their type does, it shows that mapping.
+    Made from a mapping alone, as code does that rebuilds containers by their type, it shows that mapping.
     """
 
     __slots__ = ("_base", "_param", "_wrapper")
@@ -117,9 +117,9 @@ class StateOfParameter(MutableMapping[str, Any]):
 
 
 class States(MutableMapping[Tensor, Any]):
-    """What `wrapper.state` gives: the states of both optimizers for each parameter, live and writable.
+    """The value of `wrapper.state`: the states of both optimizers for each parameter, live and writable.
 
-    As in the defaultdict of torch.optim, asking for the states of a parameter that has none makes an empty entry.
+    As in the defaultdict of torch.optim, a lookup for a parameter without states makes an empty entry.
     """
 
     __slots__ = ("_wrapper",)
@@ -172,7 +172,7 @@ class States(MutableMapping[Tensor, Any]):
         return self[param]
 
     def pop(self, param: Tensor, *default: Any) -> Any:
-        """Remove the states of a parameter and give them, as a dict."""
+        """Remove the states of a parameter and return them as a dict."""
         if param not in self and default:
             return default[0]
         if param not in self:
@@ -193,7 +193,7 @@ class States(MutableMapping[Tensor, Any]):
         self._base.clear()
 
     def replace(self, states: Mapping[Tensor, Any]) -> None:
-        """Make these the states, as assigning to `optimizer.state` does."""
+        """Assign new states, as to `optimizer.state`."""
         content = {param: dict(of) if isinstance(of, Mapping) else of for param, of in states.items()}
         self.clear()
         self._wrapper.base_optimizer.state = defaultdict(dict)
@@ -207,6 +207,6 @@ class States(MutableMapping[Tensor, Any]):
 
 
 def params_of(groups: list[dict[str, Any]]) -> list[Tensor]:
-    """The parameters in the groups, in order, each once: torch lets a group list one twice."""
+    """The parameters in the groups, in order and without duplicates: torch lets a group list one twice."""
     params = [param for group in groups for param in group["params"]]
     return params if len(set(map(id, params))) == len(params) else list({id(p): p for p in params}.values())

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_not_negative
 
 
 class Adagrad(FusedOptimizer):
@@ -19,23 +19,23 @@ class Adagrad(FusedOptimizer):
         G <- G + g^2
         w <- w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(G) + eps)
 
-    A sparse gradient updates the rows it has.
+    A sparse gradient updates only its rows.
 
     Source: Duchi, Hazan & Singer 2011.
 
     Args:
         params, lr, lr_decay, weight_decay, eps, maximize: as torch.optim.Adagrad. lr may be a tensor of one element; on CUDA
             it may live on the device and change without a synchronisation.
-        initial_accumulator_value: what G is before a parameter's first step.
-        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        initial_accumulator_value: G before a parameter's first step.
+        foreach, fused: hints to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
-        eps_inside_sqrt: sqrt(G + eps) in place of sqrt(G) + eps.
+        eps_inside_sqrt: sqrt(G + eps) instead of sqrt(G) + eps.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
 
-    State: step (0-d float32), sum (G), in the parameter's dtype (float32 for bfloat16 and float16). It is made in a
-    parameter's first step, or by share_memory().
+    State: step (0-d float32), sum (G), in the parameter's dtype (float32 for bfloat16 and float16). A parameter's first step
+    makes it, or share_memory().
 
     Raises:
         ValueError: an option out of range, with torch.optim's text.
@@ -62,26 +62,10 @@ class Adagrad(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-            "eps_inside_sqrt": eps_inside_sqrt,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def share_memory(self) -> None:
-        """Move the states `sum` to shared memory, for processes that train together (Hogwild); made where they are missing."""
+        """Move the states `sum` to shared memory, for processes that train together (Hogwild). Makes missing states."""
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         made = [(param, self._new_states(group, param)) for group, param in params]
         for param, states in made:
@@ -90,12 +74,7 @@ class Adagrad(FusedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["lr_decay"] >= 0, "Invalid lr_decay value", group["lr_decay"])
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
-        initial = group["initial_accumulator_value"]
-        check(initial >= 0, "Invalid initial_accumulator_value value", initial)
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
+        check_not_negative(group, "lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
 
     def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
         return None if group["weight_decay"] == 0 else "weight_decay option is not compatible with sparse gradients"

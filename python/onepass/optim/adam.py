@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import _compat
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_betas, check_not_negative
 
 
 class Adam(FusedOptimizer):
@@ -21,17 +21,17 @@ class Adam(FusedOptimizer):
         v <- beta2 * v + (1 - beta2) * g^2
         w <- w - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    With amsgrad the largest v so far takes the place of v. Sources: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018.
+    With amsgrad the largest v so far replaces v. Sources: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as torch.optim.Adam. lr and betas may
             be tensors of one element; on CUDA they may live on the device and change without a synchronisation.
-        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach, fused: hints to torch.optim, accepted and ignored: the only implementation is fused.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
         differentiable: must be False.
-        bias_correction: False leaves out the divisions by 1 - beta^t.
-        eps_inside_sqrt: sqrt(v + eps) in place of sqrt(v) + eps.
+        bias_correction: False omits the divisions by 1 - beta^t.
+        eps_inside_sqrt: sqrt(v + eps) instead of sqrt(v) + eps.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
 
     State: step (0-d float32), exp_avg, exp_avg_sq and with amsgrad max_exp_avg_sq, in the parameter's dtype (float32 for
@@ -65,37 +65,15 @@ class Adam(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        for index, beta in enumerate(betas):
-            check_scalar(f"betas[{index}]", beta)
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError("betas must be either both floats or both Tensors")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "bias_correction": bias_correction,
-            "eps_inside_sqrt": eps_inside_sqrt,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
-        for index, beta in enumerate(group["betas"]):
-            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        check_not_negative(group, "lr", "eps")
+        check_betas(group)
+        if isinstance(group["betas"][0], Tensor) != isinstance(group["betas"][1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
+        check_not_negative(group, "weight_decay")
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
@@ -109,8 +87,8 @@ class Adam(FusedOptimizer):
 class AdamW(Adam):
     r"""Adam with decoupled weight decay; torch.optim.AdamW in one pass over memory.
 
-    As Adam, with w <- w * (1 - lr * weight_decay) before the update in place of weight decay in the gradient.
-    Source: Loshchilov & Hutter 2019. Arguments, state and errors as Adam; weight_decay is 1e-2 by default.
+    Like Adam, but weight decay is w <- w * (1 - lr * weight_decay) before the update, and no part of the gradient.
+    Source: Loshchilov & Hutter 2019. Arguments, state and errors are Adam's; weight_decay is 1e-2 by default.
     """
 
     sparse_text = Adam.sparse_text if _compat.ADAMW_IS_AN_ADAM else "AdamW does not support sparse gradients"
@@ -135,26 +113,8 @@ class AdamW(Adam):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            bias_correction=bias_correction,
-            eps_inside_sqrt=eps_inside_sqrt,
-            max_norm=max_norm,
-            normalize_grads=normalize_grads,
-            fused_unscale=fused_unscale,
-        )
+        FusedOptimizer.__init__(self, params, {**locals(), "decoupled_weight_decay": True})
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        group["decoupled_weight_decay"] = True  # of an AdamW, whatever a checkpoint of an older torch says
+        group["decoupled_weight_decay"] = True  # older torch does not save it

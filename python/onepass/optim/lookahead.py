@@ -10,36 +10,36 @@ import torch
 from torch import Tensor
 
 from .. import _compat, _native
-from .._mend import Mender
 from ._options import check, check_scalar
+from ._staging import Staging
 from ._wrapper import Wrapper, gather, kept_copy, restore
 from ._wrapper_states import State, params_of
 
 
 class Lookahead(Wrapper):
-    r"""Slow weights behind the weights of any optimizer, which start anew from them every k steps.
+    r"""Slow weights around any optimizer: every k steps they move towards its weights, which then restart from them.
 
     After each k-th step of the wrapped optimizer, with w its weights:
 
         slow <- slow + alpha * (w - slow)
         w <- slow
 
-    slow begins as a copy of w, taken in the first step. The wrapped optimizer's state is left alone.
+    slow starts as a copy of w, taken in the first step. The wrapped optimizer's state is not changed.
     Source: Zhang, Lucas, Hinton & Ba 2019, algorithm 1.
 
     Args:
         optimizer: the optimizer to wrap, of this package, of torch.optim or of any subclass of torch.optim.Optimizer.
         k: steps between two synchronisations, from 1.
-        alpha: how far the slow weights go, from 0 to 1; or "quadratic": to the minimum of the parabola through the losses
-            at both ends and the slope at w. step() then needs a closure, which is evaluated twice more at a
-            synchronisation; see docs/rules/lookahead.md.
+        alpha: how far the slow weights move, from 0 to 1; or "quadratic": to the minimum of the parabola through the losses
+            at both ends and the slope at w. step() then needs a closure, and evaluates it twice more per synchronisation;
+            see docs/rules/lookahead.md.
 
     State: slow_param, in the parameter's dtype (float32 for bfloat16 and float16), beside the wrapped optimizer's in
     state_dict(). The groups get lookahead_k, lookahead_alpha and lookahead_step, the number of steps so far.
 
     Raises:
-        TypeError: optimizer is none.
-        ValueError: k or alpha out of range; an optimizer that Lookahead wraps already.
+        TypeError: optimizer is not an optimizer.
+        ValueError: k or alpha out of range; an optimizer that Lookahead already wraps.
     """
 
     kept = "slow_param"
@@ -67,18 +67,18 @@ class Lookahead(Wrapper):
         )
 
     def _agreed(self, name: str) -> Any:
-        """An option that counts for all groups."""
+        """An option that must be the same in all groups."""
         values = [self._option(group, name) for group in self.param_groups]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} counts for the whole optimizer, but its groups disagree: {values}")
         return values[0] if values else self.defaults[name]
 
     def _count(self) -> int:
-        """The steps so far. A group that joined later, or was written to last in an interrupted step, may lag behind."""
+        """The number of steps so far: the largest, because an interrupted step or a group added directly leaves smaller ones."""
         return max((self._option(group, "lookahead_step") for group in self.param_groups), default=0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer. Its slow weights begin with the next step."""
+        """Add a group to the wrapped optimizer. The next step copies its slow weights."""
         super().add_param_group(param_group)
         self.param_groups[-1]["lookahead_step"] = self._count()
 
@@ -87,13 +87,13 @@ class Lookahead(Wrapper):
         """A step of the wrapped optimizer and, every k steps, the synchronisation.
 
         Args:
-            closure: evaluates the model and returns the loss; goes to the wrapped optimizer. alpha="quadratic" needs it.
+            closure: evaluates the model and returns the loss; passed to the wrapped optimizer. alpha="quadratic" needs it.
 
         Returns:
-            What the wrapped optimizer's step returns.
+            The result of the wrapped optimizer's step.
 
         Raises:
-            TypeError: no closure where alpha is "quadratic".
+            TypeError: no closure although alpha is "quadratic".
             RuntimeError: naming the parameter, before anything is written, where one cannot be averaged.
         """
         k, alpha = self._agreed("lookahead_k"), self._agreed("lookahead_alpha")
@@ -121,9 +121,9 @@ class Lookahead(Wrapper):
         return loss
 
     def _begin_new(self) -> State:
-        """Make slow weights for parameters met for the first time, after all of them were checked. Gives the new ones.
+        """Check all parameters that have no slow weights yet, then copy theirs. Gives the new ones.
 
-        Slow weights of parameters that left the groups are dropped.
+        Drops the slow weights of parameters that left the groups.
         """
         params = (param for group in self.param_groups for param in group["params"])
         without = self._own.keep_only(params)
@@ -137,25 +137,25 @@ class Lookahead(Wrapper):
         return made
 
     def _slow(self) -> State:
-        """The slow weights of what is trained at present: a frozen parameter, like one that left, is not written to."""
+        """The slow weights of the parameters in the groups that require gradients: frozen ones are not written to."""
         known = self._own.get
         return {p: state for p in params_of(self.param_groups) if (state := known(p)) and p.requires_grad}
 
-    def _gather(self, states: State, plan: Any, alpha: float | Tensor) -> Mender:
+    def _gather(self, states: State, plan: Any, alpha: float | Tensor) -> Staging:
         hyper = {"alpha": alpha}
         params = list(states)
-        mender, _ = gather("lookahead", self.kept, self.param_groups, params, states, hyper, plan, reads_grad=False)
-        return mender
+        staging, _ = gather("lookahead", self.kept, self.param_groups, params, states, hyper, plan, reads_grad=False)
+        return staging
 
     def _synchronise(self, alpha: float | Tensor) -> None:
         plan = _native.new_plan()
-        mender = self._gather(self._slow(), plan, alpha)
-        _native.update(plan, [mender], _native.Clip())
+        staging = self._gather(self._slow(), plan, alpha)
+        _native.update(plan, [staging], _native.Clip())
 
     # --- alpha="quadratic" --------------------------------------------------------------------------------------------
 
     def _quadratic_alpha(self, closure: Callable[[], Any] | None) -> Tensor:
-        """The minimum between slow weights (0) and weights (1) of the parabola through both losses and the last slope."""
+        """Where between slow weights (0) and weights (1) the parabola through both losses and the slope at 1 is smallest."""
         assert closure is not None
         slow = self._slow()
         self.zero_grad()
@@ -183,10 +183,10 @@ class Lookahead(Wrapper):
                 if param.grad is None:
                     continue
                 grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
-                way = param.to(state[self.kept].dtype) - state[self.kept]
+                difference = param.to(state[self.kept].dtype) - state[self.kept]
                 if param.is_complex():
-                    way, grad = torch.view_as_real(way), torch.view_as_real(grad)
-                part = (way * grad).sum(dtype=torch.float64)
+                    difference, grad = torch.view_as_real(difference), torch.view_as_real(grad)
+                part = (difference * grad).sum(dtype=torch.float64)
                 total += _compat.whole(part).to(total.device)
         return total
 

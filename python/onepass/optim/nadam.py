@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_betas, check_not_negative
 
 
 class NAdam(FusedOptimizer):
@@ -26,7 +26,7 @@ class NAdam(FusedOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize: as torch.optim.NAdam. lr may
             be a tensor of one element; on CUDA it may live on the device and change without a synchronisation.
-        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach: a hint to torch.optim, accepted and ignored: the only implementation is fused.
         capturable: keep step and mu_product on the device, so that step() can be captured in a CUDA graph. On the CPU it
             changes nothing.
         differentiable: must be False.
@@ -61,31 +61,13 @@ class NAdam(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
-        for index, beta in enumerate(group["betas"]):
-            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
-        check(group["momentum_decay"] >= 0, "Invalid momentum_decay value", group["momentum_decay"])
+        check_not_negative(group, "lr", "eps")
+        check_betas(group)
+        check_not_negative(group, "weight_decay", "momentum_decay")
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
@@ -93,6 +75,6 @@ class NAdam(FusedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         beta1, beta2 = group["betas"]
         own = ("lr", "eps", "weight_decay", "decoupled_weight_decay")
-        # The host multiplies mu_product too, so what it depends on has to be numbers.
+        # The host computes mu_product too, so the hyper-parameters that it depends on have to be numbers.
         product = {"beta1": float(beta1), "momentum_base": 0.96 ** float(group["momentum_decay"])}
         return {**product, "beta2": beta2, **{name: group[name] for name in own}}

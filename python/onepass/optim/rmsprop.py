@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_not_negative
 
 
 class RMSprop(FusedOptimizer):
@@ -30,7 +30,7 @@ class RMSprop(FusedOptimizer):
             element; on CUDA it may live on the device and change without a synchronisation.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
-        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach: a hint to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
         eps_inside_sqrt: D = sqrt(G + eps), or sqrt(max(0, G - a^2) + eps).
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
@@ -64,31 +64,11 @@ class RMSprop(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "alpha": alpha,
-            "eps": eps,
-            "centered": centered,
-            "weight_decay": weight_decay,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "eps_inside_sqrt": eps_inside_sqrt,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["eps"] >= 0, "Invalid epsilon value", group["eps"])
-        check(group["momentum"] >= 0, "Invalid momentum value", group["momentum"])
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
-        check(group["alpha"] >= 0, "Invalid alpha value", group["alpha"])
+        check_not_negative(group, "lr", "eps", "momentum", "weight_decay", "alpha")
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         centered = ("grad_avg",) if group["centered"] else ()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_not_negative
 
 _VARIANTS = ("irprop-", "rprop-")
 
@@ -16,8 +16,8 @@ _VARIANTS = ("irprop-", "rprop-")
 class Rprop(FusedOptimizer):
     r"""Resilient propagation; torch.optim.Rprop in one pass over memory.
 
-    Every element has a step size d of its own, lr at first. With g the gradient after clipping and sign, h the one that
-    the step before kept, (eta_minus, eta_plus) = etas, and sign(NaN) = 0:
+    Every element has its own step size d, initially lr. With g the gradient after clipping and sign, h the gradient that the
+    previous step kept, (eta_minus, eta_plus) = etas, and sign(NaN) = 0:
 
         d <- eta_plus * d where g * h > 0,  d <- eta_minus * d and g <- 0 where g * h < 0
         d <- d clamped to step_sizes
@@ -27,14 +27,13 @@ class Rprop(FusedOptimizer):
 
     Args:
         params, etas, step_sizes, maximize: as torch.optim.Rprop.
-        lr: the first step size, a number or a tensor of one element; read only when a parameter is stepped for the first
-            time.
+        lr: the first step size, a number or a tensor of one element; read only in a parameter's first step.
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
-        foreach: a hint to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach: a hint to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
-        variant: "irprop-" as above; "rprop-": g stays where g * h < 0, and d <- eta_minus * d where g * h = 0 as well, but in
-            a parameter's first step.
+        variant: "irprop-" as above; "rprop-": g stays where g * h < 0, and except in a parameter's first step
+            d <- eta_minus * d where g * h = 0 as well.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
 
     State: step (0-d float32), prev (h), step_size (d), in the parameter's dtype (float32 for bfloat16 and float16).
@@ -62,25 +61,12 @@ class Rprop(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "etas": etas,
-            "step_sizes": step_sizes,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "variant": variant,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         eta_minus, eta_plus = group["etas"]
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
+        check_not_negative(group, "lr")
         if not 0 < eta_minus < 1 < eta_plus:
             raise ValueError(f"Invalid eta values: {eta_minus}, {eta_plus}")
         if group["variant"] not in _VARIANTS:

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
-from .._mend import Mender, state_dtype
+from ._checks import state_dtype
 from ._distributed import reduce_sharded
 from ._options import check, check_scalar
+from ._staging import Staging
 from ._wrapper import Wrapper, gather, restore
 from ._wrapper_states import State, params_of
 
 
 class SAM(Wrapper):
-    r"""Sharpness-aware minimisation around any optimizer: the gradient is taken where the loss is nearly worst nearby.
+    r"""Sharpness-aware minimisation around any optimizer: it steps with the gradient at nearby weights of higher loss.
 
     With g the gradients at the weights w, and the norm over all of them together:
 
@@ -29,26 +30,26 @@ class SAM(Wrapper):
     Sources: Foret, Kleiner, Mobahi & Neyshabur 2021; adaptive: Kwon, Kim, Park & Choi 2021 (ASAM, eta = 0).
 
     Args:
-        params: parameters, named parameters or group dicts, as for the base optimizer. A group dict may have a `rho`.
-        base_optimizer: class of the optimizer that steps, or a function that makes one, as functools.partial does.
+        params: parameters, named parameters or group dicts, as for the base optimizer. Group dicts may contain `rho`.
+        base_optimizer: class of the optimizer that steps, or a function that makes one, such as a functools.partial.
         rho: radius of the neighbourhood, not negative.
         adaptive: scale the neighbourhood by the weights; complex ones as pairs of reals.
         base_kwargs: arguments of the base optimizer.
 
     Either step(closure), or by hand: backward(), first_step(zero_grad=True), backward() again, second_step(). Both compute
-    the loss twice; docs/rules/sam.md says what that means for BatchNorm, GradScaler, DistributedDataParallel, clipping.
+    the loss twice; docs/rules/sam.md explains what that means for BatchNorm, GradScaler, DistributedDataParallel, clipping.
 
-    State: old_param, the weights between the two, float32 for bfloat16 and float16. It is in state_dict() between
-    first_step() and second_step() only. The groups get sam_rho and sam_adaptive.
+    State: old_param, the weights w while the parameters are w + e, float32 for bfloat16 and float16. state_dict() has it only
+    between first_step() and second_step(). The groups get sam_rho and sam_adaptive.
 
     Raises:
-        TypeError: base_optimizer makes no optimizer, or one that SAM cannot drive.
+        TypeError: base_optimizer does not make an optimizer, or makes one that SAM cannot step.
         ValueError: rho out of range.
     """
 
     kept = "old_param"
     prefix = "sam_"
-    # GradScaler then calls step() for an overflow too, and leaves it to decide: the weights have to go back.
+    # GradScaler then calls step() even after an overflow, which it must, to restore the weights.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -82,9 +83,9 @@ class SAM(Wrapper):
             raise TypeError(f"SAM does not wrap {made_by.__name__}. Lookahead(SAM(...)) is possible.")
 
     def _prepared(self, params: Any, options: dict[str, Any]) -> Any:
-        """What the base optimizer is given: group dicts with checked options of ours, all else as it came."""
+        """The params for the base optimizer: in group dicts our options are renamed and checked."""
         if isinstance(params, Tensor):
-            return params  # the base optimizer's error
+            return params  # the base optimizer raises its own error
         params = list(params)
         if not params or not isinstance(params[0], dict):
             return params
@@ -95,7 +96,7 @@ class SAM(Wrapper):
 
     @staticmethod
     def _own_options(group: dict[str, Any]) -> dict[str, Any]:
-        """In a user's group dict rho is SAM's. In the groups its name is its own: Adadelta's rho is something else."""
+        """A user's group dict says rho; the groups call it sam_rho, because Adadelta has a rho of its own."""
         return {("sam_rho" if name == "rho" else name): value for name, value in group.items()}
 
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -103,15 +104,15 @@ class SAM(Wrapper):
         check(group["sam_rho"] >= 0, "Invalid rho value", group["sam_rho"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; it may have a `rho`."""
+        """Add a group to the base optimizer; it may contain `rho`."""
         super().add_param_group(self._own_options(param_group) if isinstance(param_group, dict) else param_group)
 
-    # --- the weights from before. They are state between the two halves only; outside, memory kept for the next step ---
+    # --- the old weights: state between the two halves, otherwise memory that is kept for the next step -----------------
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are the perturbed ones: from first_step() to second_step()."""
-        # The plan itself knows whether it has run: an interrupt cannot come between the two.
+        """Whether the weights are w + e: from first_step() to second_step()."""
+        # The plan records by itself that it has run, so an interrupt cannot separate the two.
         return self._perturbed is not None and (self._perturbing is None or self._perturbing.has_run())
 
     def _state_of(self, param: Tensor, make: bool = False) -> dict[str, Tensor]:
@@ -121,12 +122,12 @@ class SAM(Wrapper):
         return state or {}
 
     def _drop_state(self, param: Tensor) -> None:
-        self._state_of(param).pop(self.kept, None)  # the entry stays: restoring must not pass over it in silence
+        self._state_of(param).pop(self.kept, None)  # the entry stays, so that restoring reports the loss
 
     def _set_kept_state(self, state: State) -> None:
         super()._set_kept_state(state)
         self._perturbed: State | None = state or None
-        self._perturbing: Any = None  # the plan of a first half under way
+        self._perturbing: Any = None  # the plan of a first half that is running
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_perturbed": self.is_perturbed or None}
@@ -140,7 +141,7 @@ class SAM(Wrapper):
 
     @_compat.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Both halves with a closure; without one the second half, after first_step().
+        """With a closure both halves; without one the second half, after first_step().
 
         Args:
             closure: evaluates the model, calls backward() and returns the loss. It is called twice, at w and at w + e; the
@@ -176,13 +177,13 @@ class SAM(Wrapper):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Keep the weights and go to w + e, by the gradients that are there.
+        """Keep the weights and move to w + e, with the present gradients.
 
         Args:
-            zero_grad: clear the gradients after it. Without, the next backward() adds to them.
+            zero_grad: clear the gradients afterwards. Otherwise the next backward() adds to them.
 
         Raises:
-            RuntimeError: called twice without second_step() in between; naming the parameter, where one cannot be changed.
+            RuntimeError: called twice without second_step() in between; or naming a parameter that cannot be updated.
         """
         self._require_unperturbed("first_step()")
         self._perturb()
@@ -191,17 +192,17 @@ class SAM(Wrapper):
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Restore the weights, bit for bit, and step the base optimizer with the gradients that are there.
+        """Restore the weights, bit for bit, and step the base optimizer with the present gradients.
 
         Args:
-            zero_grad: clear the gradients after it.
+            zero_grad: clear the gradients afterwards.
 
         Raises:
             RuntimeError: first_step() was not called.
         """
         if not self.is_perturbed:
             raise RuntimeError("second_step() without first_step() before it: there are no weights to go back to")
-        self.step()  # so that hooks and schedulers see one step
+        self.step()  # hooks and schedulers see one step
         if zero_grad:
             self.zero_grad()
 
@@ -211,12 +212,12 @@ class SAM(Wrapper):
                 f"{what} after first_step(): second_step(), or step() without a closure, has to come first"
             )
 
-    def _gather(self, states: State) -> tuple[Any, list[Mender], list[Tensor]]:
+    def _gather(self, states: State) -> tuple[Any, list[Staging], list[Tensor]]:
         plan = _native.new_plan()
-        menders: list[Mender] = []
+        stagings: list[Staging] = []
         missing: list[Tensor] = []
         for group in self.param_groups:
-            mender, lacking = gather(
+            staging, lacking = gather(
                 "sam",
                 self.kept,
                 self.param_groups,
@@ -227,9 +228,9 @@ class SAM(Wrapper):
                 maximize=bool(group.get("maximize", False)),  # the loss is then -loss, and so is its slope
                 sparse_text="SAM does not support sparse gradients",
             )
-            menders.append(mender)
+            stagings.append(staging)
             missing += lacking
-        return plan, menders, missing
+        return plan, stagings, missing
 
     def _perturb(self) -> None:
         adaptive = {bool(self._option(group, "sam_adaptive")) for group in self.param_groups}
@@ -238,25 +239,24 @@ class SAM(Wrapper):
         params = params_of(self.param_groups)
         self._own.keep_only(params)
         states = {param: self._own.get_or_make(param) for param in params if param.grad is not None}
-        plan, menders, missing = self._gather(states)
-        if missing:  # everything was checked before the first copy is made
+        plan, stagings, missing = self._gather(states)
+        if missing:  # all parameters were checked before the first copy is made
             for param in missing:
-                states[param][self.kept] = torch.zeros_like(param, dtype=state_dtype(param.dtype))
-            plan, menders, _ = self._gather(states)
+                states[param][self.kept] = torch.zeros_like(param, dtype=state_dtype(param))
+            plan, stagings, _ = self._gather(states)
         clip = _native.Clip(normalize=True, epsilon=1e-12, weighted=True in adaptive)
         if plan.has_subclasses():
             clip.reduce = reduce_sharded(self.param_groups, "SAM needs")
         self._perturbing, self._perturbed = plan, states
         try:
-            _native.update(plan, menders, clip)
+            _native.update(plan, stagings, clip)
         finally:
             if not plan.has_run():
                 self._perturbed = None
             self._perturbing = None
 
     def _restore(self) -> None:
-        # Only what is in the groups, and backwards: of two parameters in the same memory the one perturbed first has kept
-        # the weights.
+        # Only parameters in the groups, and in reverse order: if two share memory, the one perturbed first kept the weights.
         perturbed = self._perturbed or {}
         params = [param for param in params_of(self.param_groups) if param in perturbed]
         restore(self.param_groups, {param: perturbed[param] for param in reversed(params)})

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar
+from ._options import check_not_negative
 
 
 class SGD(FusedOptimizer):
@@ -23,14 +23,14 @@ class SGD(FusedOptimizer):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD. lr may be a tensor.
-        foreach, fused: hints to torch.optim, accepted and without effect: there is one implementation, and it is fused.
+        foreach, fused: hints to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
-        lr_in_velocity: the textbook form, v <- momentum * v + lr * g; w <- w - v. It differs once lr changes between steps.
-            With nesterov the parameters hold the look-ahead point w - momentum * v. Excludes dampening.
+        lr_in_velocity: the textbook form, v <- momentum * v + lr * g; w <- w - v. It gives other numbers once lr changes
+            between steps. With nesterov the parameters hold the look-ahead point w - momentum * v. Excludes dampening.
         max_norm, normalize_grads, fused_unscale: see FusedOptimizer. fused_unscale excludes dampening.
 
-    A sparse gradient without momentum updates the rows it has. With momentum it is made dense first: the velocity moves the
-    other rows too, as in torch.
+    Without momentum a sparse gradient updates only its rows. With momentum it is made dense first, because the velocity moves
+    the other rows too, as in torch.
 
     State: momentum_buffer, in the parameter's dtype (float32 for bfloat16 and float16); nothing without momentum.
 
@@ -59,28 +59,11 @@ class SGD(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "lr_in_velocity": lr_in_velocity,
-        }
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        check(group["lr"] >= 0, "Invalid learning rate", group["lr"])
-        check(group["momentum"] >= 0, "Invalid momentum value", group["momentum"])
-        check(group["weight_decay"] >= 0, "Invalid weight_decay value", group["weight_decay"])
+        check_not_negative(group, "lr", "momentum", "weight_decay")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if group["dampening"] != 0 and group["lr_in_velocity"]:
@@ -99,7 +82,7 @@ class SGD(FusedOptimizer):
         )
 
     def _needs_fresh(self, group: dict[str, Any]) -> bool:
-        # torch begins all momentum buffers of a step with the gradient, a parameter's that is listed twice both times.
+        # torch starts momentum buffers with the gradient, for a parameter listed twice both times in its first step.
         listed_twice = len(set(map(id, group["params"]))) < len(group["params"])
         return bool(group["dampening"] != 0 or listed_twice)
 
@@ -107,7 +90,7 @@ class SGD(FusedOptimizer):
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def _may_lack(self, name: str) -> bool:
-        return name == "momentum_buffer"  # torch makes it, or keeps None, with the first gradient
+        return name == "momentum_buffer"  # torch makes it with the first gradient, and may save None before
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         return {
@@ -115,16 +98,16 @@ class SGD(FusedOptimizer):
         }
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
-        for of_param in (state.get(p, {}) for p in group["params"]):
-            buffer = of_param.get("momentum_buffer")
-            if isinstance(buffer, Tensor) and buffer.is_sparse:  # torch's, under sparse gradients
-                of_param["momentum_buffer"] = buffer.to_dense()
+        for states in (state.get(p, {}) for p in group["params"]):
+            buffer = states.get("momentum_buffer")
+            if isinstance(buffer, Tensor) and buffer.is_sparse:  # as torch keeps it under sparse gradients
+                states["momentum_buffer"] = buffer.to_dense()
         super()._check_loaded(group, number, state)
         loading = self.__dict__.get("_loading")
         if loading is None:
             return
         ours = self.param_groups[number]["lr_in_velocity"]
-        theirs = loading["param_groups"][number].get("lr_in_velocity", False)  # torch's form where nothing is said
+        theirs = loading["param_groups"][number].get("lr_in_velocity", False)  # torch's form is the default
         if ours != theirs and any(state.get(p, {}).get("momentum_buffer") is not None for p in group["params"]):
             raise ValueError(
                 f"the loaded state has lr_in_velocity={theirs}, this optimizer was made with lr_in_velocity={ours}: their "

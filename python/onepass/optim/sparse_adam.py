@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check, check_scalar, name_of
+from ._checks import name_of
+from ._options import check, check_betas
 
 
 class SparseAdam(FusedOptimizer):
@@ -21,7 +22,7 @@ class SparseAdam(FusedOptimizer):
         v <- beta2 * v + (1 - beta2) * g^2
         w <- w - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
 
-    Sources: Kingma & Ba 2015, the end of section 2, where eps stands before the correction; torch.optim.SparseAdam.
+    Sources: Kingma & Ba 2015, the end of section 2, which adds eps before the correction; torch.optim.SparseAdam.
 
     Args:
         params, lr, betas, eps, maximize: as torch.optim.SparseAdam. lr may be a tensor of one element; on CUDA it may live on
@@ -49,11 +50,7 @@ class SparseAdam(FusedOptimizer):
         normalize_grads: bool = False,
         fused_unscale: bool = False,
     ) -> None:
-        check_scalar("lr", lr)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "maximize": maximize}
-        super().__init__(
-            params, defaults, max_norm=max_norm, normalize_grads=normalize_grads, fused_unscale=fused_unscale
-        )
+        super().__init__(params, locals())
         self._check_params(lambda p: p.is_sparse, "Sparse", "SparseAdam requires dense parameter tensors")
         self._check_params(lambda p: p.is_complex(), "Complex", "SparseAdam does not support complex parameters")
 
@@ -66,8 +63,7 @@ class SparseAdam(FusedOptimizer):
         super()._check_options(group)
         check(group["lr"] > 0, "Invalid learning rate", group["lr"])
         check(group["eps"] > 0, "Invalid epsilon value", group["eps"])
-        for index, beta in enumerate(group["betas"]):
-            check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
+        check_betas(group)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
@@ -78,8 +74,8 @@ class SparseAdam(FusedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         beta1, beta2 = group["betas"]
         own = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-        not_here = {"weight_decay": 0.0, "decoupled_weight_decay": False, "eps_inside_sqrt": False}
-        return {**own, **not_here, "bias_correction": True, "eps_before_correction": True}
+        unused = {"weight_decay": 0.0, "decoupled_weight_decay": False, "eps_inside_sqrt": False}
+        return {**own, **unused, "bias_correction": True, "eps_before_correction": True}
 
     def _gather(self, fresh: set[Tensor] | None) -> Any:
         for number, group in enumerate(self.param_groups):

@@ -1,0 +1,73 @@
+"""What this build and machine have: CUDA devices and streams, instruction sets, threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch  # first: the extension finds torch's OpenMP runtime in the process and links none
+from torch import Tensor
+
+from .. import _C, _compat
+
+fast_reader: bool = _C.set_reader(_compat.exchange_api(), _compat.describe)
+
+# Whether this build has CUDA kernels. The test build that runs them on the host has, and gives them CPU tensors; has_cuda
+# is false there, because no GPU is used.
+cuda_kernels: bool = bool(_C.cuda_archs)
+has_cuda: bool = cuda_kernels and not _C.cuda_on_host
+cuda_archs: str = _C.cuda_archs
+compiler: str = _C.compiler
+thread_runtime: str = _C.thread_runtime()
+
+
+def is_on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take this tensor."""
+    return tensor.is_cuda or _C.cuda_on_host
+
+
+def cuda_device_count() -> int:
+    """The number of CUDA devices that this build's kernels see; 0 without a driver."""
+    return _C.cuda_device_count()
+
+
+def torch_device(index: int) -> torch.device:
+    """The device whose index the CUDA kernels know."""
+    return torch.device("cpu") if _C.cuda_on_host else torch.device("cuda", index)
+
+
+def current_stream(index: int) -> int:
+    """The handle of torch's current stream on a CUDA device."""
+    return 0 if _C.cuda_on_host else _compat.current_stream(index)
+
+
+def isas() -> tuple[str, ...]:
+    """The CPU instruction sets that this build has and this machine runs, best last."""
+    return tuple(_C.isas())
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _C.isa()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run with another instruction set, for tests: "baseline", "v3" or "v4"."""
+    before = _C.isa()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(before)
+
+
+def _choose_isa() -> None:
+    requested = os.environ.get("ONEPASS_ISA") or None
+    if requested is not None and requested not in isas():
+        raise ImportError(f"ONEPASS_ISA={requested}: this build and machine have {', '.join(isas())}")
+    _C.use_isa(requested or isas()[-1])
+
+
+_choose_isa()

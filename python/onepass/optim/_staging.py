@@ -1,0 +1,193 @@
+"""Copies in, results back: tensors that kernels take, for parameters that they do not take as they are."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from ._checks import check_dtensors, check_grad, check_param, check_scalar_state, check_state
+from ._strides import have_same_strides, is_dense
+
+STRICT = os.environ.get("ONEPASS_STRICT", "").lower() not in ("", "0", "false", "no", "off")
+
+
+class _Copy(NamedTuple):
+    original: Tensor
+    copy: Tensor
+    write_back: bool
+
+
+class Staging:
+    """The tensors of one group on their way to the kernels of one step.
+
+    The native side accepts dense tensors of matching dtype, device and layout directly. Every other parameter comes to
+    stage(), with its gradient and states, and leaves as tensors that kernels take, or as an error that names the parameter,
+    what came and what to do. Where these tensors are copies, write_back() returns the results.
+
+    Args:
+        name: what error messages call the i-th parameter.
+        states: names of the states, in the order in which they come.
+        sparse_text: torch's sentence for refusing sparse gradients; None: they are taken.
+        replace: stores a state (index, name, tensor) whose strides or device had to change.
+        by_rows: update only the rows that a sparse gradient has; else it is made dense.
+        device_scalars: whether 0-d states belong beside a parameter on CUDA; else on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: Callable[[int], str],
+        states: tuple[str, ...],
+        sparse_text: str | None = None,
+        replace: Callable[[int, str, Tensor], None] | None = None,
+        by_rows: bool = False,
+        device_scalars: bool = False,
+    ) -> None:
+        self.name, self.states, self.device_scalars = name, states, device_scalars
+        self.replace, self.sparse_text, self.by_rows = replace, sparse_text, by_rows
+        self.copies: dict[Any, _Copy] = {}  # by memory
+        self.locals: list[Tensor] = []  # local tensors of DTensors
+        self.alive: list[Tensor] = []  # whose addresses the native side has
+
+    def stage(
+        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
+    ) -> list[Any]:
+        """[param, grad unless None, *states], all one-dimensional, dense and of the same size. scalars: the 0-d states.
+
+        For a sparse gradient the result has its values, and (address of the row numbers, row size) follows the states.
+        A 0-d state that had to be moved is replaced in `scalars`.
+        """
+        label = self.name(index)
+        for name, value in scalars.items():
+            check_scalar_state(label, name, value)
+        param, grad, states = self._unwrap_dtensors(label, param, grad, states)
+        check_param(label, param)
+        if grad is not None:
+            check_grad(label, param, grad, self.sparse_text)
+        for name, state in zip(self.states, states, strict=False):
+            check_state(label, name, param, state)
+        with torch.no_grad():
+            self._move_scalars(index, param, scalars)
+            states = self._align(index, param, states)
+            param, *states = (tensor.detach().as_subclass(Tensor) for tensor in (param, *states))
+            if grad is not None and grad.is_sparse:
+                if self.by_rows:
+                    return self._stage_rows(label, param, grad.coalesce(), states)
+                if STRICT:
+                    raise RuntimeError(
+                        f"{label}: its sparse gradient would have to be made dense for momentum, and ONEPASS_STRICT=1 "
+                        f"forbids slow paths."
+                    )
+                grad = grad.to_dense()
+            elif grad is not None:
+                grad = grad.detach().as_subclass(Tensor)
+            return self._stage_elements(label, param, grad, states)
+
+    def write_back(self) -> None:
+        """Copy results to where they belong, after the kernels ran."""
+        with torch.no_grad():
+            for original, copy, write_back in self.copies.values():
+                if write_back:
+                    original.copy_(copy)
+        if self.locals:
+            _compat.increment_version(self.locals)
+
+    def _unwrap_dtensors(
+        self, label: str, param: Tensor, grad: Tensor | None, states: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        check_dtensors(label, param, grad, dict(zip(self.states, states, strict=False)))
+        dtensor: Any = _compat.dtensor_type()
+        if dtensor is None or not isinstance(param, dtensor):
+            return param, grad, states
+        if isinstance(grad, dtensor):
+            if grad.placements != param.placements:
+                grad = grad.redistribute(param.device_mesh, param.placements)
+            grad = _compat.local_of(grad)
+        local = _compat.local_of(param)
+        self.locals.append(local)
+        return local, grad, [_compat.local_of(state) for state in states]
+
+    def _move_scalars(self, index: int, param: Tensor, scalars: dict[str, Any]) -> None:
+        """Move 0-d states to where kernels read them: capturable may be switched on or off between two steps."""
+        for name, value in scalars.items():
+            on_device = self.device_scalars and param.is_cuda
+            moved = value.to(
+                device=param.device if on_device else "cpu", dtype=torch.float32 if on_device else value.dtype
+            )
+            if moved is not value and self.replace is not None:
+                scalars[name] = moved
+                self.replace(index, name, moved)
+
+    def _align(self, index: int, param: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """States with the parameter's strides, once for all later steps: after .to(memory_format=...), or a checkpoint."""
+        aligned = []
+        for name, state in zip(self.states, states, strict=False):
+            differ = state.stride() != param.stride() and is_dense(param) and state.numel() > 0
+            if differ and self.replace is not None and not cast(Any, state).is_shared() and not self.locals:
+                state = torch.empty_like(param, dtype=state.dtype).copy_(state)
+                self.replace(index, name, state)
+            aligned.append(state)
+        return aligned
+
+    def _stage_elements(self, label: str, param: Tensor, grad: Tensor | None, states: list[Tensor]) -> list[Tensor]:
+        if param.is_conj():  # memory holds the conjugated values
+            param = self._copy(label, "its conjugation", param, torch.empty_like(param), write_back=True)
+        if param.is_complex():
+            param = torch.view_as_real(param)
+            grad = None if grad is None else torch.view_as_real(grad.resolve_conj())
+            states = [torch.view_as_real(state) for state in states]
+        if param.numel() == 0:
+            tensors = [param, *([] if grad is None else [grad]), *states]
+            return [tensor.as_strided((0,), (1,)) for tensor in tensors]  # reshape(0) may keep another stride
+        if not is_dense(param) or param.is_neg():
+            param = self._copy(label, "its strides", param, torch.empty_like(param), write_back=True)
+        staged = [param]
+        if grad is not None:
+            if not have_same_strides(grad, param) or grad.is_neg():
+                grad = self._copy(label, "its gradient's strides", grad, torch.empty_like(param), write_back=False)
+            staged.append(grad)
+        for state in states:
+            if not have_same_strides(state, param) or state.is_neg():
+                like = torch.empty_like(param, dtype=state.dtype)
+                state = self._copy(label, "a state's strides", state, like, write_back=True)
+            staged.append(state)
+        return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in staged]
+
+    def _stage_rows(self, label: str, param: Tensor, grad: Tensor, states: list[Tensor]) -> list[Any]:
+        """For a coalesced sparse gradient: its values, and which rows of the table they belong to."""
+        indices, values = grad._indices(), grad._values()
+        table = param.shape[: grad.sparse_dim()]
+        rows = torch.zeros(values.shape[0], dtype=torch.int64, device=grad.device)
+        for size, index in zip(table, indices, strict=True):
+            rows = rows * size + index
+        tensors = [values.resolve_conj().contiguous()]
+        for tensor in (param, *states):
+            if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+                contiguous = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                tensor = self._copy(label, "its strides under a sparse gradient", tensor, contiguous, write_back=True)
+            tensors.append(tensor)
+        values, param, *states = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+        self.alive.append(rows)
+        row_size = math.prod(values.shape[1:])
+        return [*(t.view(-1) for t in (param, values, *states)), (rows.data_ptr(), row_size)]
+
+    def _copy(self, label: str, why: str, source: Tensor, target: Tensor, write_back: bool) -> Tensor:
+        """Copy source into target. The same memory gets the same copy, so that a parameter listed twice stays one."""
+        memory = (source.data_ptr(), source.dtype, source.shape, source.stride(), source.is_neg(), source.is_conj())
+        if memory in self.copies:
+            return self.copies[memory].copy
+        if STRICT:
+            raise RuntimeError(
+                f"{label}: {why} would need a copy at every step, and ONEPASS_STRICT=1 forbids slow paths."
+            )
+        if write_back and source.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{label} was made in inference mode and is not dense: it cannot be written outside of it."
+            )
+        self.copies[memory] = _Copy(source, target.copy_(source), write_back)
+        return target
