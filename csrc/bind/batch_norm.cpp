@@ -26,20 +26,20 @@ void describe_batch(Call& call, Tensors& tensors, const BatchShapeArguments& sha
 }
 
 template <class Call>
-void run_batch(const Tensors& tensors, Call& call, const Place& place,
+void run_batch(const Tensors& tensors, Call& call, const Resources& resources,
                void (*Engine::*layer)(const Call&, const StreamRef&)) {
   if (tensors.first().size == 0) return;
   const bool on_cuda = tensors.on_cuda();
-  const Workspace workspace(engine_for(on_cuda).batch_norm_workspace(call.shape), on_cuda, place);
+  const Workspace workspace(engine_for(on_cuda).batch_norm_workspace(call.shape), on_cuda, resources);
   call.workspace = workspace.address();
-  run(tensors, call, place, layer);
+  run(tensors, call, resources, layer);
 }
 
 }  // namespace
 
 void bind_batch_norm(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
-                     const BatchNormArguments& norm, const py::tuple& place_arguments) {
-  const Place place(place_arguments);
+                     const BatchNormArguments& norm, const py::tuple& resource_arguments) {
+  const Resources resources(resource_arguments);
   const auto [x, residual, weight, bias] = unpack<4>(inputs);
   const auto [y, stats, running_mean, running_var] = unpack<4>(outputs);
   const auto& [phase, eps, momentum, slope] = norm;
@@ -66,12 +66,12 @@ void bind_batch_norm(const py::tuple& inputs, const py::tuple& outputs, const Ba
   }
   if (call.phase == Phase::apply_running && call.running_mean == nullptr)
     throw py::value_error("a batch norm by running statistics needs them");
-  run_batch(tensors, call, place, &Engine::batch_norm);
+  run_batch(tensors, call, resources, &Engine::batch_norm);
 }
 
 void bind_batch_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const BatchShapeArguments& shape,
-                              const BatchNormBackwardArguments& norm, const py::tuple& place_arguments) {
-  const Place place(place_arguments);
+                              const BatchNormBackwardArguments& norm, const py::tuple& resource_arguments) {
+  const Resources resources(resource_arguments);
   const auto [dy, x, y, weight, stats] = unpack<5>(inputs);
   const auto [sums, dx, dresidual, dweight, dbias] = unpack<5>(outputs);
   const auto& [phase, training, count, slope] = norm;
@@ -97,7 +97,7 @@ void bind_batch_norm_backward(const py::tuple& inputs, const py::tuple& outputs,
   call.dresidual = tensors.optional_output(dresidual, call.dtype, elements, "dresidual");
   call.dweight = tensors.optional(dweight, call.weight_dtype, channels, "dweight");
   call.dbias = tensors.optional(dbias, call.weight_dtype, channels, "dbias");
-  run_batch(tensors, call, place, &Engine::batch_norm_backward);
+  run_batch(tensors, call, resources, &Engine::batch_norm_backward);
 }
 
 }  // namespace onepass

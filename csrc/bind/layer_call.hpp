@@ -26,12 +26,12 @@ std::array<py::handle, n> unpack(const py::tuple& values) {
 }
 
 // Where a call runs: threads on the CPU; the stream on CUDA, and allocate(bytes), which gives a uint8 tensor there.
-struct Place {
+struct Resources {
   int threads;
   void* stream;
   py::handle allocate;
 
-  explicit Place(const py::tuple& arguments) {
+  explicit Resources(const py::tuple& arguments) {
     const auto [count, address, function] = unpack<3>(arguments);
     threads = static_cast<int>(PyLong_AsLong(count.ptr()));
     stream = PyLong_AsVoidPtr(address.ptr());
@@ -143,10 +143,10 @@ class Tensors {
 // A call's workspace: the engine's own on the CPU, a tensor on a GPU, where memory is reused in the stream's order.
 class Workspace {
  public:
-  Workspace(std::int64_t bytes, bool on_cuda, const Place& place) {
+  Workspace(std::int64_t bytes, bool on_cuda, const Resources& resources) {
     if (bytes == 0) return;
     if (on_cuda) {
-      tensor_ = place.allocate(bytes);
+      tensor_ = resources.allocate(bytes);
       address_ = reinterpret_cast<void*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
     } else {
       memory_.reset(new char[static_cast<std::size_t>(bytes)]);
@@ -163,11 +163,11 @@ class Workspace {
 
 // Runs a call on its device, without Python's lock unless giving it away takes longer.
 template <class Call>
-void run(const Tensors& tensors, const Call& call, const Place& place,
+void run(const Tensors& tensors, const Call& call, const Resources& resources,
          void (*Engine::*layer)(const Call&, const StreamRef&)) {
   std::optional<py::gil_scoped_release> release;
   if (tensors.first().size > 1 << 14 || tensors.on_cuda()) release.emplace();
-  const StreamRef where{place.threads, tensors.first().device, place.stream};
+  const StreamRef where{resources.threads, tensors.first().device, resources.stream};
   (engine_for(tensors.on_cuda()).*layer)(call, where);
 }
 

@@ -6,8 +6,8 @@
 namespace onepass {
 
 void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutArguments& dropout,
-                  const py::tuple& place_arguments) {
-  const Place place(place_arguments);
+                  const py::tuple& resource_arguments) {
+  const Resources resources(resource_arguments);
   Tensors tensors(x);
   DropoutCall call{};
   call.dtype = tensors.first().dtype;
@@ -19,7 +19,7 @@ void bind_dropout(py::handle x, py::handle y, std::int64_t size, const DropoutAr
   call.dropout = tensors.dropout(dropout);
   call.mask = tensors.mask(dropout, size);
   call.reads_mask = dropout && std::get<4>(*dropout);
-  run(tensors, call, place, &Engine::dropout);
+  run(tensors, call, resources, &Engine::dropout);
 }
 
 namespace {
@@ -54,11 +54,11 @@ std::int64_t affine_size(const Call& call) {
   return call.scalar_affine ? 1 : call.size;
 }
 
-void run_rows(const Tensors& tensors, RowNorm& call, const Place& place) {
+void run_rows(const Tensors& tensors, RowNorm& call, const Resources& resources) {
   const bool on_cuda = tensors.on_cuda();
-  const Workspace workspace(engine_for(on_cuda).row_norm_workspace(call), on_cuda, place);
+  const Workspace workspace(engine_for(on_cuda).row_norm_workspace(call), on_cuda, resources);
   call.workspace = workspace.address();
-  run(tensors, call, place, &Engine::row_norm);
+  run(tensors, call, resources, &Engine::row_norm);
 }
 
 // Whether the last dimensions of a tensor are `shape`, a tuple; nothing is raised.
@@ -87,7 +87,7 @@ bool fits(const TensorView& affine, const TensorView& x, py::handle normalized_s
 }  // namespace
 
 std::int64_t try_row_norm(const py::tuple& inputs, const py::tuple& outputs, py::handle normalized_shape,
-                          py::handle eps, bool rms, const py::tuple& place) {
+                          py::handle eps, bool rms, const py::tuple& resources) {
   const auto [x, weight, bias] = unpack<3>(inputs);
   const auto [y, stats] = unpack<2>(outputs);
   Layouts layouts;
@@ -122,13 +122,13 @@ std::int64_t try_row_norm(const py::tuple& inputs, const py::tuple& outputs, py:
   Tensors tensors(rows);
   call.y = tensors.output(y, call.dtype, rows.size, "y");
   call.stats = tensors.statistics(stats, compute_dtype(call.dtype), 3 * call.rows);
-  run_rows(tensors, call, Place(place));
+  run_rows(tensors, call, Resources(resources));
   return call.size;
 }
 
 void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
-                   const DropoutArguments& dropout, const py::tuple& place_arguments) {
-  const Place place(place_arguments);
+                   const DropoutArguments& dropout, const py::tuple& resource_arguments) {
+  const Resources resources(resource_arguments);
   const auto [x, residual, weight, bias] = unpack<4>(inputs);
   const auto [y, sum, stats] = unpack<3>(outputs);
   Tensors tensors(x);
@@ -145,12 +145,12 @@ void bind_row_norm(const py::tuple& inputs, const py::tuple& outputs, const py::
   call.y = tensors.output(y, call.dtype, elements, "y");
   call.stats = tensors.statistics(stats, compute_dtype(call.dtype), 3 * call.rows);
   if (elements == 0) return;
-  run_rows(tensors, call, place);
+  run_rows(tensors, call, resources);
 }
 
 void bind_row_norm_backward(const py::tuple& inputs, const py::tuple& outputs, const py::tuple& norm,
-                            const DropoutArguments& dropout, const py::tuple& place_arguments) {
-  const Place place(place_arguments);
+                            const DropoutArguments& dropout, const py::tuple& resource_arguments) {
+  const Resources resources(resource_arguments);
   const auto [dy, dsum, x, weight, stats] = unpack<5>(inputs);
   const auto [dx, dbranch, dweight, dbias] = unpack<4>(outputs);
   Tensors tensors(x);
@@ -169,9 +169,9 @@ void bind_row_norm_backward(const py::tuple& inputs, const py::tuple& outputs, c
   call.dweight = tensors.optional(dweight, call.weight_dtype, affine_size(call), "dweight");
   call.dbias = tensors.optional(dbias, call.weight_dtype, affine_size(call), "dbias");
   if (elements == 0) return;
-  const Workspace workspace(engine_for(tensors.on_cuda()).row_norm_backward_workspace(call), tensors.on_cuda(), place);
+  const Workspace workspace(engine_for(tensors.on_cuda()).row_norm_backward_workspace(call), tensors.on_cuda(), resources);
   call.workspace = workspace.address();
-  run(tensors, call, place, &Engine::row_norm_backward);
+  run(tensors, call, resources, &Engine::row_norm_backward);
 }
 
 }  // namespace onepass
