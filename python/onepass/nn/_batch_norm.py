@@ -13,6 +13,8 @@ record the update. For the same reason dispatch modes see the same operations bo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -24,16 +26,16 @@ from .._native import batch_norm as native
 from .._native.batch_norm import BatchNormOptions, Operands, Running
 from . import _formula
 from ._batch_norm_autograd import (
-    apply,
+    apply_with_autograd,
+    batch_norm_apply_operator,
+    batch_norm_operator,
     count_batch,
     dense_operands,
     is_channels_last,
     normalise_and_count,
-    operator,
-    operator_apply,
 )
-from ._batch_norm_checks import batch_norm_operands, check_batch_size
-from ._checks import number
+from ._batch_norm_checks import check_batch_norm_operands, check_batch_size
+from ._checks import as_float
 from ._dispatch import FORMULA, KERNEL, OPERATOR, TORCH, choose_route, wants_grad
 from ._nested import refuse_nested
 from ._sharding import batch_norm_on_local, has_dtensor
@@ -127,7 +129,7 @@ def activation_slope(activation: str | None, negative_slope: float) -> float | N
     if activation not in (None, "relu", "leaky_relu"):
         raise ValueError(f'activation has to be "relu", "leaky_relu" or None, but got {activation!r}')
     if type(negative_slope) is not float:
-        negative_slope = number("leaky_relu", "negative_slope", 2, negative_slope)
+        negative_slope = as_float("leaky_relu", "negative_slope", 2, negative_slope)
     if not negative_slope >= 0:
         raise ValueError(
             f"negative_slope has to be >= 0, but got {negative_slope}: backward reads the sign of the result"
@@ -151,21 +153,12 @@ def apply_batch_norm(operands: Operands, running: Running, training: bool, eps: 
         count_batch(running.batches)
         return y
     if route == OPERATOR and has_dtensor(*operands, *statistics):
-        y = batch_norm_on_local(
-            lambda *parts: apply_batch_norm(
-                Operands(*parts[:4]), running._replace(mean=parts[4], var=parts[5]), training, eps, slope
-            ),
-            {"input": x, "residual": residual},
-            {"weight": weight, "bias": bias},
-            {"running_mean": running.mean, "running_var": running.var},
-            training,
-        )
-        return y
+        return _apply_to_dtensors(operands, running, training, eps, slope)
     if isinstance(x, Tensor) and x.is_nested:
         refuse_nested("batch_norm", "input")
     if training:
         check_batch_size(x)
-    momentum, eps = batch_norm_operands(operands, running, training, eps)
+    momentum, eps = check_batch_norm_operands(operands, running, training, eps)
     if momentum is not running.momentum:
         running = running._replace(momentum=momentum)
     if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
@@ -187,6 +180,18 @@ def apply_batch_norm(operands: Operands, running: Running, training: bool, eps: 
     return _normalise_by_batch(route, operands, running, options)
 
 
+def _apply_to_dtensors(operands: Operands, running: Running, training: bool, eps: float, slope: float | None) -> Tensor:
+    def call(x: Tensor, residual: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Tensor:
+        local_running = running._replace(mean=mean, var=var)
+        return apply_batch_norm(Operands(x, residual, weight, bias), local_running, training, eps, slope)
+
+    inputs = {"input": operands.x, "residual": operands.residual}
+    affine = {"weight": operands.weight, "bias": operands.bias}
+    statistics = {"running_mean": running.mean, "running_var": running.var}
+    y: Tensor = batch_norm_on_local(call, inputs, affine, statistics, training)
+    return y
+
+
 def _flatten_affine(operands: Operands) -> Operands:
     """Weight and bias as [C]; torch allows any shape of C elements."""
     x, residual, weight, bias = operands
@@ -200,12 +205,12 @@ def _normalise_by_batch(route: int, operands: Operands, running: Running, option
     written = running if counts_batch() else Running(None, None)
     if route == KERNEL and _is_accessible(written, written=True):
         if wants_grad(*operands):
-            y = apply(*operands, written, options, True)
+            y = apply_with_autograd(*operands, written, options, True)
         else:
             y, _ = normalise_and_count(operands, written, options)
         _compat.increment_version([t for t in (written.mean, written.var) if t is not None])
         return y
-    y, stats = operator(*operands, *options)
+    y, stats = batch_norm_operator(*operands, *options)
     if running.mean is not None:
         with torch.no_grad():
             var = (stats[1].square().reciprocal() - options.eps).clamp(min=0)
@@ -218,12 +223,12 @@ def _normalise_by_running(route: int, operands: Operands, running: Running, opti
     y: Tensor
     dtype = compute_dtype(operands.x.dtype)
     if route != KERNEL:
-        y = operator_apply(*operands, _constant_statistics(running, options.eps, dtype), *options)
+        y = batch_norm_apply_operator(*operands, _constant_statistics(running, options.eps, dtype), *options)
         return y
     if not _is_accessible(running, written=False):
         running = Running(_accessible_copy(running.mean, dtype), _accessible_copy(running.var, dtype))
     if wants_grad(*operands):
-        y = apply(*operands, running, options, False)
+        y = apply_with_autograd(*operands, running, options, False)
     else:
         y, _ = native.batch_norm_running(operands, running, options)
     return y

@@ -98,7 +98,7 @@ class _BatchNorm(torch.autograd.Function):
         return *_gradients(ctx, dy, choose_backward_route(dy)), None, None, None
 
 
-apply = _compat.fast_apply(_BatchNorm)
+apply_with_autograd = _compat.fast_apply(_BatchNorm)
 
 
 def _save(ctx: Any, saved: tuple[Any, ...], options: BatchNormOptions, training: bool) -> None:
@@ -189,7 +189,7 @@ def _fake_backward(dy: Any, x: Tensor, y: Any, weight: Tensor | None, stats: Any
     return pad_missing(drop_unwanted((dx, torch.empty_like(dx), dweight, torch.empty_like(dweight)), want), x)
 
 
-operator = define(
+batch_norm_operator = define(
     "batch_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float? slope, bool channels_last)"
     " -> (Tensor y, Tensor stats)",
@@ -200,7 +200,7 @@ operator = define(
     lambda ctx, dy, dstats: (*_gradients(ctx, dy, never_kernel(choose_backward_route(dy))), None, None, None),
     options=[BatchNormOptions],
 )
-operator_apply = define(
+batch_norm_apply_operator = define(
     "batch_norm_apply",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, float eps, float? slope, "
     "bool channels_last) -> Tensor",

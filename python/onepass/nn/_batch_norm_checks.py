@@ -12,17 +12,17 @@ from torch.compiler import is_compiling
 from .._dtypes import FLOATS
 from .._native.batch_norm import Operands, Running
 from ._checks import (
+    as_float,
     check_affine_dtypes,
     check_alike,
     check_device,
     check_tensor,
     not_implemented,
-    number,
     scalar_name,
 )
 
 
-def batch_norm_operands(
+def check_batch_norm_operands(
     operands: Operands, running: Running, training: bool, eps: float
 ) -> tuple[float | Tensor, float]:
     """momentum and eps as floats; a momentum that torch.compile is tracing stays a tensor.
@@ -42,7 +42,7 @@ def batch_norm_operands(
         return momentum, eps
     check_tensor("batch_norm", "input", 1, input)
     if type(eps) is not float:
-        eps = number("batch_norm", "eps", 8, eps)
+        eps = as_float("batch_norm", "eps", 8, eps)
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
@@ -50,7 +50,7 @@ def batch_norm_operands(
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if type(momentum) is not float and not (isinstance(momentum, Tensor) and is_compiling()):
-        momentum = number("batch_norm", "momentum", 7, momentum)
+        momentum = as_float("batch_norm", "momentum", 7, momentum)
     if input.dim() == 1 and input.numel() == 0:  # torch returns it as it is
         return momentum, eps
     # In torch's order of checks; the positions are those that torch's errors name.

@@ -63,7 +63,7 @@ def check_tensor(function: str, name: str, position: int, value: object) -> None
         refuse_nested(function, name)
 
 
-def number(function: str, name: str, position: int, value: object) -> float:
+def as_float(function: str, name: str, position: int, value: object) -> float:
     """`value` as a float, from what torch accepts: Python and numpy numbers, and 0-d tensors that need no gradient."""
     if isinstance(value, (float, torch.SymFloat)):
         return cast(float, value)
@@ -122,7 +122,7 @@ def default_eps(input: Tensor) -> float:
     return _DOUBLE_EPS if input.dtype is torch.float64 else _FLOAT_EPS
 
 
-def norm_operands(
+def check_norm_operands(
     function: str,
     input: Tensor,
     normalized_shape: Any,
@@ -130,8 +130,7 @@ def norm_operands(
     bias: Tensor | None,
     eps: float | None,
 ) -> tuple[int, Tensor | None, Tensor | None, float]:
-    """Elements per row, weight and bias as kernels need them (of one shape; a bias without a weight is [size]), and
-    eps.
+    """(elements per row, weight, bias, eps) as kernels need them: weight and bias of one shape, or a bias [size] alone.
 
     Raises for operands that do not fit together, checking in torch's order.
     """
@@ -149,7 +148,7 @@ def norm_operands(
     if eps is None and function == "rms_norm":
         eps = default_eps(input)
     elif type(eps) is not float:
-        eps = number(function, "eps", 4 if function == "rms_norm" else 5, eps)
+        eps = as_float(function, "eps", 4 if function == "rms_norm" else 5, eps)
     dtype = input.dtype
     is_usual = (
         dtype in FLOATS
@@ -164,11 +163,11 @@ def norm_operands(
         weight, bias = _check_norm(function, input, normalized_shape, weight, bias)
     size = normalized_shape[0] if len(normalized_shape) == 1 else math.prod(normalized_shape)
     if type(size) is not int:
-        _check_elements(function, normalized_shape)
+        _check_shape_elements(function, normalized_shape)
     return size, weight, bias, eps
 
 
-def _check_elements(function: str, shape: tuple[Any, ...]) -> None:
+def _check_shape_elements(function: str, shape: tuple[Any, ...]) -> None:
     for position, size in enumerate(shape):
         if not hasattr(size, "__index__"):
             raise TypeError(
@@ -180,7 +179,8 @@ def _check_elements(function: str, shape: tuple[Any, ...]) -> None:
 def _check_norm(
     function: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    _check_elements(function, shape)
+    """All checks of a norm's operands. Returns weight and bias, converted and expanded as kernels need them."""
+    _check_shape_elements(function, shape)
     if not shape:
         raise RuntimeError(
             "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, but got "
@@ -222,7 +222,7 @@ def _check_norm(
 
 def check_p(p: float) -> float:
     if type(p) is not float:
-        p = number("dropout", "p", 2, p)
+        p = as_float("dropout", "p", 2, p)
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if p != p:

@@ -15,7 +15,7 @@ from .._native import layers as native
 from .._native.layers import DropoutOptions, NormOptions
 from . import _formula
 from . import _operator_checks as checks
-from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
+from ._checks import check_alike, check_norm_operands, check_p, check_seed, check_tensor
 from ._dispatch import (
     FORMULA,
     KERNEL,
@@ -93,7 +93,7 @@ def dropout_add_layer_norm(
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     input, residual = _promote(input, residual)
-    size, weight, bias, eps = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
+    size, weight, bias, eps = check_norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
     input, drop = _draw_dropout(input, p, training, seed, generator, inverted)
     return _run_route(route, input, residual, weight, bias, drop, NormOptions(size, eps, False))
 
@@ -134,7 +134,7 @@ def dropout_add_rms_norm(
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return rms_norm(total, normalized_shape, weight, eps), total
     input, residual = _promote(input, residual)
-    size, weight, _, eps = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
+    size, weight, _, eps = check_norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
     input, drop = _draw_dropout(input, p, training, seed, generator, inverted)
     return _run_route(route, input, residual, weight, None, drop, NormOptions(size, eps, True))
 
@@ -151,7 +151,7 @@ def _promote(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 def _draw_dropout(
     x: Tensor, p: float, training: bool, seed: int | None, generator: Generator | None, inverted: bool
 ) -> tuple[Tensor, DropoutOptions]:
-    """The options with the seed drawn, and x: in evaluation the paper's form scales it by 1 - p."""
+    """(x, the options with the seed drawn). In evaluation the paper's form scales x by 1 - p."""
     p, seed = check_p(p), check_seed(seed, generator)
     if not training and not inverted:
         x = x * (1 - p)

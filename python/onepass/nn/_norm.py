@@ -16,7 +16,7 @@ from .._native import layers as native
 from .._native.layers import NormOptions
 from . import _formula
 from . import _operator_checks as checks
-from ._checks import default_eps, norm_operands
+from ._checks import check_norm_operands, default_eps
 from ._dispatch import (
     FORMULA,
     KERNEL,
@@ -116,13 +116,13 @@ def row_norm(
             len(normalized_shape) if isinstance(normalized_shape, Sequence) else 0,
         )
         return y
-    size, weight, bias, eps = norm_operands(function, x, normalized_shape, weight, bias, eps)
+    size, weight, bias, eps = check_norm_operands(function, x, normalized_shape, weight, bias, eps)
     options = NormOptions(size, eps, rms)
     if route == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, options)
     if route == KERNEL:
         x, weight, bias = for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(bias)
-        rows = x.reshape(-1, size) if weight is None else x  # norm_operands makes a bias without a weight [size]
+        rows = x.reshape(-1, size) if weight is None else x  # check_norm_operands makes a bias without a weight [size]
         shape = (size,) if weight is None else tuple(normalized_shape)
         result = _run_kernel(rows, shape, weight, bias, eps, rms)
         if result is None:

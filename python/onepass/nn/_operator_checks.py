@@ -118,8 +118,10 @@ class _Operands:
 
 
 def _check_probability(operator: str, p: float) -> None:
-    expect(p >= 0, lambda: f"onepass::{operator}: p has the value {p}; expected is a probability, between 0 and 1.")
-    expect(p <= 1, lambda: f"onepass::{operator}: p has the value {p}; expected is a probability, between 0 and 1.")
+    for condition in (p >= 0, p <= 1):  # apart: p may be symbolic
+        expect(
+            condition, lambda: f"onepass::{operator}: p has the value {p}; expected is a probability, between 0 and 1."
+        )
 
 
 def _check_seed(operator: str, seed: Tensor) -> None:
@@ -203,7 +205,7 @@ def dropout_add_norm_backward(
 def batch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: BatchNormOptions
 ) -> None:
-    _check_channels("batch_norm", x, {"residual": residual}, weight, bias, options)
+    _check_batch_norm("batch_norm", x, {"residual": residual}, weight, bias, options)
 
 
 def batch_norm_apply(
@@ -214,7 +216,7 @@ def batch_norm_apply(
     stats: Tensor,
     options: BatchNormOptions,
 ) -> None:
-    operands, channels = _check_channels("batch_norm_apply", x, {"residual": residual}, weight, bias, options)
+    operands, channels = _check_batch_norm("batch_norm_apply", x, {"residual": residual}, weight, bias, options)
     operands.check_stats(stats, channels)
 
 
@@ -228,14 +230,14 @@ def batch_norm_backward(
     training: bool,
     want: Sequence[bool],
 ) -> None:
-    operands, channels = _check_channels("batch_norm_backward", x, {"dy": dy, "y": y}, weight, None, options)
+    operands, channels = _check_batch_norm("batch_norm_backward", x, {"dy": dy, "y": y}, weight, None, options)
     needs_y = options.slope is not None
     operands.require(y is not None or not needs_y, "y", "no value", "forward's result: there is a slope")
     operands.check_stats(stats, channels)
     operands.check_want(want, 4)
 
 
-def _check_channels(
+def _check_batch_norm(
     operator: str,
     x: Tensor,
     like_x: dict[str, Tensor | None],

@@ -14,7 +14,7 @@ from .._native import batch_norm as native
 from .._native.batch_norm import BatchNormOptions, Operands, Running, Saved
 from ._batch_norm import counts_batch, update_running
 from ._batch_norm_autograd import count_batch, dense, dense_operands, dense_saved, is_channels_last
-from ._batch_norm_checks import batch_norm_operands
+from ._batch_norm_checks import check_batch_norm_operands
 from ._dispatch import KERNEL, choose_route
 from ._library import drop_unwanted
 
@@ -35,7 +35,7 @@ def sync_batch_norm(operands: Operands, running: Running, eps: float, slope: flo
 
     Raises: as batch_norm; RuntimeError inside torch.func transforms, in forward-mode AD and for tensor subclasses.
     """
-    momentum, eps = batch_norm_operands(operands, running, True, eps)
+    momentum, eps = check_batch_norm_operands(operands, running, True, eps)
     if choose_route(*operands, running.mean, running.var) != KERNEL:
         raise RuntimeError(
             "SyncBatchNorm exchanges statistics between processes; it does not support torch.func transforms, forward-mode "

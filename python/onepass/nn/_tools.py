@@ -66,7 +66,7 @@ _REBUILDERS = {"convert_sync_batchnorm", "convert_syncbn_model", "fuse_conv_bn_e
 
 
 class GuardedEps:
-    """The attribute eps of a BatchNormAct, which all of these functions read; reading it there raises RuntimeError.
+    """The attribute eps of a BatchNormAct. Every function of _REBUILDERS reads it; there it raises RuntimeError.
 
     Not a property, because TorchScript would compile it.
     """

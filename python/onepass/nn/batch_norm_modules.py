@@ -64,9 +64,8 @@ def _overridden(module: _BatchNorm, operands: Operands, running: Running, by_bat
 
 def _cumulative_momentum(batches: Tensor) -> float | Tensor:
     """1 / (number of batches, including this one): the running statistics become the mean over all batches."""
-    if (
-        is_compiling() or jit_tracing() is not None
-    ):  # a Python number would break the graph or be a constant of the trace
+    # A Python number would break the graph of torch.compile and be a constant in a trace.
+    if is_compiling() or jit_tracing() is not None:
         return (batches + 1).to(torch.float32).reciprocal()
     return 1 / (int(batches) + 1)
 
