@@ -1,5 +1,5 @@
-// What the layers' entries of the extension share: reading and checking the tensors of a call, its workspace, and the
-// call itself.
+// Shared by the extension's functions for layers: reading and checking the tensors of a call, allocating its
+// workspace, and running it.
 #pragma once
 #include <sys/mman.h>
 
@@ -16,22 +16,23 @@
 
 namespace onepass {
 
-// The elements of a tuple, borrowed. pybind's own casts of tuples take longer than a tiny norm.
+// The elements of a tuple, as borrowed references. pybind's own casts of tuples take longer than a tiny norm.
 template <std::size_t n>
 std::array<py::handle, n> unpack(const py::tuple& values) {
-  if (values.size() != n) throw py::type_error("a tuple of " + std::to_string(n) + " was expected");
+  if (values.size() != n) throw py::type_error("expected a tuple of " + std::to_string(n));
   std::array<py::handle, n> out;
   for (std::size_t i = 0; i < n; ++i) out[i] = PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i));
   return out;
 }
 
-// Where a call runs: threads on the CPU; the stream on CUDA, and allocate(bytes), which gives a uint8 tensor there.
-struct Place {
+// What a call runs with: the number of threads on the CPU; on CUDA the stream, and allocate(bytes), which returns a
+// uint8 tensor on the device.
+struct Resources {
   int threads;
   void* stream;
   py::handle allocate;
 
-  explicit Place(const py::tuple& arguments) {
+  explicit Resources(const py::tuple& arguments) {
     const auto [count, address, function] = unpack<3>(arguments);
     threads = static_cast<int>(PyLong_AsLong(count.ptr()));
     stream = PyLong_AsVoidPtr(address.ptr());
@@ -40,13 +41,14 @@ struct Place {
   }
 };
 
-// A dropout: the seed (0-d, int64), p, whether it is inverted, the packed mask (uint8) or None, whether to read it.
+// A dropout: the seed (0-d, int64), p, whether it is inverted, the packed mask (uint8) or None, whether to read the
+// mask instead of writing it.
 using DropoutArguments = std::optional<std::tuple<py::object, double, bool, py::object, bool>>;
 
-// The tensors of one call: all on the device of the first one.
+// The tensors of one call, all on the device of the first one.
 class Tensors {
  public:
-  // channels_last: the order in memory of every tensor of the call; otherwise contiguous.
+  // channels_last: the memory format of every tensor of the call; otherwise they are contiguous.
   explicit Tensors(py::handle first, bool channels_last = false) : channels_last_(channels_last) {
     read(first, first_, "the first tensor");
   }
@@ -55,38 +57,38 @@ class Tensors {
   const TensorView& first() const { return first_; }
   bool on_cuda() const { return runs_on_cuda(first_); }
 
-  // Address of a tensor of so many elements in the order that the call asks for; null for None, where that is allowed.
+  // The address of a tensor that must have this dtype, `size` elements, and the call's device and memory format.
   char* address(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
     TensorView view;
     read(tensor, view, name);
-    if (view.dtype != dtype || view.size != size || !is_beside_first(view) || !in_order(view)) refuse(name);
+    if (view.dtype != dtype || view.size != size || !on_device_of_first(view) || !in_memory_format(view)) refuse(name);
     return view.data;
   }
   char* optional(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
     return tensor.is_none() ? nullptr : address(tensor, dtype, size, name);
   }
 
-  // The same for tensors that the call is the first to write: outputs of some megabytes often come fresh from the
-  // system, page by page, and taking pages of 4 KB costs more than filling them. So ask for large ones. Best effort:
-  // errors are ignored.
+  // The same for tensors that the call is the first to write. Outputs of several megabytes are often fresh from the
+  // system, and faulting in their 4 KB pages takes longer than filling them, so ask for huge pages. Best effort: errors
+  // are ignored.
   char* output(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
-    char* const at = address(tensor, dtype, size, name);
+    char* const data = address(tensor, dtype, size, name);
 #if defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t page = 2 << 20;
     const std::int64_t bytes = size * size_of(dtype);
     if (bytes >= (4 << 20) && !on_cuda()) {
-      const auto begin = (reinterpret_cast<std::uintptr_t>(at) + page - 1) / page * page;
-      const auto end = (reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(bytes)) / page * page;
+      const auto begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+      const auto end = (reinterpret_cast<std::uintptr_t>(data) + static_cast<std::uintptr_t>(bytes)) / page * page;
       if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
     }
 #endif
-    return at;
+    return data;
   }
   char* optional_output(py::handle tensor, DType dtype, std::int64_t size, const char* name) {
     return tensor.is_none() ? nullptr : output(tensor, dtype, size, name);
   }
 
-  // The CPU's norms need not keep them.
+  // Statistics of a row norm, which may be None on the CPU.
   char* statistics(py::handle tensor, DType dtype, std::int64_t size) {
     return on_cuda() ? address(tensor, dtype, size, "stats") : optional(tensor, dtype, size, "stats");
   }
@@ -103,18 +105,18 @@ class Tensors {
     if (!(p >= 0 && p <= 1)) throw py::value_error("p is a probability, but got " + std::to_string(p));
     TensorView seed;
     if (!reader->read(std::get<0>(*arguments).ptr(), Integers::seed, seed, layouts_) || seed.size != 1 ||
-        !is_beside_first(seed))
+        !on_device_of_first(seed))
       refuse("seed");
     return {reinterpret_cast<const std::int64_t*>(seed.data),
             static_cast<std::uint64_t>(std::floor(p * 4294967296.0 + 0.5)), std::get<2>(*arguments) ? 1 / (1 - p) : 1};
   }
 
-  // The packed mask of so many elements, one bit each; null where there is none.
+  // The packed mask of `size` elements, one bit per element; null if there is none.
   std::uint8_t* mask(const DropoutArguments& arguments, std::int64_t size) {
     if (!arguments || std::get<3>(*arguments).is_none()) return nullptr;
     TensorView view;
     if (!reader->read(std::get<3>(*arguments).ptr(), Integers::mask, view, layouts_) || view.size != (size + 7) / 8 ||
-        !is_beside_first(view) || !view.is_contiguous())
+        !on_device_of_first(view) || !view.is_contiguous())
       refuse("mask");
     return reinterpret_cast<std::uint8_t*>(view.data);
   }
@@ -123,16 +125,17 @@ class Tensors {
   [[noreturn]] static void refuse(const char* name) {
     throw py::value_error(std::string(name) + " is not of the size, dtype, device or layout its kernel needs");
   }
-  bool is_beside_first(const TensorView& view) const {
+  bool on_device_of_first(const TensorView& view) const {
     return view.device_type == first_.device_type && view.device == first_.device;
   }
-  bool in_order(const TensorView& view) const {
+  bool in_memory_format(const TensorView& view) const {
     return channels_last_ ? view.is_channels_last() : view.is_contiguous();
   }
 
   void read(py::handle tensor, TensorView& out, const char* name) {
     if (!reader->read(tensor.ptr(), out, layouts_))
-      throw std::runtime_error(std::string(name) + " is no floating-point tensor in memory that a kernel can reach");
+      throw std::runtime_error(std::string(name) +
+                               " is not a floating-point tensor in memory that a kernel can access");
   }
 
   TensorView first_;
@@ -140,13 +143,14 @@ class Tensors {
   Layouts layouts_;
 };
 
-// A call's workspace: the engine's own on the CPU, a tensor on a GPU, where memory is reused in the stream's order.
+// A call's workspace: heap memory on the CPU; on a GPU a tensor, because torch's allocator reuses memory in stream
+// order.
 class Workspace {
  public:
-  Workspace(std::int64_t bytes, bool on_cuda, const Place& place) {
+  Workspace(std::int64_t bytes, bool on_cuda, const Resources& resources) {
     if (bytes == 0) return;
     if (on_cuda) {
-      tensor_ = place.allocate(bytes);
+      tensor_ = resources.allocate(bytes);
       address_ = reinterpret_cast<void*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
     } else {
       memory_.reset(new char[static_cast<std::size_t>(bytes)]);
@@ -161,14 +165,14 @@ class Workspace {
   void* address_ = nullptr;
 };
 
-// Runs a call on its device, without Python's lock unless giving it away takes longer.
+// Runs a call on its device, without Python's lock; small calls on the CPU keep it, because releasing it takes longer.
 template <class Call>
-void run(const Tensors& tensors, const Call& call, const Place& place,
+void run(const Tensors& tensors, const Call& call, const Resources& resources,
          void (*Engine::*layer)(const Call&, const StreamRef&)) {
   std::optional<py::gil_scoped_release> release;
   if (tensors.first().size > 1 << 14 || tensors.on_cuda()) release.emplace();
-  const StreamRef where{place.threads, tensors.first().device, place.stream};
-  (engine_for(tensors.on_cuda()).*layer)(call, where);
+  const StreamRef stream{resources.threads, tensors.first().device, resources.stream};
+  (engine_for(tensors.on_cuda()).*layer)(call, stream);
 }
 
 }  // namespace onepass

@@ -15,35 +15,35 @@ def use_isa(name: str) -> None: ...
 def thread_runtime() -> str: ...
 def cuda_device_count() -> int: ...
 
-# As csrc/bind/layers.hpp has them.
+# The argument tuples of csrc/bind/layers.hpp.
 _Tensors = tuple[Tensor | None, ...]
 _Dropout = tuple[Tensor, float, bool, Tensor | None, bool] | None
-_Place = tuple[int, int, Callable[[int], Tensor] | None]
+_Resources = tuple[int, int, Callable[[int], Tensor] | None]
 _Shape = tuple[int, int, int, bool]
 
-def dropout(x: Tensor, y: Tensor | None, size: int, dropout: _Dropout, place: _Place) -> None: ...
+def dropout(x: Tensor, y: Tensor | None, size: int, dropout: _Dropout, resources: _Resources) -> None: ...
 def try_row_norm(
-    inputs: _Tensors, outputs: _Tensors, normalized_shape: object, eps: object, rms: bool, place: _Place
+    inputs: _Tensors, outputs: _Tensors, normalized_shape: object, eps: object, rms: bool, resources: _Resources
 ) -> int: ...
 def row_norm(
-    inputs: _Tensors, outputs: _Tensors, norm: tuple[int, float, bool], dropout: _Dropout, place: _Place
+    inputs: _Tensors, outputs: _Tensors, norm: tuple[int, float, bool], dropout: _Dropout, resources: _Resources
 ) -> None: ...
 def row_norm_backward(
-    inputs: _Tensors, outputs: _Tensors, norm: tuple[int, float, bool], dropout: _Dropout, place: _Place
+    inputs: _Tensors, outputs: _Tensors, norm: tuple[int, float, bool], dropout: _Dropout, resources: _Resources
 ) -> None: ...
 def batch_norm(
     inputs: _Tensors,
     outputs: _Tensors,
     shape: _Shape,
     norm: tuple[int, float, float, float | None],
-    place: _Place,
+    resources: _Resources,
 ) -> None: ...
 def batch_norm_backward(
     inputs: _Tensors,
     outputs: _Tensors,
     shape: _Shape,
     norm: tuple[int, bool, float, float | None],
-    place: _Place,
+    resources: _Resources,
 ) -> None: ...
 
 class Plan:

@@ -1,4 +1,4 @@
-"""Every private or version-dependent API of torch that onepass uses, each with what stands in for it elsewhere."""
+"""Every private or version-dependent API of torch that onepass uses, each with a fallback for other versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def disable_dynamo(function: F) -> F:
-    """Keep torch.compile out of a function: a graph break instead of tracing into raw pointers."""
+    """Keep torch.compile out of a function: a graph break rather than a trace into raw pointers."""
     from torch._compile import _disable_dynamo
 
     wrapped: Any = _disable_dynamo(function)
@@ -22,12 +22,12 @@ def disable_dynamo(function: F) -> F:
 
 
 def exchange_api() -> object:
-    """DLPack's C interface to torch tensors (torch >= 2.10): a capsule, or None. Reads a tensor in 20 ns."""
+    """DLPack's C interface to torch tensors (torch >= 2.10) as a capsule, or None. It reads a tensor in 20 ns."""
     return getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
-# DLPack's type code * 256 + bits of an element.
-_KINDS = {
+# DLPack's type code * 256 + bits per element.
+_TYPE_CODES = {
     torch.float32: 2 * 256 + 32,
     torch.float64: 2 * 256 + 64,
     torch.float16: 2 * 256 + 16,
@@ -39,12 +39,15 @@ _DEVICE_CODES = {"cpu": 1, "cuda": 2}
 
 
 def describe(tensor: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """What exchange_api() gives, for a torch without it: address, kind, device type, device index, shape, strides."""
+    """A tensor's address, type code, device type, device index, shape and strides, for a torch without exchange_api().
+
+    None for a tensor that the extension cannot read.
+    """
     try:
-        kind, device = _KINDS[tensor.dtype], _DEVICE_CODES[tensor.device.type]
+        type_code, device = _TYPE_CODES[tensor.dtype], _DEVICE_CODES[tensor.device.type]
         if tensor.layout is not torch.strided:
             return None
-        return tensor.data_ptr(), kind, device, tensor.device.index or 0, tuple(tensor.shape), tensor.stride()
+        return tensor.data_ptr(), type_code, device, tensor.device.index or 0, tuple(tensor.shape), tensor.stride()
     except (KeyError, RuntimeError, NotImplementedError):
         return None
 
@@ -52,7 +55,7 @@ def describe(tensor: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple
 def _increments_lists() -> bool:
     try:
         torch._C._increment_version([])
-    except (TypeError, RuntimeError):  # older torch takes one tensor at a time; so does 2.4.1
+    except (TypeError, RuntimeError):  # older torch takes one tensor at a time, as does 2.4.1
         return False
     return True
 
@@ -61,7 +64,7 @@ _INCREMENTS_LISTS = _increments_lists()
 
 
 def increment_version(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that the tensors were written to, so that a stale backward raises instead of using new weights."""
+    """Tell autograd that the tensors were written, so that a stale backward raises instead of using the new values."""
     if _INCREMENTS_LISTS:
         torch._C._increment_version(tensors)
     else:
@@ -70,16 +73,16 @@ def increment_version(tensors: Sequence[Tensor]) -> None:
 
 
 expect: Callable[[bool | torch.SymBool, Callable[[], str]], None] = torch._check
-"""expect(condition, message): RuntimeError with message() unless the condition holds. It may be of symbolic sizes."""
+"""expect(condition, message): RuntimeError with message() unless the condition holds; it may involve symbolic sizes."""
 
 
 def assert_async(condition: Tensor) -> None:
-    """An assertion on the tensor's device, which nothing waits for; as torch's own kernels check indices."""
+    """An assertion on the tensor's device, without synchronisation, like the index checks of torch's kernels."""
     torch._assert_async(condition)
 
 
 def _dtensor_module() -> Any:
-    """The module of DTensor if something in this process has imported it (without it there can be no instance)."""
+    """The module of DTensor if this process has imported it; otherwise there can be no instance."""
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "DTensor"):
@@ -88,19 +91,19 @@ def _dtensor_module() -> Any:
 
 
 def dtensor_type() -> type | None:
-    """The DTensor class, or None where there can be no instance."""
-    found: type | None = getattr(_dtensor_module(), "DTensor", None)
-    return found
+    """The DTensor class, or None if there can be no instance."""
+    cls: type | None = getattr(_dtensor_module(), "DTensor", None)
+    return cls
 
 
 def placement_types() -> tuple[Any, Any, Any]:
-    """Replicate, Shard and Partial, in a process that has DTensors."""
+    """Replicate, Shard and Partial. Requires that DTensor has been imported."""
     module = _dtensor_module()
     return module.Replicate, module.Shard, module.Partial
 
 
 def broadcast_from_first(tensor: Tensor, mesh: Any, dim: int) -> Tensor:
-    """The tensor of the first process along a dimension of a device mesh; compilers see through it."""
+    """The first process's tensor along a dimension of a device mesh; torch.compile can trace it."""
     from torch.distributed import _functional_collectives as collectives
 
     group = mesh.get_group(dim)
@@ -108,39 +111,39 @@ def broadcast_from_first(tensor: Tensor, mesh: Any, dim: int) -> Tensor:
     return wait(collectives.broadcast(tensor, 0, group))
 
 
-# What torch.compile takes for constant while it traces; see in_transform.
+# torch.compile treats their results as constants while it traces; see in_transform.
 dtensor_type._dynamo_marked_constant = placement_types._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def local_of(dtensor: Any) -> Tensor:
-    """This process's part of a DTensor, waited for where a collective is still under way."""
+    """This process's local tensor of a DTensor; waits for a collective that is still running."""
     local = dtensor._local_tensor
     return cast(Tensor, local.wait() if hasattr(local, "wait") else local)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, and of a DTensor all of it."""
+    """The full tensor; gathers a DTensor."""
     dtensor = dtensor_type()
     return cast(Any, tensor).full_tensor() if dtensor is not None and isinstance(tensor, dtensor) else tensor
 
 
 def has_own_dispatch(tensor: Tensor) -> bool:
-    """Whether a tensor subclass handles operators itself (fake, functional, quantized ...): its memory is not its value."""
+    """Whether a tensor subclass handles operators itself (fake, functional, quantized): its memory is not its value."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def may_be_swapped(tensor: Tensor) -> bool:
-    """Whether nn.Module.to() exchanges the tensor's content by torch.utils.swap_tensors, which refuses weak references."""
+    """Whether nn.Module.to() swaps the tensor's content by torch.utils.swap_tensors, which refuses weak references."""
     return type(tensor) not in (Tensor, torch.nn.Parameter) or torch.__future__.get_swap_module_params_on_conversion()
 
 
 def is_functional_wrapper(tensor: Tensor) -> bool:
-    """Tensors inside torch.func transforms and functionalization: the Python type is Tensor, the memory is not theirs."""
+    """Whether torch.func or functionalization wraps another tensor in this one, which is a Tensor without own memory."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
 
 
 def begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What torch.optim.Optimizer.load_state_dict does first: a shallow copy, and what the user's hooks make of it."""
+    """The first steps of torch.optim.Optimizer.load_state_dict: a shallow copy, which the user's hooks may replace."""
     state_dict = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = hook(optimizer, state_dict)
@@ -149,13 +152,13 @@ def begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
 
 
 def begin_save(optimizer: torch.optim.Optimizer) -> None:
-    """What torch.optim.Optimizer.state_dict does first."""
+    """The first step of torch.optim.Optimizer.state_dict: the user's hooks."""
     for hook in optimizer._optimizer_state_dict_pre_hooks.values():
         hook(optimizer)
 
 
 def end_save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What torch.optim.Optimizer.state_dict does last: the user's hooks may give another dict."""
+    """The last step of torch.optim.Optimizer.state_dict: the user's hooks, which may replace the dict."""
     for hook in optimizer._optimizer_state_dict_post_hooks.values():
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
@@ -163,15 +166,15 @@ def end_save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> di
 
 
 def end_load(optimizer: torch.optim.Optimizer) -> None:
-    """What torch.optim.Optimizer.load_state_dict does last."""
+    """The last step of torch.optim.Optimizer.load_state_dict: the user's hooks."""
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
 
 
 def share_hooks(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Let an optimizer have another one's hooks, in the same dicts, so that the handles that remove them still do.
+    """Let `new` use the hook dicts of `old` themselves, so that handles still remove their hooks.
 
-    A scheduler made for the old one asks whether that was stepped: its steps are the new one's.
+    Also mark `old` as stepped: a scheduler made for it warns otherwise, although `new` makes its steps.
     """
     for name in list(vars(old)):
         if name.startswith("_optimizer_") and name.endswith("_hooks"):
@@ -180,42 +183,42 @@ def share_hooks(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
 
 
 ADAMW_IS_AN_ADAM = issubclass(torch.optim.AdamW, torch.optim.Adam)
-"""In older torch it is a class of its own, with sentences of its own."""
+"""In older torch AdamW does not derive from Adam and has its own error messages."""
 
 
 def is_capturing() -> bool:
-    """Whether the current CUDA stream records a graph."""
+    """Whether the current CUDA stream is capturing a graph."""
     return cast(Any, torch.cuda).is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device: int) -> int:
-    """The cudaStream_t that torch enqueues on at this moment; never cached, or a captured graph would stay empty."""
+    """torch's current cudaStream_t. Never cached: a graph captured on another stream would stay empty."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
 
 
 def default_scalar_dtype() -> torch.dtype:
-    """The dtype of a `step` count as torch.optim makes it."""
+    """The dtype that torch.optim gives a `step` count."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-# --- what the layers ask before a call --------------------------------------------------------------------------------
+# --- what the layers query before a call ------------------------------------------------------------------------------
 
 innermost_transform: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack
-"""The torch.func transform that is active, or None."""
+"""The innermost active torch.func transform, or None."""
 
 
 def in_transform() -> bool:
-    """The same question while torch.compile traces, which does not see through innermost_transform() but guards it."""
+    """Whether a torch.func transform is active while torch.compile traces, which cannot trace innermost_transform()."""
     return innermost_transform() is not None
 
 
-# What torch.compiler.assume_constant_result does, which would import torch._dynamo: a second at every `import onepass`.
+# As torch.compiler.assume_constant_result does; that would import torch._dynamo, a second at every `import onepass`.
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_exporting() -> bool:
-    """The export that traces without torch._dynamo says so; the other one is an attribute of what torch._dynamo is tracing."""
+    """Non-strict export sets is_compiling(); strict export is an attribute of torch._dynamo's current tracer."""
     if torch.compiler.is_compiling():
         return True
     symbolic_convert = sys.modules.get("torch._dynamo.symbolic_convert")
@@ -223,30 +226,31 @@ def _is_exporting() -> bool:
     return bool(getattr(tracer, "export", False))
 
 
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined] # runs as it is, while torch._dynamo traces
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch._dynamo runs it instead of tracing it
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_exporting)
-"""Whether torch.export is tracing; torch has the question since 2.7."""
+"""Whether torch.export is tracing; torch >= 2.7 has this function."""
 
 RMS_NORM_TAKES_SYMBOLS = "SymInt" in str(torch._C._jit_get_schemas_for_operator("aten::rms_norm"))
-"""Whether torch's rms_norm is traced for every shape; that of 2.4 for the one that it sees."""
+"""Whether torch's rms_norm can be traced with symbolic shapes; torch 2.4 fixes the shape that it sees."""
 
 active_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-"""How many TorchDispatchModes are active."""
+"""The number of active TorchDispatchModes."""
 
 jit_tracing: Callable[[], object | None] = torch._C._get_tracing_state
 """The state of torch.jit.trace, or None."""
 
 is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
-"""Whether a gradient is a batch of them: torch.autograd.grad(is_grads_batched=True) has a vmap of its own."""
+"""Whether a gradient is a batch of gradients: torch.autograd.grad(is_grads_batched=True) uses a vmap of its own."""
 
 
 def is_recomputing() -> bool:
-    """Whether activation checkpointing runs this a second time, inside of a backward.
+    """Whether activation checkpointing is running a forward a second time, inside a backward.
 
-    A hook may run a forward of its own there, which is none, so the callers tell. They are torch.utils.checkpoint's
-    recompute_fn or, for its reentrant form and those of other libraries, the backward of a CheckpointFunction; but not
-    where that has come to backpropagate through what it has computed, when hooks run again.
+    Hooks may run other forwards inside a backward, so the frames of the callers decide. A recomputation is called by
+    recompute_fn of torch.utils.checkpoint or, in its reentrant form and in other libraries, by the backward of a
+    CheckpointFunction, but not through torch.autograd.backward: there it backpropagates through what it has recomputed,
+    and hooks run again.
     """
     if torch._C._current_graph_task_id() == -1:
         return False
@@ -266,10 +270,10 @@ def is_recomputing() -> bool:
 _BACKPROPAGATE = torch.autograd.backward.__code__
 
 
-def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without the questions about torch.func transforms, for callers that have asked.
+def fast_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its checks for torch.func transforms, for callers that have made them.
 
-    It takes 3 us of Function.apply; the frames between a node of the graph and `function.backward` take 2 more.
+    The checks take 3 us per Function.apply; calling `function.backward` directly from the graph's node saves another 2.
     """
     node = getattr(function, "_backward_cls", None)
     if node is not None and hasattr(node, "apply"):
@@ -279,7 +283,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def register_vmap(operator: str, rule: Callable[..., Any]) -> None:
-    """torch.library.register_vmap (torch >= 2.5); without it vmap loops over the batch by itself, with a warning."""
+    """torch.library.register_vmap (torch >= 2.5). Without it vmap loops over the batch and warns."""
     register = getattr(torch.library, "register_vmap", None)
     if register is not None:
         register(operator, rule)

@@ -1,4 +1,4 @@
-"""What this installation of onepass is and can do."""
+"""The version and the build configuration of this installation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ has_cuda: bool = _native.has_cuda
 
 
 def show_config() -> str:
-    """A report of this build and machine, one fact a line, for bug reports."""
+    """A report on this build and machine for bug reports, one fact per line."""
     if not has_cuda:
         cuda = "not in this build (rebuild where nvcc >= 12.1 is found, with -C cmake.define.ONEPASS_CUDA=ON)"
     else:

@@ -1,4 +1,4 @@
-"""The floating dtypes of parameters and activations, and the dtype kernels compute in; csrc/core/types.hpp has the same."""
+"""The floating dtypes of parameters and activations, and the dtype kernels compute in, as in csrc/core/types.hpp."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype kernels compute in and keep statistics and states in: float64 for float64, otherwise float32."""
+    """The dtype of arithmetic, statistics and optimizer states: float64 for float64, otherwise float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The kernels of BatchNorm as functions of tensors; see layers.py for what they share with the other layers."""
+"""The kernels of BatchNorm as functions of tensors, under the conventions of layers.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _C
 from .._dtypes import compute_dtype
-from .layers import allocate_affine_gradients, stream_of
+from .layers import allocate_affine_gradients, resources_for
 
-# Phases of a call, as csrc/core/layers.hpp numbers them; SyncBatchNorm sums over the processes between the middle two.
+# The phases of a call, numbered as in csrc/core/layers.hpp. SyncBatchNorm communicates between _STATISTICS and _APPLY.
 _ALL, _STATISTICS, _APPLY, _APPLY_RUNNING = 0, 1, 2, 3
 
 
@@ -27,7 +27,7 @@ class Operands(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The running statistics, [C] of one floating dtype, the number of batches in them, and the momentum of an update."""
+    """The running statistics, [C] of one floating dtype; the number of batches in them; the momentum of an update."""
 
     mean: Tensor | None
     var: Tensor | None
@@ -36,7 +36,7 @@ class Running(NamedTuple):
 
 
 class BatchNormOptions(NamedTuple):
-    """eps; the slope of the leaky ReLU that follows (0: ReLU, None: no activation); the order of the tensors in memory."""
+    """slope: of the leaky ReLU that follows, 0 for ReLU, None for no activation. channels_last: the memory format."""
 
     eps: float
     slope: float | None
@@ -44,7 +44,7 @@ class BatchNormOptions(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs. y: with an activation. stats: [3, C], see layers.py."""
+    """What backward needs. y: None without an activation. stats: [3, C], see layers.py."""
 
     x: Tensor
     y: Tensor | None
@@ -53,11 +53,14 @@ class Saved(NamedTuple):
 
 
 def batch_norm(operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
-    """Normalise by the batch, add the residual, apply the activation: (y, stats). Updates the running mean and variance."""
+    """Normalise by the batch's statistics, add the residual, apply the activation: (y, stats). Updates mean and var of
+    `running`."""
     x = operands.x
     y, stats = torch.empty_like(x), _channel_statistics(x)
     outputs, shape = (y, stats, running.mean, running.var), _batch_shape(x, options.channels_last)
-    _C.batch_norm(operands, outputs, shape, (_ALL, options.eps, float(running.momentum), options.slope), stream_of(x))
+    _C.batch_norm(
+        operands, outputs, shape, (_ALL, options.eps, float(running.momentum), options.slope), resources_for(x)
+    )
     return y, stats
 
 
@@ -66,35 +69,37 @@ def batch_norm_running(operands: Operands, running: Running, options: BatchNormO
     x = operands.x
     y, stats = torch.empty_like(x), _channel_statistics(x)
     outputs, shape = (y, stats, running.mean, running.var), _batch_shape(x, options.channels_last)
-    _C.batch_norm(operands, outputs, shape, (_APPLY_RUNNING, options.eps, 0.0, options.slope), stream_of(x))
+    _C.batch_norm(operands, outputs, shape, (_APPLY_RUNNING, options.eps, 0.0, options.slope), resources_for(x))
     return y, stats
 
 
 def batch_norm_apply(operands: Operands, stats: Tensor, options: BatchNormOptions) -> Tensor:
-    """The same by given statistics."""
+    """The same by the statistics given."""
     x = operands.x
     y, shape = torch.empty_like(x), _batch_shape(x, options.channels_last)
-    _C.batch_norm(operands, (y, stats, None, None), shape, (_APPLY, 0.0, 0.0, options.slope), stream_of(x))
+    _C.batch_norm(operands, (y, stats, None, None), shape, (_APPLY, 0.0, 0.0, options.slope), resources_for(x))
     return y
 
 
 def batch_norm_moments(x: Tensor, channels_last: bool) -> Tensor:
-    """[3, C]: mean, biased variance and the rounding error of the mean, for each channel."""
+    """[3, C]: mean, biased variance and rounding error of the mean per channel."""
     stats, shape = _channel_statistics(x), _batch_shape(x, channels_last)
-    _C.batch_norm((x, None, None, None), (None, stats, None, None), shape, (_STATISTICS, 0.0, 0.0, None), stream_of(x))
+    _C.batch_norm(
+        (x, None, None, None), (None, stats, None, None), shape, (_STATISTICS, 0.0, 0.0, None), resources_for(x)
+    )
     return stats
 
 
 def batch_norm_backward(
     dy: Tensor, saved: Saved, options: BatchNormOptions, training: bool, want: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, residual, weight and bias, None where `want` is False; dy is laid out as x."""
+    """Gradients of x, residual, weight and bias, None where `want` is False. dy has x's memory format."""
     x = saved.x
     dx, dresidual = _input_gradients(x, options, want)
     dweight, dbias = allocate_affine_gradients(x, saved.weight, x.shape[1], want[2], want[3])
     shape = _batch_shape(x, options.channels_last)
     rest = _ALL, training, float(shape[0] * shape[2]), options.slope
-    _C.batch_norm_backward((dy, *saved), (None, dx, dresidual, dweight, dbias), shape, rest, stream_of(x))
+    _C.batch_norm_backward((dy, *saved), (None, dx, dresidual, dweight, dbias), shape, rest, resources_for(x))
     return dx, dy if want[1] and options.slope is None else dresidual, dweight, dbias
 
 
@@ -104,7 +109,7 @@ def batch_norm_backward_sums(dy: Tensor, saved: Saved, options: BatchNormOptions
     sums = torch.empty((2, x.shape[1]), dtype=compute_dtype(x.dtype), device=x.device)
     shape, rest = _batch_shape(x, options.channels_last), (_STATISTICS, True, 1.0, options.slope)
     _C.batch_norm_backward(
-        (dy, *saved._replace(weight=None)), (sums, None, None, None, None), shape, rest, stream_of(x)
+        (dy, *saved._replace(weight=None)), (sums, None, None, None, None), shape, rest, resources_for(x)
     )
     return sums
 
@@ -112,15 +117,15 @@ def batch_norm_backward_sums(dy: Tensor, saved: Saved, options: BatchNormOptions
 def batch_norm_backward_apply(
     dy: Tensor, saved: Saved, sums: Tensor, count: float, options: BatchNormOptions, want: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and residual, from the sums of all processes and their number of elements per channel."""
+    """Gradients of x and residual, from the sums over all processes and their number of elements per channel."""
     dx, dresidual = _input_gradients(saved.x, options, want)
     shape, rest = _batch_shape(saved.x, options.channels_last), (_APPLY, True, count, options.slope)
-    _C.batch_norm_backward((dy, *saved), (sums, dx, dresidual, None, None), shape, rest, stream_of(saved.x))
+    _C.batch_norm_backward((dy, *saved), (sums, dx, dresidual, None, None), shape, rest, resources_for(saved.x))
     return dx, dy if want[1] and options.slope is None else dresidual
 
 
 def _batch_shape(x: Tensor, channels_last: bool) -> tuple[int, int, int, bool]:
-    """(batch, channels, space, whether the channels are the innermost dimension in memory)."""
+    """(batch, channels, space, whether channels are innermost in memory)."""
     batch, channels = x.shape[:2]
     space = math.prod(x.shape[2:])
     return batch, channels, space, space == 1 or channels_last
@@ -132,6 +137,6 @@ def _channel_statistics(x: Tensor) -> Tensor:
 
 
 def _input_gradients(x: Tensor, options: BatchNormOptions, want: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Tensors for the gradients of x and residual; without an activation the residual's is dy itself."""
+    """Tensors for the gradients of x and residual. Without an activation the residual's gradient is dy itself."""
     dx = torch.empty_like(x) if want[0] else None
     return dx, torch.empty_like(x) if want[1] and options.slope is not None else None

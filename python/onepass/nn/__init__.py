@@ -1,4 +1,4 @@
-"""Norms and dropout, each in one pass over memory; forward and backward, CPU and CUDA."""
+"""Norms and dropout, each in one pass over memory, forward and backward, on CPU and CUDA."""
 
 from . import functional
 from .batch_norm_modules import (

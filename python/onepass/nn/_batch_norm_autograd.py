@@ -1,4 +1,4 @@
-"""BatchNorm's autograd and operators: what lies between onepass.nn._batch_norm and the kernels."""
+"""BatchNorm's autograd functions and operators, between onepass.nn._batch_norm and the kernels."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from ._library import define, drop_unwanted, pad_missing
 from ._norm import fake_affine_gradient
 
 
-def count(batches: Tensor | None) -> None:
+def count_batch(batches: Tensor | None) -> None:
     """Count one more batch in the running statistics."""
     if batches is not None:
         batches.add_(1)
 
 
 def normalise_and_count(operands: Operands, running: Running, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
-    """The kernel of training, which updates the running statistics, and the count of batches.
+    """Run the training kernel, which updates the running statistics, and count the batch.
 
-    The count comes first: a Ctrl-C during the kernel is raised after it, when the running statistics have changed.
+    Counting comes first: Python raises a Ctrl-C during the kernel only after it, when the running statistics have
+    changed.
     """
-    count(running.batches)
+    count_batch(running.batches)
     try:
         return native.batch_norm(operands, running, options)
-    except Exception:  # no memory for the result: the running statistics have not changed
+    except Exception:  # such as no memory for the result: the running statistics have not changed
         if running.batches is not None:
             running.batches.sub_(1)
         raise
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost in memory; for tensors with gaps, in the closest dense order."""
+    """Whether channels are innermost in memory. A tensor with gaps is classified by the closest dense order."""
     return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:
-    """Dense in one of the two orders that kernels take, without pending negation."""
+    """The tensor, dense in the memory order given and with no pending negation; a copy if it has to be."""
     memory_format = _memory_format(x, channels_last)
     if x.is_contiguous(memory_format=memory_format) and not x.is_neg():
         return x
@@ -57,7 +58,7 @@ def dense_or_none(x: Tensor | None, channels_last: bool) -> Tensor | None:
 
 
 def dense_operands(operands: Operands, channels_last: bool) -> Operands:
-    """The operands as kernels take them."""
+    """The operands, dense as kernels need them; the same object if they are already."""
     x, residual, weight, bias = operands
     ready = dense(x, channels_last), dense_or_none(residual, channels_last)
     ready_affine = for_kernel_or_none(weight), for_kernel_or_none(bias)
@@ -97,18 +98,18 @@ class _BatchNorm(torch.autograd.Function):
         return *_gradients(ctx, dy, choose_backward_route(dy)), None, None, None
 
 
-apply = _compat.applier(_BatchNorm)
+apply_with_autograd = _compat.fast_apply(_BatchNorm)
 
 
 def _save(ctx: Any, saved: tuple[Any, ...], options: BatchNormOptions, training: bool) -> None:
-    """saved: the fields of Saved."""
+    """Save the fields of Saved and the options for backward."""
     x, y, weight, stats = saved
     ctx.save_for_backward(x, None if options.slope is None else y, weight, stats)
     ctx.options, ctx.training = options, training
 
 
 def _gradients(ctx: Any, dy: Tensor, route: int) -> tuple[Tensor | None, ...]:
-    """Of x, residual, weight and bias."""
+    """Gradients of x, residual, weight and bias."""
     saved = Saved(*ctx.saved_tensors)
     options: BatchNormOptions = ctx.options
     want = ctx.needs_input_grad[:4]
@@ -118,13 +119,13 @@ def _gradients(ctx: Any, dy: Tensor, route: int) -> tuple[Tensor | None, ...]:
         dy, saved = dense(dy, options.channels_last), dense_saved(saved, options)
         return native.batch_norm_backward(dy, saved, options, ctx.training, want)
     # Without an activation the residual's gradient is dy, but an operator's results must not share memory with dy.
-    asked = want[0], want[1] and options.slope is not None, *want[2:]
-    dx, dresidual, dweight, dbias = _operator_backward(dy, *saved, *options, ctx.training, asked)
+    operator_want = want[0], want[1] and options.slope is not None, *want[2:]
+    dx, dresidual, dweight, dbias = _operator_backward(dy, *saved, *options, ctx.training, operator_want)
     return drop_unwanted((dx, dy if options.slope is None else dresidual, dweight, dbias), want)
 
 
 def dense_saved(saved: Saved, options: BatchNormOptions) -> Saved:
-    """As kernels take them; hooks of saved tensors may have changed their layout."""
+    """The saved tensors, dense as kernels need them: saved-tensor hooks may have changed the layout."""
     x, y, weight, stats = saved
     return Saved(
         dense(x, options.channels_last),
@@ -188,7 +189,7 @@ def _fake_backward(dy: Any, x: Tensor, y: Any, weight: Tensor | None, stats: Any
     return pad_missing(drop_unwanted((dx, torch.empty_like(dx), dweight, torch.empty_like(dweight)), want), x)
 
 
-operator = define(
+batch_norm_operator = define(
     "batch_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float? slope, bool channels_last)"
     " -> (Tensor y, Tensor stats)",
@@ -199,7 +200,7 @@ operator = define(
     lambda ctx, dy, dstats: (*_gradients(ctx, dy, never_kernel(choose_backward_route(dy))), None, None, None),
     options=[BatchNormOptions],
 )
-operator_apply = define(
+batch_norm_apply_operator = define(
     "batch_norm_apply",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, float eps, float? slope, "
     "bool channels_last) -> Tensor",

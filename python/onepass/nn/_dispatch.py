@@ -1,18 +1,18 @@
-"""Which route a call of a layer takes: the only place that decides.
+"""Chooses the route of a layer's call; no other module decides it.
 
-A call goes straight to the kernel unless something else has to see it. NOTE: [the order of the questions]
+A call goes straight to the kernel unless something else has to see it. The first condition that holds decides:
 
-1. A torch.func transform is active, or active in what torch.compile traces: the formula in torch operations, which every
-   transform and every nesting of transforms understands.
-2. torch.export or torch.jit.trace: torch's own function, so that the program needs no onepass where it runs (ONNX,
+1. A torch.func transform is active, also one inside code that torch.compile traces: the formula in torch operations,
+   which every transform and every nesting of transforms understands.
+2. torch.export or torch.jit.trace is tracing: torch's own function, so that the program runs without onepass (ONNX,
    TensorRT, AOTInductor, C++).
 3. torch.compile is tracing: the operator.
-4. Forward-mode AD with a tangent among the tensors: the formula.
-5. A tensor that is more than its memory (subclass, fake, meta), an active dispatch mode, a device without kernels: the
-   operator, which subclasses and modes intercept and which refuses devices by name.
+4. Forward-mode AD, with a tangent among the tensors: the formula.
+5. A tensor whose value is not just its memory (subclass, fake, meta), an active dispatch mode, a device without
+   kernels: the operator, which subclasses and modes intercept and which names the device it refuses.
 6. Otherwise: the kernel.
 
-Before all of these, public functions ask __torch_function__, as torch's own functions do.
+Before all of these, public functions handle __torch_function__, as torch's own functions do.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _HAS_CUDA = _native.has_cuda
 
 
 def is_exact(tensor: Tensor) -> bool:
-    """Whether the tensor is of torch's own type: a subclass, such as a compiler's fake tensor, may be more than its memory."""
+    """Whether the tensor is of torch's own type: the memory of a subclass, e.g. a fake tensor, may not be its value."""
     return type(tensor) in _EXACT
 
 
 def choose_route(first: Tensor, *others: Tensor | None) -> int:
-    """KERNEL, OPERATOR, FORMULA or TORCH for a call with these tensors, all on one device."""
+    """KERNEL, OPERATOR, FORMULA or TORCH for a call with these tensors, see the conditions above."""
     if is_compiling():
         return FORMULA if in_transform() else TORCH if is_exporting() else OPERATOR
     if innermost_transform() is not None or (forward_ad._current_level >= 0 and _has_tangent(first, *others)):
@@ -72,8 +72,8 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def choose_backward_route(gradient: Tensor) -> int:
-    """The route of a backward: the formula also where it will be differentiated itself (create_graph=True) or receives a
-    batch of gradients (is_grads_batched=True)."""
+    """The route of a backward. Never TORCH; also FORMULA if backward is differentiated itself (create_graph=True) or
+    receives a batch of gradients (is_grads_batched=True)."""
     if torch.is_grad_enabled() or is_batched_gradient(gradient):
         return FORMULA
     return min(choose_route(gradient), FORMULA)
@@ -85,7 +85,7 @@ def never_kernel(route: int) -> int:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records operations on the tensors."""
+    """Whether autograd records an operation on these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -94,7 +94,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def for_kernel(tensor: Tensor) -> Tensor:
-    """Contiguous and without pending negation, as the kernels of row norms and dropout need tensors."""
+    """The tensor, contiguous and with no pending negation, as the kernels of row norms and dropout need it."""
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.resolve_neg().contiguous()

@@ -1,4 +1,4 @@
-"""Dropout with a mask that depends on the seed and the element index alone. Formulas: docs/layers.md."""
+"""Dropout with a mask that depends on nothing but the seed and the element index. Formulas: docs/layers.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ._dispatch import (
     wants_grad,
 )
 from ._library import define
-from ._sharding import holds_parts, opener, seed_of_part, whole_mask
+from ._sharding import find_unwrapper, has_dtensor, local_seed, replicate_tensor
 
 
 def dropout(
@@ -42,32 +42,33 @@ def dropout(
     generator: Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
-    """Zero each element with probability p, multiply the others by 1 / (1 - p); torch.nn.functional.dropout.
+    """Zero each element with probability p and multiply the others by 1 / (1 - p), as torch.nn.functional.dropout.
 
-    Sources: Srivastava et al. 2014; masks by Philox4x32-10, Salmon et al. 2011. One seed is one mask, whatever the device,
-    the dtype, the strides and the number of threads; for backward at most one bit per element is kept.
+    Sources: Srivastava et al. 2014; masks by Philox4x32-10, Salmon et al. 2011. A seed always gives the same mask,
+    whatever the device, the dtype, the strides and the number of threads. Backward needs at most one bit per element.
 
     Args:
         input: any shape and strides, float32, float64, bfloat16 or float16.
         p: probability of dropping, in [0, 1].
         training: False returns the input itself.
         inplace: write into input.
-        seed: gives the mask and touches no generator. None: drawn from `generator`, or from torch's for the device.
-        generator: of the input's device. Excludes seed.
-        inverted: False is the paper's form, nothing is scaled in training and (1 - p) * input is returned otherwise.
+        seed: determines the mask; no generator is used. None draws one from `generator` or torch's for the device.
+        generator: on the input's device; excludes seed.
+        inverted: False is the paper's form: no scaling in training, (1 - p) * input otherwise.
 
     Returns:
-        A tensor like input. A dropped infinity or NaN is 0 (torch makes it NaN).
+        A tensor of the input's shape, dtype and memory format. A dropped infinity or NaN becomes 0 (in torch NaN).
 
     Raises:
-        ValueError: p outside of [0, 1]; seed and generator both given; a seed of more than 64 bits.
+        ValueError: p outside [0, 1]; both seed and generator; a seed of more than 64 bits.
         RuntimeError: an integer input; a generator of another device; in place on a leaf that requires grad.
+        NotImplementedError, TypeError: another floating or complex dtype; an argument of a wrong type.
     """
+    y: Tensor
     if has_torch_function_unary(input):
-        arguments: dict[str, Any] = {"p": p, "training": training, "inplace": inplace, "inverted": inverted}
-        arguments |= {"seed": seed, "generator": generator}
-        overridden: Tensor = handle_torch_function(dropout, (input,), input, **arguments)
-        return overridden
+        options: dict[str, Any] = {"p": p, "training": training, "inplace": inplace, "inverted": inverted}
+        y = handle_torch_function(dropout, (input,), input, **options, seed=seed, generator=generator)
+        return y
     check_tensor("dropout", "input", 1, input)
     p, seed = check_p(p), check_seed(seed, generator)
     if not training and not inverted and p != 0:
@@ -78,57 +79,66 @@ def dropout(
     route = choose_route(input)
     if route == TORCH and seed is None and generator is None:
         return _formula.dropout_by_torch(input, p, inverted, inplace)
-    if _compat.jit_tracing() is not None:
-        raise RuntimeError(
-            "torch.jit.trace cannot record a dropout with a seed or a generator: the mask would be that of this shape and "
-            "this call for ever. Trace it without them, or use torch.export, which takes a seed."
-        )
+    _check_not_jit_tracing()
     if input.numel() == 0:
         return input
     check_dropout_input(input)
     if inplace and not is_compiling():
         check_in_place(input)
-    options = DropoutOptions(seed_tensor(seed, generator, input.device), p, inverted)
-    if route == OPERATOR and (open_up := opener(input)) is not None:
-        y = _on_held(open_up, input, options, seed is not None)
+    drop = DropoutOptions(seed_tensor(seed, generator, input.device), p, inverted)
+    if route == OPERATOR and (call_unwrapped := find_unwrapper(input)) is not None:
+        y = _run_unwrapped(call_unwrapped, input, drop, seed is not None)
         return input.copy_(y) if inplace else y
-    return _by_route(route, input, options, inplace)
+    return _run_route(route, input, drop, inplace)
 
 
-def _by_route(route: int, input: Tensor, options: DropoutOptions, inplace: bool) -> Tensor:
+def _check_not_jit_tracing() -> None:
+    if _compat.jit_tracing() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record a dropout with a seed or a generator: every later call would reuse the mask of "
+            "this call and shape. Trace it without them, or use torch.export, which takes a seed."
+        )
+
+
+def _run_route(route: int, input: Tensor, options: DropoutOptions, inplace: bool) -> Tensor:
     if route == KERNEL:
-        y = _on_kernel(input, options, inplace)
+        y = _run_kernel(input, options, inplace)
     elif route in (FORMULA, TORCH):
-        y = by_formula(input, options)
+        y = run_formula(input, options)
     else:
         y = _operator(input.contiguous(), *options, wants_grad(input) and keeps_mask(input))[0]
     if inplace:
         return y if y is input else input.copy_(y)
     if route in (FORMULA, TORCH) or input.is_contiguous():
         return y
-    like = torch.empty_like(input)  # the mask follows the logical order, the result has the input's order in memory
+    like = torch.empty_like(input)  # the mask goes by logical order; the result keeps the input's memory format
     return y if like.is_contiguous() else like.copy_(y)
 
 
-def by_formula(x: Tensor, options: DropoutOptions) -> Tensor:
-    """Dropout in torch operations. It is linear: also the gradient of its input, for x its gradient of the result."""
+def run_formula(x: Tensor, options: DropoutOptions) -> Tensor:
+    """Dropout in torch operations. It is linear, so that with dy instead of x it gives the gradient of x."""
     seed, p, inverted = options
     return _formula.dropout(x, mask_operator(seed, x.shape, p, False), p, inverted)
 
 
-def _on_held(open_up: Callable[..., Any], input: Tensor, options: DropoutOptions, is_seeded: bool) -> Tensor:
-    """dropout of what the input holds; for the masks see NOTE: [layers on DTensors]."""
+def _run_unwrapped(
+    call_unwrapped: Callable[..., Any], input: Tensor, options: DropoutOptions, is_seeded: bool
+) -> Tensor:
+    """Dropout on a DTensor's local tensor or a nested tensor's values; for the masks see NOTE: [layers on DTensors]."""
     y: Tensor
     seed, p, inverted = options
     assert seed is not None
-    if is_seeded and holds_parts(input):
-        keep = whole_mask(mask_operator(seed, input.shape, p, False), input)
-        inputs = {"input": input, "mask": keep}
-        y = open_up("dropout", lambda part, keep: _formula.dropout(part, keep, p, inverted), inputs, {}, 0)
+    if is_seeded and has_dtensor(input):
+        inputs = {"input": input, "mask": replicate_tensor(mask_operator(seed, input.shape, p, False), input)}
+        y = call_unwrapped("dropout", lambda local, keep: _formula.dropout(local, keep, p, inverted), inputs, {}, 0)
         return y
-    if holds_parts(input):
-        options = options._replace(seed=seed_of_part(seed, input))
-    y = open_up("dropout", lambda held: _by_route(choose_route(held), held, options, False), {"input": input}, {}, 0)
+    if has_dtensor(input):
+        options = options._replace(seed=local_seed(seed, input))
+
+    def run(unwrapped: Tensor) -> Tensor:
+        return _run_route(choose_route(unwrapped), unwrapped, options, False)
+
+    y = call_unwrapped("dropout", run, {"input": input}, {}, 0)
     return y
 
 
@@ -138,10 +148,10 @@ def dropout_mask(
     """The mask that dropout(x, p, seed=seed) uses for an x of this shape.
 
     Returns:
-        A bool tensor of `shape`, True where an element is kept; or `packed`, uint8 of [(n + 7) // 8]: bit i % 8 of byte
-        i // 8 is element i in row-major order, the last byte is padded with zeros.
+        A bool tensor of `shape`, True where an element is kept. If `packed`, uint8 [(n + 7) // 8] for n elements: bit
+        i % 8 of byte i // 8 is element i in row-major order, and the last byte is padded with zeros.
 
-    Raises: ValueError, TypeError as dropout.
+    Raises: ValueError and TypeError as dropout.
     """
     p = check_p(p)
     drawn = seed_tensor(check_seed(seed, None), None, device)
@@ -152,20 +162,21 @@ def dropout_mask(
 
 
 def seed_tensor(seed: int | None, generator: Generator | None, device: torch.device | str | None) -> Tensor:
-    """A 0-d int64 tensor on the device, where kernels read it: nothing synchronises, and each replay of a graph draws one."""
+    """The seed as 0-d int64 on the device: kernels read it without synchronisation, and each replay of a CUDA graph
+    draws a new one."""
     if seed is not None:
         return torch.full((), seed, dtype=torch.int64, device=device)
     return torch.randint(0, 2**63 - 1, (), device=device, generator=generator)
 
 
 def keeps_mask(x: Tensor) -> bool:
-    """Whether forward stores its mask for backward: on CPUs reading a bit is 2 to 3 times faster than recomputing it."""
+    """Whether forward stores its mask for backward. On CPUs reading a bit is 2 to 3 times as fast as recomputing it."""
     return not _native.is_on_cuda(x)
 
 
-def _on_kernel(input: Tensor, options: DropoutOptions, inplace: bool) -> Tensor:
+def _run_kernel(input: Tensor, options: DropoutOptions, inplace: bool) -> Tensor:
     x = for_kernel(input)
-    # Views, inference tensors and the like are left to copy_, which knows them.
+    # copy_ handles views and inference tensors.
     direct = inplace and x is input and input._base is None and not input.is_inference()
     if wants_grad(x):
         y: Tensor = _apply(x, options, direct)
@@ -194,17 +205,17 @@ class _Dropout(torch.autograd.Function):
         return _gradient(ctx, dy, choose_backward_route(dy)), None, None
 
 
-_apply = _compat.applier(_Dropout)
+_apply = _compat.fast_apply(_Dropout)
 
 
 def save_dropout(ctx: Any, options: DropoutOptions, *tensors: Tensor | None) -> None:
-    """Save tensors and the options for backward. The seed is a tensor, too: hooks of saved tensors have to see it."""
+    """Save tensors and options for backward. The seed is saved as a tensor, too: saved-tensor hooks have to see it."""
     seed, *ctx.dropout = options
     ctx.save_for_backward(*tensors, seed)
 
 
 def saved_dropout(ctx: Any) -> tuple[list[Any], DropoutOptions]:
-    """What save_dropout saved."""
+    """The tensors and options that save_dropout saved."""
     *tensors, seed = ctx.saved_tensors
     return tensors, DropoutOptions(seed, *ctx.dropout)
 
@@ -212,7 +223,7 @@ def saved_dropout(ctx: Any) -> tuple[list[Any], DropoutOptions]:
 def _gradient(ctx: Any, dy: Tensor, route: int) -> Tensor:
     (mask,), options = saved_dropout(ctx)
     if route == FORMULA:
-        return by_formula(dy, options)
+        return run_formula(dy, options)
     if route == KERNEL:
         return native.dropout_backward(for_kernel(dy), options, mask)
     dx: Tensor = _operator_backward(dy.contiguous(), *options, mask)
@@ -287,7 +298,7 @@ mask_operator = define(
 
 
 def _vmap_mask(info: Any, in_dims: tuple[int | None, ...], seeds: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    """vmap(randomness="different"): each example has its own seed."""
+    """vmap(randomness="different"): one seed per example."""
     return torch.stack([mask_operator(seed, *rest) for seed in seeds.unbind(in_dims[0] or 0)]), 0
 
 

@@ -1,4 +1,4 @@
-"""sum = residual + dropout(input) and the norm of sum, both returned, in one pass. Formulas: docs/layers.md."""
+"""sum = residual + dropout(input) and the norm of sum, both in one pass. Formulas: docs/layers.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._native import layers as native
 from .._native.layers import DropoutOptions, NormOptions
 from . import _formula
 from . import _operator_checks as checks
-from ._checks import check_alike, check_p, check_seed, check_tensor, norm_operands
+from ._checks import check_alike, check_norm_operands, check_p, check_seed, check_tensor
 from ._dispatch import (
     FORMULA,
     KERNEL,
@@ -29,19 +29,19 @@ from ._dispatch import (
     wants_grad,
 )
 from ._dropout import (
-    by_formula,
     dropout,
     fake_mask,
     keeps_mask,
     mask_operator,
     options_for_kernel,
+    run_formula,
     save_dropout,
     saved_dropout,
     seed_tensor,
 )
 from ._library import define, drop_unwanted, pad_missing
 from ._norm import fake_affine_gradient, layer_norm, rms_norm
-from ._sharding import opener
+from ._sharding import find_unwrapper
 
 
 def dropout_add_layer_norm(
@@ -58,18 +58,18 @@ def dropout_add_layer_norm(
     generator: Generator | None = None,
     inverted: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(input), y = layer_norm(sum): the operations between the blocks of a transformer.
+    """sum = residual + dropout(input) and y = layer_norm(sum), the operations between the blocks of a transformer.
 
     Args:
-        input: the output of a block, [*, *normalized_shape].
-        residual: of input's shape; if the dtypes differ, both are promoted.
+        input: the output of a block, [*, *normalized_shape], float32, float64, bfloat16 or float16.
+        residual: of the input's shape; if the dtypes differ, both are promoted.
         normalized_shape, weight, bias, eps: as for layer_norm.
-        p, training, seed, generator, inverted: as for dropout; the mask is that of dropout(input, p, seed=seed).
+        p, training, seed, generator, inverted: as for dropout, with the same mask as dropout(input, p, seed=seed).
 
     Returns:
-        (y, sum), each contiguous.
+        (y, sum), both contiguous, of the input's shape and the promoted dtype.
 
-    Raises: as layer_norm and dropout; RuntimeError if residual is not like input.
+    Raises: as layer_norm and dropout; RuntimeError if the residual has another shape or device than input.
     """
     if has_torch_function_variadic(input, residual, weight, bias):
         overridden: tuple[Tensor, Tensor] = handle_torch_function(
@@ -89,13 +89,13 @@ def dropout_add_layer_norm(
         )
         return overridden
     route = choose_route(input, residual, weight, bias)
-    if route == TORCH or (route == OPERATOR and opener(input, residual, weight, bias) is not None):
+    if route == TORCH or (route == OPERATOR and find_unwrapper(input, residual, weight, bias) is not None):
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return layer_norm(total, normalized_shape, weight, bias, eps), total
-    input, residual = _operands(input, residual)
-    size, weight, bias, eps = norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
-    input, drop = _options(input, p, training, seed, generator, inverted)
-    return _dropout_add_norm(route, input, residual, weight, bias, drop, NormOptions(size, eps, False))
+    input, residual = _promote(input, residual)
+    size, weight, bias, eps = check_norm_operands("layer_norm", input, normalized_shape, weight, bias, eps)
+    input, drop = _draw_dropout(input, p, training, seed, generator, inverted)
+    return _run_route(route, input, residual, weight, bias, drop, NormOptions(size, eps, False))
 
 
 def dropout_add_rms_norm(
@@ -111,7 +111,8 @@ def dropout_add_rms_norm(
     generator: Generator | None = None,
     inverted: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(input), y = rms_norm(sum). Otherwise as dropout_add_layer_norm."""
+    """sum = residual + dropout(input) and y = rms_norm(sum). weight and eps as for rms_norm, the rest as for
+    dropout_add_layer_norm."""
     if has_torch_function_variadic(input, residual, weight):
         overridden: tuple[Tensor, Tensor] = handle_torch_function(
             dropout_add_rms_norm,
@@ -129,16 +130,16 @@ def dropout_add_rms_norm(
         )
         return overridden
     route = choose_route(input, residual, weight)
-    if route == TORCH or (route == OPERATOR and opener(input, residual, weight) is not None):
+    if route == TORCH or (route == OPERATOR and find_unwrapper(input, residual, weight) is not None):
         total = residual + dropout(input, p, training, seed=seed, generator=generator, inverted=inverted)
         return rms_norm(total, normalized_shape, weight, eps), total
-    input, residual = _operands(input, residual)
-    size, weight, _, eps = norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
-    input, drop = _options(input, p, training, seed, generator, inverted)
-    return _dropout_add_norm(route, input, residual, weight, None, drop, NormOptions(size, eps, True))
+    input, residual = _promote(input, residual)
+    size, weight, _, eps = check_norm_operands("rms_norm", input, normalized_shape, weight, None, eps)
+    input, drop = _draw_dropout(input, p, training, seed, generator, inverted)
+    return _run_route(route, input, residual, weight, None, drop, NormOptions(size, eps, True))
 
 
-def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _promote(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     check_tensor("forward", "input", 1, input)
     check_alike("residual", residual, input)
     if input.dtype != residual.dtype:
@@ -147,17 +148,17 @@ def _operands(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return input, residual
 
 
-def _options(
+def _draw_dropout(
     x: Tensor, p: float, training: bool, seed: int | None, generator: Generator | None, inverted: bool
 ) -> tuple[Tensor, DropoutOptions]:
-    """The dropout, with its seed drawn, and x, scaled where the paper's form asks for it."""
+    """(x, the options with the seed drawn). In evaluation the paper's form scales x by 1 - p."""
     p, seed = check_p(p), check_seed(seed, generator)
     if not training and not inverted:
         x = x * (1 - p)
     return x, DropoutOptions(seed_tensor(seed, generator, x.device) if training and p > 0 else None, p, inverted)
 
 
-def _dropout_add_norm(
+def _run_route(
     route: int,
     x: Tensor,
     residual: Tensor,
@@ -170,13 +171,13 @@ def _dropout_add_norm(
         keep = None if drop.seed is None else mask_operator(drop.seed, x.shape, drop.p, False)
         total = _formula.dropout_add(x, residual, keep, drop.p, drop.inverted)
         return _formula.norm(total, weight, bias, options), total
-    grad = wants_grad(x, residual, weight, bias)
+    needs_grad = wants_grad(x, residual, weight, bias)
     if route != KERNEL:
-        keep_mask = grad and drop.seed is not None and keeps_mask(x)
+        keep_mask = needs_grad and drop.seed is not None and keeps_mask(x)
         y, total, _, _ = _operator(x.contiguous(), residual.contiguous(), weight, bias, *drop, *options, keep_mask)
         return y, total
     tensors = for_kernel(x), for_kernel(residual), for_kernel_or_none(weight), for_kernel_or_none(bias)
-    if grad:
+    if needs_grad:
         y, total = _apply(*tensors, drop, options)
     else:
         y, total, _, _ = native.dropout_add_norm(*tensors, drop, options, False)
@@ -207,7 +208,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         return *_gradients(ctx, dy, dsum, _choose_backward_route(dy, dsum)), None, None
 
 
-_apply = _compat.applier(_DropoutAddNorm)
+_apply = _compat.fast_apply(_DropoutAddNorm)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -219,12 +220,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _choose_backward_route(dy: Tensor | None, dsum: Tensor | None) -> int:
-    """The less direct of the routes of the two gradients, either of which may be missing."""
+    """The less direct of the two gradients' routes. Either gradient may be None."""
     return max(KERNEL if d is None else choose_backward_route(d) for d in (dy, dsum))
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, route: int) -> tuple[Tensor | None, ...]:
-    """Of x, residual, weight and bias."""
+    """Gradients of x, residual, weight and bias."""
     (total, weight, stats, mask), drop = saved_dropout(ctx)
     options: NormOptions = ctx.options
     want = ctx.needs_input_grad[:4]
@@ -235,13 +236,14 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, route: int) -> 
         assert ds is not None
         if dsum is not None:
             ds = ds + dsum
-        return ds if drop.seed is None else by_formula(ds, drop), ds, dweight, dbias
+        return ds if drop.seed is None else run_formula(ds, drop), ds, dweight, dbias
     if route == KERNEL:
         saved = for_kernel(total), for_kernel_or_none(weight), for_kernel(stats), mask
         return native.dropout_add_norm_backward((for_kernel(dy), for_kernel_or_none(dsum)), saved, drop, options, want)
     # Without dropout x and residual have the same gradient, but an operator's results must not share memory.
-    asked = want if drop.seed is not None else (False, want[0] or want[1], *want[2:])
-    dx, dresidual, dweight, dbias = _operator_backward(dy, dsum, total, weight, stats, mask, *drop, *options, asked)
+    operator_want = want if drop.seed is not None else (False, want[0] or want[1], *want[2:])
+    saved = total, weight, stats, mask
+    dx, dresidual, dweight, dbias = _operator_backward(dy, dsum, *saved, *drop, *options, operator_want)
     return drop_unwanted((dx if drop.seed is not None else dresidual, dresidual, dweight, dbias), want)
 
 

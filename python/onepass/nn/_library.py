@@ -22,19 +22,19 @@ def define(
     *,
     options: Sequence[type[tuple[Any, ...]]] = (),
 ) -> Any:
-    """Register onepass::name and return it, callable.
+    """Register the operator onepass::name and return it as a callable.
 
     Args:
         schema: "(arguments) -> results". The operator writes to no argument, and no result shares memory with one.
         check: raises for arguments that the kernel cannot take; called before `kernel` and before `fake`.
-        kernel: computes the results, whatever the strides of its arguments.
-        fake: the results' shapes, strides and dtypes, as tensors without memory.
+        kernel: computes the results, for arguments of any strides.
+        fake: returns tensors without memory that have the results' shapes, strides and dtypes.
         setup_context, backward: as for torch.library.register_autograd; without them there are no gradients.
-        options: NamedTuples whose fields stand one after another in the schema. The functions above, except backward,
-            receive one value instead of the fields.
+        options: NamedTuples whose fields are consecutive arguments of the schema. The functions above, except backward,
+            receive one NamedTuple instead of its fields.
     """
-    full = f"onepass::{name}"
-    fold = _folding(schema, options)
+    qualified_name = f"onepass::{name}"
+    fold = _make_fold(schema, options)
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -44,19 +44,20 @@ def define(
 
         return call
 
-    torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(full, "cpu", checked(kernel))
-    torch.library.impl(full, "cuda", checked(kernel) if _native.has_cuda else _refuse_cuda)
-    torch.library.register_fake(full, checked(fake))
+    torch.library.define(qualified_name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified_name, "cpu", checked(kernel))
+    torch.library.impl(qualified_name, "cuda", checked(kernel) if _native.has_cuda else _refuse_cuda)
+    torch.library.register_fake(qualified_name, checked(fake))
     if backward is not None:
         assert setup_context is not None
         torch.library.register_autograd(
-            full, backward, setup_context=lambda ctx, inputs, output: setup_context(ctx, fold(inputs), output)
+            qualified_name, backward, setup_context=lambda ctx, inputs, output: setup_context(ctx, fold(inputs), output)
         )
     return getattr(torch.ops.onepass, name).default
 
 
-def _folding(schema: str, options: Sequence[type[tuple[Any, ...]]]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+def _make_fold(schema: str, options: Sequence[type[tuple[Any, ...]]]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A function that replaces the arguments of the schema that are fields of `options` by one NamedTuple each."""
     arguments = [argument.split()[-1] for argument in schema[1 : schema.index(")")].split(",")]
     if not options:
         return lambda args: args
@@ -64,15 +65,15 @@ def _folding(schema: str, options: Sequence[type[tuple[Any, ...]]]) -> Callable[
     first = arguments.index(fields[0][0])
     last = first + sum(map(len, fields))
     assert arguments[first:last] == [name for names in fields for name in names], (
-        f"{schema}: the fields of {options} do not stand in a row"
+        f"{schema}: the fields of {options} are not consecutive arguments"
     )
 
     def fold(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        folded, at = list(args[:first]), first
+        folded, start = list(args[:first]), first
         for option, names in zip(options, fields, strict=True):
-            folded.append(option(*args[at : at + len(names)]))
-            at += len(names)
-        return *folded, *args[at:]
+            folded.append(option(*args[start : start + len(names)]))
+            start += len(names)
+        return *folded, *args[last:]
 
     return fold
 
@@ -86,10 +87,10 @@ def _refuse_cuda(*args: Any) -> Any:
 
 
 def pad_missing(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """An operator returns tensors, never None: empty ones stand for gradients that were not wanted."""
+    """Replace None by an empty tensor: an operator returns tensors, also for gradients that are not wanted."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 def drop_unwanted(tensors: tuple[Tensor | None, ...], want: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """None for gradients that were not wanted."""
-    return tuple(tensor if wanted else None for tensor, wanted in zip(tensors, want, strict=True))
+    """Replace gradients that are not wanted by None."""
+    return tuple(tensor if keep else None for tensor, keep in zip(tensors, want, strict=True))

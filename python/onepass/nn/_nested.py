@@ -1,4 +1,4 @@
-"""Layers on jagged nested tensors: the rows of all examples lie one after another, and a layer takes them as one batch."""
+"""Layers on jagged nested tensors: the rows of all examples are contiguous in memory and form one batch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any, NoReturn
 
 import torch
 
-Operands = dict[str, Any]  # tensors by their names, or None
+NamedTensors = dict[str, Any]  # name -> tensor or None
 
 
-def on_values(function: str, call: Callable[..., Any], inputs: Operands, affine: Operands, normalized: int) -> Any:
-    """`call` on the values of nested tensors; arguments as for _sharding.on_parts.
+def call_on_values(
+    function: str, call: Callable[..., Any], inputs: NamedTensors, affine: NamedTensors, normalized: int
+) -> Any:
+    """Run `call` on the values of nested tensors. The arguments are those of _sharding.call_on_local.
 
-    Raises RuntimeError for other nested tensors than [batch, ragged, ...] without holes, normalised over later dimensions.
+    Raises: RuntimeError unless inputs are [batch, ragged, ...] without holes, normalised over later dimensions only.
     """
     x: Any = next(iter(inputs.values()))
     for name, tensor in affine.items():
@@ -44,9 +46,9 @@ def _is_packed(tensor: Any, normalized: int) -> bool:
 
 
 def refuse_nested(function: str, name: str) -> NoReturn:
-    """Raise for a nested tensor, and for what is none beside one."""
+    """Raise for a nested tensor that a layer cannot take, or for a dense one among nested ones."""
     raise RuntimeError(
-        f"{function}(): {name} is a nested tensor that onepass cannot take, or one without which the others mean nothing. The "
-        f"norms over rows and dropout take [batch, ragged, ...] of layout torch.jagged without holes; otherwise call them on "
+        f"{function}(): {name} is a nested tensor that onepass cannot take, or nested and dense tensors are mixed. The norms "
+        f"over rows and dropout take [batch, ragged, ...] of layout torch.jagged without holes; otherwise call them on "
         f".values() or on padded tensors, or use torch.nn's layer."
     )

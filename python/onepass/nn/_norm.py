@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, one body with a flag. Arithmetic: csrc/rows; formulas: docs/layers.md."""
+"""LayerNorm and RMSNorm: the same code with a flag. Arithmetic: csrc/rows; formulas: docs/layers.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._native import layers as native
 from .._native.layers import NormOptions
 from . import _formula
 from . import _operator_checks as checks
-from ._checks import default_eps, norm_operands
+from ._checks import check_norm_operands, default_eps
 from ._dispatch import (
     FORMULA,
     KERNEL,
@@ -31,7 +31,7 @@ from ._dispatch import (
     wants_grad,
 )
 from ._library import define, drop_unwanted, pad_missing
-from ._sharding import opener
+from ._sharding import find_unwrapper
 
 
 def layer_norm(
@@ -41,21 +41,21 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimensions; torch.nn.functional.layer_norm.
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dims, as torch.nn.functional.layer_norm.
 
-    Source: Ba, Kiros & Hinton 2016. The variance is the biased one.
+    Source: Ba, Kiros & Hinton 2016. The variance is biased.
 
     Args:
         input: [*, *normalized_shape], float32, float64, bfloat16 or float16, any strides.
-        normalized_shape: the dimensions normalised together, the last ones of input.
-        weight, bias: of normalized_shape or 0-d, of the input's dtype, or of float32 beside a 16-bit input.
+        normalized_shape: the sizes of the last dimensions of input, which are normalised together.
+        weight, bias: normalized_shape or 0-d, of the input's dtype; float32 is allowed with a 16-bit input.
         eps: added to the variance.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype, under autocast too.
+        A contiguous tensor of the input's shape and dtype, also under autocast.
 
     Raises:
-        RuntimeError, NotImplementedError, TypeError: torch's, for operands that do not fit.
+        RuntimeError, NotImplementedError, TypeError: the same as torch, for operands of a wrong shape, device or dtype.
     """
     if has_torch_function_variadic(input, weight, bias):
         y: Tensor = handle_torch_function(
@@ -68,16 +68,16 @@ def layer_norm(
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimensions; torch.nn.functional.rms_norm.
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimensions, as torch.nn.functional.rms_norm.
 
     Source: Zhang & Sennrich 2019.
 
     Args:
         input, normalized_shape: as for layer_norm.
-        weight: of normalized_shape or 0-d, of any floating dtype.
-        eps: None is float32's machine epsilon, float64's for a float64 input.
+        weight: normalized_shape or 0-d, of any floating dtype.
+        eps: None is the machine epsilon of float32, or of float64 for a float64 input.
 
-    Returns, raises: as layer_norm.
+    Returns, raises: as layer_norm; ValueError if input has fewer dimensions than normalized_shape.
     """
     if has_torch_function_variadic(input, weight):
         y: Tensor = handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
@@ -94,21 +94,21 @@ def row_norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
-    """layer_norm, or rms_norm with rms, after __torch_function__ was asked."""
+    """layer_norm or, if `rms`, rms_norm, once __torch_function__ has been handled."""
     route = choose_route(x, weight, bias)
     if route == KERNEL:
         if eps is None and rms:
             eps = default_eps(x)
-        done = _on_kernel(x, normalized_shape, weight, bias, eps, rms)
-        if done is not None:
-            return done
+        result = _run_kernel(x, normalized_shape, weight, bias, eps, rms)
+        if result is not None:
+            return result
     if route == TORCH and rms and is_compiling() and not _compat.RMS_NORM_TAKES_SYMBOLS:
-        route = FORMULA  # torch's function would fix the batch size of the exported program
+        route = FORMULA  # torch's function would fix the batch size in the exported program
     if route == TORCH:
         eps = default_eps(x) if eps is None else eps
         return _formula.norm_by_torch(x, normalized_shape, weight, bias, eps, rms)
-    if route == OPERATOR and (open_up := opener(x, weight, bias)) is not None:
-        y: Tensor = open_up(
+    if route == OPERATOR and (call_unwrapped := find_unwrapper(x, weight, bias)) is not None:
+        y: Tensor = call_unwrapped(
             function,
             lambda x, weight, bias: row_norm(function, x, normalized_shape, weight, bias, eps, rms),
             {"input": x},
@@ -116,28 +116,28 @@ def row_norm(
             len(normalized_shape) if isinstance(normalized_shape, Sequence) else 0,
         )
         return y
-    size, weight, bias, eps = norm_operands(function, x, normalized_shape, weight, bias, eps)
+    size, weight, bias, eps = check_norm_operands(function, x, normalized_shape, weight, bias, eps)
     options = NormOptions(size, eps, rms)
     if route == FORMULA or x.numel() == 0:
         return _formula.norm(x, weight, bias, options)
     if route == KERNEL:
         x, weight, bias = for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(bias)
-        rows = x.reshape(-1, size) if weight is None else x  # for a bias [size] alone
+        rows = x.reshape(-1, size) if weight is None else x  # check_norm_operands makes a bias without a weight [size]
         shape = (size,) if weight is None else tuple(normalized_shape)
-        done = _on_kernel(rows, shape, weight, bias, eps, rms)
-        if done is None:
+        result = _run_kernel(rows, shape, weight, bias, eps, rms)
+        if result is None:
             raise RuntimeError(
-                f"{function}(): input, weight or bias has no memory (its storage was freed or never made)."
+                f"{function}(): input, weight or bias has no memory (its storage was freed or never allocated)."
             )
-        return done.view(x.shape)
+        return result.view(x.shape)
     y = _operator(x.contiguous(), weight, bias, *options)[0]
     return y
 
 
-def _on_kernel(
+def _run_kernel(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool
 ) -> Tensor | None:
-    """None, and nothing done, where checks or copies have to come first."""
+    """The norm, or None without doing anything if the operands need checks or copies first."""
     if wants_grad(x, weight, bias):
         y: Tensor | None = _apply(x, weight, bias, normalized_shape, eps, rms)
         return y
@@ -174,16 +174,16 @@ class _Norm(torch.autograd.Function):
         return *_gradients(ctx, dy, choose_backward_route(dy)), None, None, None
 
 
-_apply = _compat.applier(_Norm)
+_apply = _compat.fast_apply(_Norm)
 
 
 def _gradients(ctx: Any, dy: Tensor, route: int) -> tuple[Tensor | None, ...]:
-    """Of x, weight and bias."""
+    """Gradients of x, weight and bias."""
     x, weight, stats = ctx.saved_tensors
     options: NormOptions = ctx.options
     want = ctx.needs_input_grad[:3]
     if route == KERNEL:
-        # Hooks of saved tensors may have changed their layout.
+        # Saved-tensor hooks may have changed the layout.
         x, weight, stats = for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(stats)
         return native.norm_backward(for_kernel(dy), x, weight, stats, options, want)
     if route == FORMULA:
@@ -208,7 +208,7 @@ def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOp
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, options = inputs
     ctx.options = options
-    # Checkpointing may recompute by another route, which has to save as many tensors.
+    # Checkpointing may recompute on another route, and both have to save the same number of tensors.
     is_tiny = is_exact(x) and x.is_cpu and x.numel() <= native.TINY
     ctx.save_for_backward(x, weight, None if is_tiny else output[1])
 
@@ -229,7 +229,7 @@ def _fake_backward(
 
 
 def fake_affine_gradient(x: Tensor, weight: Tensor | None, size: int) -> Tensor:
-    """Like the weight; the gradient of a bias without one is of the compute dtype, autograd rounds it."""
+    """Like the weight. Without a weight it is that of a bias, in the compute dtype: autograd rounds it."""
     if weight is None:
         return x.new_empty(size, dtype=compute_dtype(x.dtype))
     return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""BatchNorm over the batches of all processes: forward merges their moments, backward their sums of gradients."""
+"""BatchNorm over the batches of all processes: forward merges the moments, backward the sums of gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .. import _compat
 from .._dtypes import compute_dtype
 from .._native import batch_norm as native
 from .._native.batch_norm import BatchNormOptions, Operands, Running, Saved
-from ._batch_norm import is_counted, update_running
-from ._batch_norm_autograd import count, dense, dense_operands, dense_saved, is_channels_last
-from ._batch_norm_checks import batch_norm_operands
+from ._batch_norm import counts_batch, update_running
+from ._batch_norm_autograd import count_batch, dense, dense_operands, dense_saved, is_channels_last
+from ._batch_norm_checks import check_batch_norm_operands
 from ._dispatch import KERNEL, choose_route
 from ._library import drop_unwanted
 
 
-def world_of(module: torch.nn.SyncBatchNorm, input: Tensor) -> Any:
-    """The process group to synchronise with, or None if this process is alone."""
+def find_sync_group(module: torch.nn.SyncBatchNorm, input: Tensor) -> Any:
+    """The process group to synchronise with, or None if it has no other process."""
     if input.size(1) == 0:
         raise ValueError("SyncBatchNorm number of input channels should be non-zero")
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -31,15 +31,15 @@ def world_of(module: torch.nn.SyncBatchNorm, input: Tensor) -> Any:
 
 @_compat.disable_dynamo
 def sync_batch_norm(operands: Operands, running: Running, eps: float, slope: float | None, group: Any) -> Tensor:
-    """apply_batch_norm in training over the batches of all processes of `group`, every one of which must call it.
+    """apply_batch_norm in training over the batches of all processes of `group`, each of which must call it.
 
-    Raises: as batch_norm; RuntimeError inside torch.func transforms, forward-mode AD and for tensor subclasses.
+    Raises: as batch_norm; RuntimeError inside torch.func transforms, in forward-mode AD and for tensor subclasses.
     """
-    momentum, eps = batch_norm_operands(operands, running, True, eps)
+    momentum, eps = check_batch_norm_operands(operands, running, True, eps)
     if choose_route(*operands, running.mean, running.var) != KERNEL:
         raise RuntimeError(
-            "SyncBatchNorm exchanges statistics between processes: not for torch.func transforms, forward-mode AD, tensor "
-            "subclasses and devices without kernels"
+            "SyncBatchNorm exchanges statistics between processes; it does not support torch.func transforms, forward-mode "
+            "AD, tensor subclasses and devices without kernels"
         )
     options = BatchNormOptions(eps, slope, is_channels_last(operands.x))
     operands = dense_operands(operands, options.channels_last)
@@ -60,10 +60,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         group: Any,
     ) -> Tensor:
         mean, var, values = _merged_moments(x, options.channels_last, group)
-        if is_counted():
-            momentum = (values > 0) * torch.full_like(values, float(running.momentum))  # 0 where all batches are empty
+        if counts_batch():
+            momentum = (values > 0) * torch.full_like(values, float(running.momentum))  # 0 if all batches are empty
             update_running(running._replace(momentum=momentum), mean, var, values.clamp(min=2))
-            count(running.batches)
+            count_batch(running.batches)
         dtype = compute_dtype(x.dtype)
         stats = torch.stack((mean, torch.rsqrt(var + options.eps), mean - mean.to(dtype))).to(dtype)
         operands = Operands(x, residual, weight, bias)
@@ -81,7 +81,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         dy, saved = dense(dy, options.channels_last), dense_saved(Saved(*saved_tensors), options)
         stats, is_empty = saved.stats, saved.x.numel() == 0
         sums = torch.zeros_like(stats[:2]) if is_empty else native.batch_norm_backward_sums(dy, saved, options)
-        dbias, dweight = sums  # this process's alone: averaging gradients is DistributedDataParallel's task
+        dbias, dweight = sums  # of this process only: DistributedDataParallel averages gradients
         dx: Tensor | None = None
         dresidual: Tensor | None = dy
         means = sums
@@ -96,9 +96,10 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 def _merged_moments(x: Tensor, channels_last: bool, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values per channel over all processes, in float64. Chan et al. 1979.
+    """Mean, biased variance and number of values per channel over all processes, in float64. Source: Chan et al. 1979.
 
-    An empty batch weighs nothing. Gathered, not reduced: every process adds in the same order and gets the same bits.
+    An empty batch has weight 0. The moments are gathered rather than reduced, so that every process adds them in the
+    same order and gets the same bits.
     """
     channels = x.shape[1]
     own = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)

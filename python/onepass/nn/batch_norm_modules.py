@@ -1,4 +1,4 @@
-"""The BatchNorms as modules; see modules.py."""
+"""The BatchNorms as modules, under the rules of modules.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .._compat import jit_tracing
 from .._native.batch_norm import Operands, Running
 from . import functional as F
-from ._batch_norm import activation_slope, apply_batch_norm, is_counted
-from ._batch_norm_autograd import count
-from ._sync_batch_norm import sync_batch_norm, world_of
-from ._tools import GuardedEps, as_leaf, scripted
+from ._batch_norm import activation_slope, apply_batch_norm, counts_batch
+from ._batch_norm_autograd import count_batch
+from ._sync_batch_norm import find_sync_group, sync_batch_norm
+from ._tools import GuardedEps, record_as_leaf, scripted
 
 
 def normalise(module: _BatchNorm, input: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
-    """The forward of every BatchNorm here: normalise by the batch's statistics or the running ones, count the batch."""
-    if has_torch_function_variadic(input, residual) and (node := as_leaf(module, input, residual)) is not None:
+    """The forward of every BatchNorm here: normalise by the batch's or the running statistics, count the batch."""
+    if has_torch_function_variadic(input, residual) and (node := record_as_leaf(module, input, residual)) is not None:
         return node
     module._check_input_dim(input)  # type: ignore[no-untyped-call]
     training = module.training
@@ -37,26 +37,26 @@ def normalise(module: _BatchNorm, input: Tensor, residual: Tensor | None = None,
     momentum = 0.0 if momentum is None else momentum
     operands = Operands(input, residual, module.weight, module.bias)
     running = Running(running_mean, running_var, batches, momentum)
-    group = world_of(module, input) if training and isinstance(module, SyncBatchNorm) else None
+    group = find_sync_group(module, input) if training and isinstance(module, SyncBatchNorm) else None
     if group is not None:
         return sync_batch_norm(operands, running, module.eps, slope, group)
     by_batch = training or (running_mean is None and running_var is None)
     if not has_torch_function_variadic(*operands, running_mean, running_var):
         return apply_batch_norm(operands, running, by_batch, module.eps, slope)
     y = _overridden(module, operands, running, by_batch, slope)
-    if is_counted():
-        count(batches)
+    if counts_batch():
+        count_batch(batches)
     return y
 
 
 def _overridden(
     module: _BatchNorm, operands: Operands, running: Running, by_batch: bool, slope: float | None
 ) -> Tensor:
-    """The call for modes and tensor subclasses that override torch's functions: they see that of `functional`."""
+    """The call for modes and tensor subclasses that override torch's functions: they see the one of `functional`."""
     arguments: Any = operands.x, running.mean, running.var, operands.weight, operands.bias
     options: dict[str, Any] = {"training": by_batch, "momentum": running.momentum, "eps": module.eps}
     function: Any = F.batch_norm
-    if isinstance(module, _Activation) or slope is not None or operands.residual is not None:
+    if isinstance(module, _BatchNormAct) or slope is not None or operands.residual is not None:
         function = F.batch_norm_activation
         options["activation"] = None if slope is None else "leaky_relu" if slope else "relu"
         options |= {"negative_slope": slope or 0.0, "residual": operands.residual}
@@ -65,64 +65,51 @@ def _overridden(
 
 
 def _cumulative_momentum(batches: Tensor) -> float | Tensor:
-    """1 / (this batch's number): the running statistics are the mean over all batches."""
-    if is_compiling() or jit_tracing() is not None:  # a number would end the graph, or stay in the trace
+    """1 / (number of batches, including this one): the running statistics become the mean over all batches."""
+    # A Python number would break the graph of torch.compile and be a constant in a trace.
+    if is_compiling() or jit_tracing() is not None:
         return (batches + 1).to(torch.float32).reciprocal()
     return 1 / (int(batches) + 1)
 
 
-class BatchNorm1d(nn.BatchNorm1d):
+class _Forward:
+    """The part that the BatchNorm classes share."""
+
+    _scripted = scripted(_BatchNorm.forward)
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not is_scripting():
+            return normalise(self, input)
+        y: Tensor = self._scripted(input)
+        return y
+
+
+class BatchNorm1d(_Forward, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d: input [N, C] or [N, C, L]; see functional.batch_norm."""
 
-    _scripted = scripted(nn.BatchNorm1d.forward)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return normalise(self, input)
-        return self._scripted(input)
-
-
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(_Forward, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d: input [N, C, H, W]; see functional.batch_norm."""
 
-    _scripted = scripted(nn.BatchNorm2d.forward)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return normalise(self, input)
-        return self._scripted(input)
-
-
-class BatchNorm3d(nn.BatchNorm3d):
+class BatchNorm3d(_Forward, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d: input [N, C, D, H, W]; see functional.batch_norm."""
 
-    _scripted = scripted(nn.BatchNorm3d.forward)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return normalise(self, input)
-        return self._scripted(input)
-
-
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_Forward, nn.SyncBatchNorm):
     """torch.nn.SyncBatchNorm: in training, mean and variance are those of the batches of all processes together.
 
-    On CPUs too, over gloo. Batches may differ in size and be empty. Not twice differentiable where it synchronises; a graph
-    break under torch.compile.
+    Also works on CPUs, over gloo. Batches may differ in size and be empty. Where it synchronises, it is differentiable
+    only once and a graph break under torch.compile.
     """
 
     _scripted = scripted(nn.SyncBatchNorm.forward)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_scripting():
-            return normalise(self, input)
-        return self._scripted(input)
-
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """torch.nn.SyncBatchNorm.convert_sync_batchnorm, to this class; a BatchNormAct becomes a SyncBatchNormAct."""
+        """As torch.nn.SyncBatchNorm's, to this class; a BatchNormAct becomes a SyncBatchNormAct."""
         converted = module
-        if isinstance(module, _Activation):
+        if isinstance(module, _BatchNormAct):
             converted = SyncBatchNormAct._from(module, process_group)
         elif isinstance(module, _BatchNorm):
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)  # type: ignore[no-untyped-call]
@@ -132,8 +119,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return converted
 
 
-class _Activation(_BatchNorm):
-    """The part that the BatchNormAct classes share."""
+class _BatchNormAct(_BatchNorm):
+    """The base of the BatchNormAct classes."""
 
     eps = GuardedEps()
 
@@ -170,7 +157,7 @@ class _Activation(_BatchNorm):
         return f"{shown}, activation={self.activation}{slope}"
 
 
-class BatchNormAct1d(_Activation, BatchNorm1d):
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
     """activation(BatchNorm1d(input) + residual), residual optional; see functional.batch_norm_activation.
 
     Args:
@@ -179,15 +166,15 @@ class BatchNormAct1d(_Activation, BatchNorm1d):
     """
 
 
-class BatchNormAct2d(_Activation, BatchNorm2d):
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
     """activation(BatchNorm2d(input) + residual), residual optional. Arguments as for BatchNormAct1d."""
 
 
-class BatchNormAct3d(_Activation, BatchNorm3d):
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
     """activation(BatchNorm3d(input) + residual), residual optional. Arguments as for BatchNormAct1d."""
 
 
-class SyncBatchNormAct(_Activation, SyncBatchNorm):
+class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
     """activation(SyncBatchNorm(input) + residual), residual optional.
 
     Args:
@@ -201,7 +188,7 @@ class SyncBatchNormAct(_Activation, SyncBatchNorm):
         self.process_group = process_group
 
     @classmethod
-    def _from(cls, module: _Activation, process_group: Any) -> SyncBatchNormAct:
+    def _from(cls, module: _BatchNormAct, process_group: Any) -> SyncBatchNormAct:
         converted = cls(
             module.num_features,
             module.eps,

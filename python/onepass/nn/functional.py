@@ -1,4 +1,4 @@
-"""The layers as functions, with torch.nn.functional's signatures; what is added is keyword-only."""
+"""The layers as functions, with torch.nn.functional's signatures; our additional arguments are keyword-only."""
 
 from ._batch_norm import batch_norm, batch_norm_activation
 from ._dropout import dropout, dropout_mask

@@ -1,7 +1,7 @@
 """LayerNorm, RMSNorm and dropout as modules: torch.nn's classes with another forward. BatchNorm: batch_norm_modules.py.
 
-Constructors, parameters, buffers, repr and state_dicts are torch.nn's. A class that replaces one of torch.nn adds nothing
-to an instance, so that convert() can change the class of one in place.
+Constructors, parameters, buffers, repr and state_dicts are torch.nn's. A class that replaces one of torch.nn adds no
+instance attributes, so that convert() can change a module's class in place.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 from . import functional as F
 from ._checks import check_p
 from ._norm import row_norm
-from ._tools import as_leaf, scripted
+from ._tools import record_as_leaf, scripted
 
 
 def _scripted_dropout(input: Tensor, p: float, training: bool, inverted: bool) -> Tensor:
-    """Dropout where TorchScript compiles a module of ours."""
+    """Dropout for our modules under TorchScript."""
     if inverted:
         return nn.functional.dropout(input, p, training)
     if training:
@@ -31,13 +31,13 @@ def _scripted_dropout(input: Tensor, p: float, training: bool, inverted: bool) -
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm; see functional.layer_norm. weight and bias may be replaced by 0-d parameters."""
 
-    # TorchScript compiles what follows `if not is_scripting()`; of the rest it needs syntax that it knows.
+    # TorchScript parses all of forward, so that no := is possible, and compiles what follows `if not is_scripting()`.
     _scripted = scripted(nn.LayerNorm.forward)
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
             if has_torch_function_unary(input):
-                node = as_leaf(self, input)
+                node = record_as_leaf(self, input)
                 if node is not None:
                     return node
             weight, bias = self.weight, self.bias
@@ -55,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not is_scripting():
             if has_torch_function_unary(x):
-                node = as_leaf(self, x)
+                node = record_as_leaf(self, x)
                 if node is not None:
                     return node
             weight = self.weight
@@ -70,7 +70,7 @@ class Dropout(nn.Dropout):
 
     Args:
         p, inplace: as torch.nn.Dropout.
-        inverted: False scales by 1 - p in evaluation instead of by 1 / (1 - p) in training.
+        inverted: False multiplies by 1 - p in evaluation instead of by 1 / (1 - p) in training.
     """
 
     inverted = True
@@ -85,7 +85,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
             if has_torch_function_unary(input):
-                node = as_leaf(self, input)
+                node = record_as_leaf(self, input)
                 if node is not None:
                     return node
             return F.dropout(input, self.p, self.training, self.inplace, inverted=self.inverted)
@@ -96,7 +96,7 @@ class Dropout(nn.Dropout):
 
 
 class DropoutAddLayerNorm(LayerNorm):
-    """sum = residual + dropout(input), y = layer_norm(sum); gives (y, sum). See functional.dropout_add_layer_norm.
+    """sum = residual + dropout(input), y = layer_norm(sum); returns (y, sum). See functional.dropout_add_layer_norm.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as torch.nn.LayerNorm.
@@ -123,7 +123,7 @@ class DropoutAddLayerNorm(LayerNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not is_scripting():
             if has_torch_function_variadic(input, residual):
-                node = as_leaf(self, input, residual)
+                node = record_as_leaf(self, input, residual)
                 if node is not None:
                     return cast("tuple[Tensor, Tensor]", node)
             return F.dropout_add_layer_norm(
@@ -145,7 +145,7 @@ class DropoutAddLayerNorm(LayerNorm):
 
 
 class DropoutAddRMSNorm(RMSNorm):
-    """sum = residual + dropout(input), y = rms_norm(sum); gives (y, sum). See functional.dropout_add_rms_norm.
+    """sum = residual + dropout(input), y = rms_norm(sum); returns (y, sum). See functional.dropout_add_rms_norm.
 
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as torch.nn.RMSNorm.
@@ -171,7 +171,7 @@ class DropoutAddRMSNorm(RMSNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not is_scripting():
             if has_torch_function_variadic(input, residual):
-                node = as_leaf(self, input, residual)
+                node = record_as_leaf(self, input, residual)
                 if node is not None:
                     return cast("tuple[Tensor, Tensor]", node)
             return F.dropout_add_rms_norm(
