@@ -1,5 +1,7 @@
 """onepass.patch: torch's functions on our kernels, in this thread, for as long as it lasts."""
 
+import subprocess
+import sys
 import threading
 
 import onepass
@@ -171,6 +173,26 @@ def test_under_compile_and_transforms():
     x = X.clone().requires_grad_()
     F.layer_norm(x, (8,), W, B).square().sum().backward()
     assert_close(gradient, x.grad, 1e-4, "gradient")
+
+
+FIRST_COMPILED = """
+import torch, onepass
+call = lambda x: torch.nn.functional.layer_norm(x, (8,))
+x = torch.randn(3, 8)
+if {loaded}:
+    torch.compile(lambda x: x + 1, backend="eager")(x)
+with onepass.patch():
+    first = torch.compile(call, backend="eager", fullgraph=True)(x)
+torch._dynamo.reset()
+assert torch.allclose(torch.compile(call, backend="eager", fullgraph=True)(x), first, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_first_compilation_within_a_patch(loaded):
+    """torch.compile looks torch's functions up by name once: it must not keep ours."""
+    run = subprocess.run([sys.executable, "-c", FIRST_COMPILED.format(loaded=loaded)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_autocast_keeps_torchs_dtypes():

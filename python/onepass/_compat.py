@@ -303,3 +303,23 @@ def has_hooks(module: torch.nn.Module) -> bool:
         or every._global_backward_hooks
         or every._global_backward_pre_hooks
     )
+
+
+def _function_table() -> Any:
+    """torch._dynamo's table of torch's functions, found by their names when it is first needed; None if it is not loaded."""
+    return getattr(sys.modules.get("torch._dynamo.trace_rules"), "get_torch_obj_rule_map", None)
+
+
+def build_function_table() -> bool:
+    """Let torch._dynamo find torch's functions now, before some are replaced. Returns whether it was loaded."""
+    table = _function_table()
+    if table is not None:
+        table()
+    return table is not None
+
+
+def forget_function_table() -> None:
+    """Let torch._dynamo find torch's functions again."""
+    clear = getattr(_function_table(), "cache_clear", None)
+    if clear is not None:
+        clear()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import _compat
 from .._dtypes import FLOATS
 from ..nn import _dispatch
 from ..nn import functional as F
@@ -71,14 +72,16 @@ class patch:
 _active = threading.local()
 _lock = threading.Lock()
 _users = 0
+_dynamo_was_loaded = False
 _originals: list[tuple[Any, str, Function]] = []
 
 
 def _install() -> None:
-    global _users
+    global _users, _dynamo_was_loaded
     with _lock:
         _users += 1
         if _users == 1:
+            _dynamo_was_loaded = _compat.build_function_table()
             for namespace, name, ours in _PATCHED:
                 own = getattr(namespace, name, None)
                 if own is not None:
@@ -94,6 +97,8 @@ def _uninstall() -> None:
             while _originals:
                 namespace, name, own = _originals.pop()
                 setattr(namespace, name, own)
+            if not _dynamo_was_loaded:
+                _compat.forget_function_table()
 
 
 def _patched(own: Function, ours: Function) -> Function:
