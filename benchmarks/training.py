@@ -180,10 +180,10 @@ def measure(name: str, model: Model, device: torch.device, seconds: float, compi
         with harness.PeakMemory(device) as peak:
             variant.run()
         median = statistics.median(times[variant.name])
-        products = statistics.median(seconds_in_products(variant) for _ in range(3))
+        products = statistics.median(share_of_products(variant) for _ in range(5))
         row["variants"][variant.name] = {
             "median_ms": 1e3 * median,
-            "outside_ms": 1e3 * max(median - products, 0.0),
+            "outside_ms": 1e3 * median * (1 - products),
             "peak_mib": None if peak.extra is None else peak.extra / 2**20,
         }
         if variant.name != "onepass":
@@ -208,11 +208,13 @@ def rounds_of(variants: list[Variant], seconds: float) -> dict[str, list[float]]
     return times
 
 
-def seconds_in_products(variant: Variant) -> float:
-    """Of one step: those in matrix products and convolutions."""
+def share_of_products(variant: Variant) -> float:
+    """The share of one step that is spent in matrix products and convolutions."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         variant.run()
-    return float(sum(e.self_cpu_time_total for e in profile.key_averages() if _PRODUCTS.search(e.key))) * 1e-6
+    events = profile.key_averages()
+    products = sum(e.self_cpu_time_total for e in events if _PRODUCTS.search(e.key))
+    return float(products / sum(e.self_cpu_time_total for e in events))
 
 
 def line(row: Json) -> str:
