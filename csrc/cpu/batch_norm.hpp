@@ -146,16 +146,16 @@ struct ChannelsLast {
 // A Normaliser or an InputGradient of each channel, as arrays: loads take several channels at once.
 template <class F>
 struct ChannelConstants {
-  F *mean, *scale, *shift, *of_x;  // [channels]
+  F *mean, *scale, *shift, *x_scale;  // [channels]
 
   ChannelConstants(void* room, std::int64_t channels)
-      : mean(static_cast<F*>(room)), scale(mean + channels), shift(scale + channels), of_x(shift + channels) {}
+      : mean(static_cast<F*>(room)), scale(mean + channels), shift(scale + channels), x_scale(shift + channels) {}
 
   void set(std::int64_t c, const rows::Normaliser<F>& n) const {
     mean[c] = n.mean, scale[c] = n.scale, shift[c] = n.shift;
   }
   void set(std::int64_t c, const rows::InputGradient<F>& g) const {
-    mean[c] = g.mean, scale[c] = g.scale, shift[c] = g.shift, of_x[c] = g.of_x;
+    mean[c] = g.mean, scale[c] = g.scale, shift[c] = g.shift, x_scale[c] = g.x_scale;
   }
 
   // Of `count` channels from c on, or of channel c in all lanes.
@@ -168,11 +168,11 @@ struct ChannelConstants {
   }
   template <bool whole>
   __attribute__((always_inline)) rows::InputGradient<Reg<F>> gradients(std::int64_t c, int count) const {
-    return {load<whole>(mean + c, count), load<whole>(scale + c, count), load<whole>(of_x + c, count),
+    return {load<whole>(mean + c, count), load<whole>(scale + c, count), load<whole>(x_scale + c, count),
             load<whole>(shift + c, count)};
   }
   __attribute__((always_inline)) rows::InputGradient<Reg<F>> gradient(std::int64_t c) const {
-    return {Reg<F>{} + mean[c], Reg<F>{} + scale[c], Reg<F>{} + of_x[c], Reg<F>{} + shift[c]};
+    return {Reg<F>{} + mean[c], Reg<F>{} + scale[c], Reg<F>{} + x_scale[c], Reg<F>{} + shift[c]};
   }
 };
 
