@@ -16,7 +16,7 @@ from adversarial import FUNCTIONS
 NAMES = list(FUNCTIONS)
 BATCHES = [NAMES[i::3] for i in range(3)]
 # Cells that are known to be wrong: dense gradients and states with the sign pending. Only torch._neg_view, which is private,
-# makes them of more than one element, and asking every tensor would cost as much as reading it (csrc/bind_gather.cpp).
+# makes them of more than one element, and asking every tensor would cost as much as reading it (csrc/bind/gather.cpp).
 WRONG = {f"{name}, {operand}: neg" for name in NAMES if name.endswith(".step") for operand in ("gradient", "state")}
 counted: dict[str, int] = {}
 
