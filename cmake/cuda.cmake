@@ -1,7 +1,8 @@
 # Finds nvcc: $CUDACXX, PATH, /usr/local/cuda, or the wheels of  pip install "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]".
-# Sets ONEPASS_HAS_CUDA, ONEPASS_ARCHS, ONEPASS_CUDA_LIBRARIES.
+# Sets ONEPASS_HAS_CUDA, ONEPASS_ARCHS (as shown to the user), ONEPASS_CMAKE_ARCHS, ONEPASS_ARCH_FLAGS, ONEPASS_CUDA_LIBRARIES.
 set(ONEPASS_HAS_CUDA OFF)
 set(ONEPASS_ARCHS "")
+set(ONEPASS_ARCH_FLAGS "")
 set(ONEPASS_CUDA_LIBRARIES "")
 
 if(NOT ONEPASS_CUDA STREQUAL "OFF")
@@ -39,13 +40,19 @@ if(ONEPASS_HAS_CUDA)
     set(ONEPASS_ARCHS "$ENV{ONEPASS_CUDA_ARCHS}")
   endif()
   string(REGEX REPLACE "[, ]+" ";" ONEPASS_ARCHS "${ONEPASS_ARCHS}")
-  if(NOT ONEPASS_ARCHS)
-    # Those without "-real" have PTX beside the machine code: of 90 for sm_110, which runs the code of no other, and of
-    # the newest one for GPUs to come. The rest share code: 86 and 89 that of 80, 103 that of 100, 121 that of 120.
+  if(ONEPASS_ARCHS)
+    set(ONEPASS_CMAKE_ARCHS "${ONEPASS_ARCHS}")
+  else()
+    # Machine code for 86 and 89 is that of 80, for 103 that of 100, for 121 that of 120. sm_110 and later GPUs compile
+    # the PTX of 80. All code from sm_80 on is made of that PTX, too: nvcc then parses a file twice instead of once per
+    # architecture, and no kernel uses an instruction that only later PTX has.
+    set(ONEPASS_ARCHS 75-real 80 90-real)
+    set(from_ptx compute_80,sm_80,sm_90)
     if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-      set(ONEPASS_ARCHS 75-real 80-real 90 100-real 120)
-    else()
-      set(ONEPASS_ARCHS 75-real 80-real 90)
+      list(APPEND ONEPASS_ARCHS 100-real 120-real)
+      string(APPEND from_ptx ,sm_100,sm_120)
     endif()
+    set(ONEPASS_CMAKE_ARCHS OFF)
+    set(ONEPASS_ARCH_FLAGS --generate-code=arch=compute_75,code=[sm_75] --generate-code=arch=compute_80,code=[${from_ptx}])
   endif()
 endif()

@@ -1,7 +1,7 @@
 # onepass_generate(): from ONEPASS_RULES, ONEPASS_PASSES and ONEPASS_ISAS
-#   - a translation unit a rule for the CPU (compiled once for each instruction set) and one for CUDA
+#   - one translation unit per rule for the CPU (compiled once per instruction set) and one for CUDA
 #   - onepass_rules.hpp, the X-macros that the binding expands
-# into ONEPASS_GENERATED. Sets ONEPASS_CPU_SOURCES, ONEPASS_CUDA_SOURCES.
+# in the folder ONEPASS_GENERATED. Sets ONEPASS_CPU_SOURCES, ONEPASS_CUDA_SOURCES.
 function(onepass_generate)
   set(out ${CMAKE_CURRENT_BINARY_DIR}/generated)
   set(includes "")
@@ -35,8 +35,8 @@ function(onepass_generate)
 ")
   set(ONEPASS_GENERATED ${out} PARENT_SCOPE)
   set(ONEPASS_CPU_SOURCES ${cpu_sources} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/reduce.cpp PARENT_SCOPE)
-  foreach(source engine reduce dropout row_norm row_norm_backward batch_norm batch_norm_backward)
+  foreach(source reduce dropout row_norm row_norm_backward batch_norm batch_norm_backward)
     list(APPEND cuda_sources ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/${source}.cu)
   endforeach()
-  set(ONEPASS_CUDA_SOURCES ${cuda_sources} PARENT_SCOPE)
+  set(ONEPASS_CUDA_SOURCES ${cuda_sources} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/engine.cpp PARENT_SCOPE)
 endfunction()

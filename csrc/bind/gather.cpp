@@ -1,4 +1,4 @@
-// The first half of a step: find the tensors, check them, note their addresses. Nothing is written here.
+// The first half of a step: find the tensors, check them, record their addresses. Nothing is written here.
 #include <algorithm>
 #include <unordered_map>
 
@@ -9,16 +9,16 @@ namespace {
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
-// dict[key], borrowed; null if absent.
+// dict[key] as a borrowed reference; null if absent.
 PyObject* lookup(PyObject* dict, PyObject* key) {
   PyObject* const value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
 
-// The same for a tensor as key. A tensor's hash is its address, but asking for it runs a Python function that costs
-// more than everything else this file does for a parameter; hence the lookup by known hash. A miss is asked again the
-// slow way. CPython calls the function private: elsewhere, and where it is gone, everyone takes the slow way.
+// The same with a tensor as key. A tensor's hash is its address, but computing it calls a Python function, which costs
+// more than everything else this file does for a parameter; hence the lookup by known hash. After a miss the usual
+// lookup decides. CPython considers the function private; without it, the usual lookup does all the work.
 PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
 #if !defined(PYPY_VERSION) && !defined(Py_GIL_DISABLED) && PY_VERSION_HEX < 0x030F0000
   const auto hash = static_cast<Py_hash_t>(reinterpret_cast<std::intptr_t>(tensor));
@@ -29,8 +29,9 @@ PyObject* lookup_tensor(PyObject* dict, PyObject* tensor) {
   return lookup(dict, tensor);
 }
 
-// A thousand small tensors lie scattered over more memory than the caches hold. The object's first words lead to the
-// tensor proper (in which of the two depends on the torch version); fetching is a hint only, whatever they hold.
+// A thousand small tensors are scattered over more memory than the caches hold. One of the first two words of the
+// object (which one depends on the torch version) points to the C++ tensor. A prefetch is only a hint, so any word is
+// safe.
 void prefetch_tensor(PyObject* object) {
   void* const* const words = reinterpret_cast<void* const*>(object) + sizeof(PyObject) / sizeof(void*);
   for (int word = 0; word < 2; ++word)
@@ -43,20 +44,20 @@ bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states
                         bool check_negation) {
   TensorView p, other;
   if (!read(param, p) || !p.is_dense()) return false;
-  const DType state_dtype = p.dtype == DType::float64 ? DType::float64 : DType::float32;
+  const DType state_dtype = compute_dtype(p.dtype);
   entry.item.param = p.data;
   entry.item.size = p.size;
   entry.item.grad = nullptr;
   if (grad != nullptr) {
-    if (!read(grad, other) || !fits(p, other, p.dtype)) return false;
+    if (!read(grad, other) || !matches(p, other, p.dtype)) return false;
     entry.item.grad = other.data;
   }
   for (std::size_t s = 0; s < n_states; ++s) {
-    if (!read(states[s], other) || !fits(p, other, state_dtype)) return false;
+    if (!read(states[s], other) || !matches(p, other, state_dtype)) return false;
     entry.item.state[s] = other.data;
   }
-  // A lazily negated view (of the imaginary part of a conjugate) has a stride of 2, which is not dense, unless it has
-  // but one element. Asking every tensor would cost as much as reading it.
+  // A tensor with the negative bit set (torch.Tensor.is_neg) is a view of the imaginary part of a conjugate. Its stride
+  // is 2, so it is not dense unless it has one element. Asking every tensor would cost as much as reading it.
   if (check_negation && p.size == 1) {
     if (is_negated(param) || (grad != nullptr && is_negated(grad))) return false;
     for (std::size_t s = 0; s < n_states; ++s)
@@ -77,16 +78,8 @@ bool Plan::read_scalar(PyObject* object, bool device_scalars, const Entry& entry
   return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.device_type == dlpack::cpu;
 }
 
-py::list Plan::gather(const GroupArguments& arguments, const py::object& param_list, const py::dict& state,
-                      const py::object& fresh, const py::function& mend) {
-  const auto& [variant, hyper, counts_steps, device_scalars, maximize] = arguments;
-  static PyObject* const grad_name = interned("grad");
-  static PyObject* const step_name = interned("step");
-  const RuleVariant& rule = rule_variants().at(variant);
-  const std::size_t n_states = rule.state_names.size();
-
-  Group& group = groups_.emplace_back();
-  group.options = {variant, {}, counts_steps, device_scalars, maximize};
+std::vector<Scalar> Plan::read_hyper(const py::tuple& hyper) {
+  std::vector<Scalar> out;
   for (const py::handle value : hyper) {
     Scalar scalar{0, nullptr, DType::float64};
     TensorView view;
@@ -96,81 +89,93 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
       scalar = {0, view.data, view.dtype}, keep(value.ptr());
     else
       throw py::type_error("a hyper-parameter must be a float, or a float32 or float64 tensor in device memory");
-    group.options.hyper.push_back(scalar);
+    out.push_back(scalar);
   }
-  // A copy of the list, kept: Python code that runs meanwhile, here or in another thread, may change the caller's.
+  return out;
+}
+
+// Finds the gradient and the states of candidate.param; false if it has no gradient.
+bool Plan::find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& c) {
+  static PyObject* const grad_name = interned("grad");
+  static PyObject* const step_name = interned("step");
+  c.n_states = rule.state_names.size();
+  c.complete = true;
+  if (rule.reads_grad) {
+    c.grad = PyObject_GetAttr(c.param, grad_name);
+    if (c.grad == nullptr) throw py::error_already_set();
+    references_.push_back(c.grad);
+    if (c.grad == Py_None) return false;
+  }
+  if (c.n_states == 0 && !counts_steps) return true;
+  PyObject* const param_state = lookup_tensor(state, c.param);
+  c.complete = param_state != nullptr && PyDict_Check(param_state);
+  const auto find = [&](PyObject* name, PyObject*& out) {
+    if (!c.complete) return;
+    out = lookup(param_state, name);
+    c.complete = out != nullptr && out != Py_None;
+    if (c.complete) keep(out);
+  };
+  for (std::size_t s = 0; s < c.n_states; ++s) find(rule.state_keys[s], c.states[s]);
+  if (counts_steps) find(step_name, c.scalars.step);
+  if (rule.product_key != nullptr) find(rule.product_key, c.scalars.product);
+  if (!c.complete) {
+    c.n_states = 0;
+    c.scalars = {};
+  }
+  return true;
+}
+
+void Plan::prefetch(const Candidate& c) const {
+  for (PyObject* object : {c.param, c.grad, c.scalars.step, c.scalars.product})
+    if (object != nullptr && is_exact_tensor(object)) prefetch_tensor(object);
+  for (std::size_t s = 0; s < c.n_states; ++s)
+    if (is_exact_tensor(c.states[s])) prefetch_tensor(c.states[s]);
+}
+
+py::list Plan::gather(const GroupArguments& arguments, const py::object& param_list, const py::dict& state,
+                      const py::object& fresh, const py::function& stage) {
+  const auto& [variant, hyper, counts_steps, device_scalars, maximize] = arguments;
+  const RuleVariant& rule = rule_variants().at(variant);
+  Group& group = groups_.emplace_back();
+  group.options = {variant, read_hyper(hyper), counts_steps, device_scalars, maximize};
+  // Keeps a copy of the list: Python code that runs meanwhile, here or in another thread, may change the caller's.
   const py::list params = py::reinterpret_steal<py::list>(PySequence_List(param_list.ptr()));
   if (!params) throw py::error_already_set();
   keep(params.ptr());
-  py::list missing;
   const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
-  group.entries.reserve(n);
-  references_.reserve(references_.size() + n * (n_states + 2));
-  AddressSet seen(n);
-  std::unordered_map<const void*, int> repeats;  // stays empty but for parameters listed twice
+  references_.reserve(references_.size() + n * (rule.state_names.size() + 2));
 
-  // First the Python objects, then their memory: so that the tensors ahead can be fetched while one is looked at.
-  struct Found {
-    Py_ssize_t index;
-    PyObject *param, *grad, *states[max_states];
-    ScalarObjects scalars;
-    bool complete;
-  };
+  // First finds the Python objects, then reads the tensors: so that the next tensors can be prefetched.
   constexpr Py_ssize_t ahead = 8;
-  std::vector<Found> found;
-  found.reserve(n);
+  py::list missing;
+  std::vector<Candidate> candidates;
+  candidates.reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    if (i + ahead < n && plain(PyList_GET_ITEM(params.ptr(), i + ahead)))
+    if (i + ahead < n && is_exact_tensor(PyList_GET_ITEM(params.ptr(), i + ahead)))
       prefetch_tensor(PyList_GET_ITEM(params.ptr(), i + ahead));
-    Found f{i, PyList_GET_ITEM(params.ptr(), i), nullptr, {}, {}, true};
-    has_subclasses_ = has_subclasses_ || !plain(f.param);
-    if (rule.reads_grad) {
-      f.grad = PyObject_GetAttr(f.param, grad_name);
-      if (f.grad == nullptr) throw py::error_already_set();
-      references_.push_back(f.grad);
-      if (f.grad == Py_None) continue;
-    }
-    if (n_states > 0 || counts_steps) {
-      PyObject* const of_param = lookup_tensor(state.ptr(), f.param);
-      f.complete = of_param != nullptr && PyDict_Check(of_param);
-      for (std::size_t s = 0; f.complete && s < n_states; ++s) {
-        f.states[s] = lookup(of_param, rule.state_keys[s]);
-        f.complete = f.states[s] != nullptr && f.states[s] != Py_None;
-        if (f.complete) keep(f.states[s]);
-      }
-      const auto find = [&](PyObject* name, PyObject*& scalar) {
-        scalar = lookup(of_param, name);
-        f.complete = scalar != nullptr && scalar != Py_None;
-        if (f.complete) keep(scalar);
-      };
-      if (f.complete && counts_steps) find(step_name, f.scalars.step);
-      if (f.complete && rule.product_key != nullptr) find(rule.product_key, f.scalars.product);
-      if (!f.complete) {
-        f.scalars = {};
-        missing.append(i);
-      }
-    }
-    found.push_back(f);
+    Candidate c{};
+    c.index = i;
+    c.param = PyList_GET_ITEM(params.ptr(), i);
+    has_subclasses_ = has_subclasses_ || !is_exact_tensor(c.param);
+    if (!find_tensors(rule, counts_steps, state.ptr(), c)) continue;
+    if (!c.complete) missing.append(i);
+    candidates.push_back(c);
   }
 
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    if (i + ahead < found.size()) {
-      const Found& next = found[i + ahead];
-      for (PyObject* object : {next.param, next.grad, next.scalars.step, next.scalars.product})
-        if (object != nullptr && plain(object)) prefetch_tensor(object);
-      for (std::size_t s = 0; next.complete && s < n_states; ++s)
-        if (plain(next.states[s])) prefetch_tensor(next.states[s]);
-    }
-    const Found& f = found[i];
-    const std::size_t n_known = f.complete ? n_states : 0;
+  group.entries.reserve(candidates.size());
+  AddressSet seen(candidates.size());
+  std::unordered_map<const void*, int> repeats;  // of parameters listed more than once
+  for (std::size_t i = 0; i < candidates.size(); ++i) {
+    if (i + ahead < candidates.size()) prefetch(candidates[i + ahead]);
+    const Candidate& c = candidates[i];
     Entry entry{};
-    bool fine = read_streams(f.param, f.grad, f.states, n_known, entry, true);
-    if (fine) fine = read_scalars(f.scalars, device_scalars, entry);
-    if (!fine) mend_entry(f.index, f.param, f.grad, f.states, n_known, rule, f.scalars, device_scalars, mend, entry);
-    if (!f.complete) continue;
+    if (!read_streams(c.param, c.grad, c.states, c.n_states, entry, true) ||
+        !read_scalars(c.scalars, device_scalars, entry))
+      stage_entry(c, rule, device_scalars, stage, entry);
+    if (!c.complete) continue;
     if (!fresh.is_none()) {
-      const int found = PySequence_Contains(fresh.ptr(), f.param);
-      if (found < 0) throw py::error_already_set();  // the hash of a tensor is Python code, which may be interrupted
+      const int found = PySequence_Contains(fresh.ptr(), c.param);
+      if (found < 0) throw py::error_already_set();  // a tensor's hash is a Python function, which can be interrupted
       entry.fresh = found == 1;
     }
     if (entry.item.size > 0 && !seen.insert(entry.item.param)) {
@@ -178,45 +183,46 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
       group.occurrences = std::max(group.occurrences, entry.occurrence + 1);
     }
     group.entries.push_back(entry);
-    updated_.push_back(f.param);
+    updated_.push_back(c.param);
   }
   return missing;
 }
 
-void Plan::mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
-                      const RuleVariant& rule, const ScalarObjects& scalars, bool device_scalars,
-                      const py::function& mend, Entry& entry) {
+void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_scalars, const py::function& stage,
+                       Entry& entry) {
   const auto or_none = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
-  py::list known;
-  for (std::size_t s = 0; s < n_states; ++s) known.append(py::handle(states[s]));
-  py::dict of_scalars;
-  if (scalars.step != nullptr) of_scalars["step"] = py::handle(scalars.step);
-  if (scalars.product != nullptr) of_scalars[rule.product_key] = py::handle(scalars.product);
-  const py::list stand_ins = mend(index, py::handle(param), or_none(grad), known, of_scalars);
-  const auto scalar_now = [&](PyObject* before, const py::handle& name) {  // it may have been moved to another device
-    return before != nullptr ? keep(of_scalars[name].ptr()) : nullptr;
+  py::list states;
+  for (std::size_t s = 0; s < c.n_states; ++s) states.append(py::handle(c.states[s]));
+  py::dict scalars;
+  if (c.scalars.step != nullptr) scalars["step"] = py::handle(c.scalars.step);
+  if (c.scalars.product != nullptr) scalars[rule.product_key] = py::handle(c.scalars.product);
+  const py::list stand_ins = stage(c.index, py::handle(c.param), or_none(c.grad), states, scalars);
+  const auto staged = [&](PyObject* before, const py::handle& name) {  // stage() may have moved it to another device
+    return before != nullptr ? keep(scalars[name].ptr()) : nullptr;
   };
-  const ScalarObjects moved{scalar_now(scalars.step, py::str("step")), scalar_now(scalars.product, rule.product_key)};
+  const ScalarObjects staged_scalars{staged(c.scalars.step, py::str("step")),
+                                     staged(c.scalars.product, rule.product_key)};
   std::vector<PyObject*> streams;
   for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
-  const std::size_t first_state = grad != nullptr ? 2 : 1;
-  const bool by_rows = streams.size() == first_state + n_states + 1 && rule.takes_rows && grad != nullptr;
-  if (streams.size() != first_state + n_states + by_rows)
-    throw py::value_error("mend() gave a wrong number of tensors");
-  bool fine = read_streams(streams[0], grad != nullptr && !by_rows ? streams[1] : nullptr, streams.data() + first_state,
-                           n_states, entry, false) &&
-              read_scalars(moved, device_scalars, entry);
-  if (fine && by_rows) {
+  const std::size_t first_state = c.grad != nullptr ? 2 : 1;
+  const bool by_rows = streams.size() == first_state + c.n_states + 1 && rule.takes_rows && c.grad != nullptr;
+  if (streams.size() != first_state + c.n_states + by_rows)
+    throw py::value_error("stage() returned a wrong number of tensors");
+  bool readable = read_streams(streams[0], c.grad != nullptr && !by_rows ? streams[1] : nullptr,
+                               streams.data() + first_state, c.n_states, entry, false) &&
+                  read_scalars(staged_scalars, device_scalars, entry);
+  if (readable && by_rows) {
     TensorView values;
-    fine = read(streams[1], values) && values.dtype == entry.dtype && values.device_type == entry.device_type &&
-           values.device == entry.device;
-    const py::tuple rows(stand_ins[first_state + n_states]);
+    readable = read(streams[1], values) && values.dtype == entry.dtype && values.device_type == entry.device_type &&
+               values.device == entry.device;
+    const py::tuple rows(stand_ins[first_state + c.n_states]);
     entry.item.grad = values.data;
     entry.item.size = values.size;
     entry.item.rows = reinterpret_cast<const std::int64_t*>(rows[0].cast<std::uintptr_t>());
     entry.item.row_size = rows[1].cast<std::int64_t>();
   }
-  if (!fine) throw py::value_error("parameter " + std::to_string(index) + " is of a kind that no kernel can update");
+  if (!readable)
+    throw py::value_error("parameter " + std::to_string(c.index) + " is of a kind that no kernel can update");
 }
 
 py::list Plan::updated() const {

@@ -1,4 +1,4 @@
-// The module onepass._C: a table of contents. What each entry does stands with its declaration.
+// The module onepass._C: a table of contents. The entries are described at their declarations.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,7 +14,7 @@ namespace onepass {
 namespace {
 
 #if defined(__x86_64__)
-// All that -march=x86-64-v3 lets the compiler use, not the vectors alone: a virtual machine may mask any single one.
+// Everything that -march=x86-64-v3 lets the compiler use, not only the vectors: a virtual machine may mask any of it.
 bool has_v3() {
   unsigned eax, ebx, ecx = 0, edx, extended = 0;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
@@ -36,7 +36,7 @@ bool cpu_has(const std::string& isa) {
 bool cpu_has(const std::string&) { return true; }
 #endif
 
-// The instruction sets that this build has and this processor runs, best last.
+// The instruction sets that are in this build and that this processor supports, best last.
 std::vector<std::string> isas() {
   std::vector<std::string> out;
   for (const std::string& isa : isa_names)
@@ -67,15 +67,15 @@ py::list list_rules() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace onepass;
-  m.doc() = "Native kernels of onepass; use onepass._native, which checks what it passes on.";
+  m.doc() = "Native kernels of onepass; use onepass._native, which checks the arguments.";
 
   m.def("set_reader", [](const py::object& exchange_api, py::object describe) {
     reader = new TensorReader(exchange_api, std::move(describe));
     return reader->uses_exchange_api();
   });
   m.def("rules", &list_rules,
-        "(rule, hyper names, state names, running product or None, reads gradients, takes rows) of every variant; "
-        "gather() takes the index.");
+        "(rule, hyper names, state names, running product or None, reads gradients, takes rows) per variant; gather() "
+        "takes the index.");
   m.def("isas", &isas);
   m.def("isa", [] { return isa_names[current_isa]; });
   m.def("use_isa", &use_isa);

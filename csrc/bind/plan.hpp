@@ -1,4 +1,4 @@
-// One step of an optimizer: gather and check everything first, then write.
+// One step of an optimizer: first gather and check everything, then write.
 #pragma once
 #include <array>
 #include <map>
@@ -10,7 +10,7 @@
 
 namespace onepass {
 
-// Set of addresses, open addressing: a few nanoseconds an insertion, where a node-based set takes fifty.
+// A set of addresses with open addressing: a few nanoseconds per insertion, where a node-based set takes fifty.
 class AddressSet {
  public:
   explicit AddressSet(std::size_t expected) {
@@ -18,7 +18,7 @@ class AddressSet {
     while (slots < 2 * expected) slots *= 2;
     slots_.assign(slots, nullptr);
   }
-  // False if it was there already.
+  // False if the address is already in the set.
   bool insert(const void* address) {
     const std::size_t mask = slots_.size() - 1;
     std::size_t i = (reinterpret_cast<std::uintptr_t>(address) * 0x9E3779B97F4A7C15u >> 20) & mask;
@@ -36,16 +36,15 @@ struct GroupOptions {
   int variant;
   std::vector<Scalar> hyper;
   bool counts_steps;    // the state has a "step"
-  bool device_scalars;  // and it lives in device memory, for parameters there
+  bool device_scalars;  // the 0-d states of parameters on a device are in its memory
   bool maximize;
 };
 
-// The same from Python: (variant, hyper-parameters, counts steps, device scalars, maximize).
+// The same as Python passes it: (variant, hyper-parameters, counts steps, device scalars, maximize).
 using GroupArguments = std::tuple<int, py::tuple, bool, bool, bool>;
-// What happens to every gradient: (max_norm, normalize, epsilon).
+// Clipping of all gradients: (max_norm, normalize, epsilon).
 using ClipArguments = std::tuple<std::optional<double>, bool, double>;
-// A device of a run: stream, and addresses, 0 where there is none: (stream, workspace, scaled_norm, norm, grad_scale,
-// found_inf).
+// Addresses on one device, 0 if absent: (stream, workspace, scaled_norm, norm, grad_scale, found_inf).
 using DeviceArguments = std::array<std::uintptr_t, 6>;
 
 class Plan {
@@ -56,41 +55,41 @@ class Plan {
     for (PyObject* object : references_) Py_DECREF(object);
   }
 
-  // Records every parameter that has a gradient. Nothing is written. What is not a plain dense tensor of matching type,
-  // device and layout goes through mend(index, param, grad, states, scalars), which returns one-dimensional dense
-  // stand-ins [param, grad, *states] or raises the error that names the trouble. For a sparse gradient the stand-in
-  // holds the values, and (address of the row numbers, row size) follows the states. Returns the indices of the
-  // parameters whose state is missing; if there are any the plan is not to be run.
+  // Records every parameter that has a gradient, and writes nothing. The kernels take dense tensors of matching dtype,
+  // device and layout. For a parameter with any other tensor, stage(index, param, grad, states, scalars) is called; it
+  // returns one-dimensional dense stand-ins [param, grad, *states], or raises an error that names the reason. For a
+  // sparse gradient, grad's stand-in holds the values, and (address of the row indices, row size) follows the states.
+  // Returns the indices of the parameters whose state is missing; if there are any, the plan must not be run.
   py::list gather(const GroupArguments& group, const py::object& params, const py::dict& state, const py::object& fresh,
-                  const py::function& mend);
+                  const py::function& stage);
 
-  // Total over all gradients that live in host memory. norm_type: 2 gives the sum of squares, 1 of magnitudes, another
-  // p of |g|**p; infinity the largest magnitude and -infinity the smallest. weighted, with 2 only: each gradient times
-  // its parameter, element by element.
+  // The total over all gradients in host memory. norm_type 2 gives the sum of squares, 1 that of magnitudes, any other
+  // p that of |g|**p; infinity gives the largest magnitude and -infinity the smallest. weighted, for norm_type 2 only,
+  // multiplies each gradient by its parameter, element by element.
   double cpu_total(double norm_type, bool weighted, int max_threads) const;
-  // The same for the gradients on a CUDA device, to `total` there, without waiting for it. partials: room for
-  // cuda_partials(device) doubles.
+  // The same for the gradients on a CUDA device. Writes to `total` in its memory, without waiting. partials:
+  // cuda_partials(device) doubles of workspace.
   void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
                   std::uintptr_t stream) const;
   std::int64_t cuda_partials(int device) const;
 
-  // Whether any parameter, with a gradient or without, is of a subclass of Tensor: it may be sharded.
+  // Whether any parameter, even one without a gradient, is of a subclass of Tensor and so may be sharded.
   bool has_subclasses() const { return has_subclasses_; }
 
-  // Whether run() has begun to write.
+  // Whether run() has started to write.
   bool has_run() const { return has_run_; }
 
-  // Whether anything gathered is for the CPU kernels.
+  // Whether the CPU kernels update any of the parameters.
   bool has_cpu() const;
 
-  // Devices (of the CUDA kernels) that hold gradients.
+  // The CUDA devices that hold gradients.
   std::vector<int> cuda_devices() const;
 
-  // Bytes of workspace that run() needs on a device, at most.
+  // The most bytes of workspace that run() needs on a device.
   std::int64_t cuda_workspace(int device) const;
 
-  // Writes. grad_scale and norm are what the host knows of them, 1 and 0 where it does not. devices: those of
-  // cuda_devices().
+  // Updates the parameters. grad_scale and norm are 1 and 0 if the host does not know them. devices: one entry for each
+  // of cuda_devices().
   void run(int max_threads, const ClipArguments& clip, double grad_scale, double norm,
            const std::map<int, DeviceArguments>& devices);
 
@@ -100,7 +99,7 @@ class Plan {
  private:
   // A 0-d state: the step count, or a running product.
   struct ScalarState {
-    void* at;  // null: there is none
+    void* at;  // null: the rule has none
     bool is_double;
 
     double read() const { return is_double ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at)); }
@@ -111,7 +110,7 @@ class Plan {
         *static_cast<float*>(at) = float(value);
     }
   };
-  // The same as Python objects, null where there is none.
+  // The same as Python objects; null if the rule has none.
   struct ScalarObjects {
     PyObject *step, *product;
   };
@@ -124,6 +123,14 @@ class Plan {
     bool fresh;
     int occurrence;  // a parameter listed twice is updated twice, in order
   };
+  // A parameter with a gradient, as Python objects: not yet read or checked.
+  struct Candidate {
+    Py_ssize_t index;
+    PyObject *param, *grad, *states[max_states];
+    std::size_t n_states;  // the rule's, or 0 if a state is missing
+    ScalarObjects scalars;
+    bool complete;  // no state is missing
+  };
   struct Group {
     GroupOptions options;
     std::vector<Entry> entries;
@@ -135,30 +142,35 @@ class Plan {
     references_.push_back(object);
     return object;
   }
-  bool plain(PyObject* object) const {
+  // Whether the object is of exactly one of the given tensor types, no subclass.
+  bool is_exact_tensor(PyObject* object) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensor_types_.ptr()); ++i)
       if (type == PyTuple_GET_ITEM(tensor_types_.ptr(), i)) return true;
     return false;
   }
-  bool read(PyObject* object, TensorView& out) { return plain(object) && reader_.read(object, out, layouts_); }
-  bool fits(const TensorView& param, const TensorView& other, DType dtype) const {
+  bool read(PyObject* object, TensorView& out) {
+    return is_exact_tensor(object) && reader_.read(object, out, layouts_);
+  }
+  bool matches(const TensorView& param, const TensorView& other, DType dtype) const {
     return other.dtype == dtype && other.device_type == param.device_type && other.device == param.device &&
            param.same_layout(other);
   }
+  std::vector<Scalar> read_hyper(const py::tuple& hyper);
+  bool find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& candidate);
+  void prefetch(const Candidate& candidate) const;
   bool read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
                     bool check_negation);
-  void mend_entry(Py_ssize_t index, PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
-                  const RuleVariant& rule, const ScalarObjects& scalars, bool device_scalars, const py::function& mend,
-                  Entry& entry);
+  void stage_entry(const Candidate& candidate, const RuleVariant& rule, bool device_scalars, const py::function& stage,
+                   Entry& entry);
   bool read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out);
   bool read_scalars(const ScalarObjects& objects, bool device_scalars, Entry& entry) {
     return (objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step)) &&
            (objects.product == nullptr || read_scalar(objects.product, device_scalars, entry, entry.product));
   }
   class HostScalars;
-  struct Run;
-  void launch(const Group& group, const std::vector<const Entry*>& entries, Run& run) const;
+  struct RunContext;
+  void launch(const Group& group, const std::vector<const Entry*>& entries, RunContext& run) const;
   template <class Select>
   std::int64_t partials_of(const Engine& engine, const Select& select) const;
   template <class Select>

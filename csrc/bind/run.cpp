@@ -1,4 +1,4 @@
-// The second step of an update: norms over what was gathered, and the launches that write. No Python runs here.
+// The second half of a step: norms of the gathered gradients, and the launches that write. No Python runs here.
 #include <algorithm>
 #include <cmath>
 
@@ -19,10 +19,9 @@ Reduction reduction_of(double norm_type, bool weighted) {
 
 }  // namespace
 
-// --- totals
-// -----------------------------------------------------------------------------------------------------------
+// ---- totals
 
-// Partials of all entries that select() takes.
+// Number of partials of all entries that select() accepts.
 template <class Select>
 std::int64_t Plan::partials_of(const Engine& engine, const Select& select) const {
   std::int64_t n = 0;
@@ -32,7 +31,7 @@ std::int64_t Plan::partials_of(const Engine& engine, const Select& select) const
   return n;
 }
 
-// Writes them, a dtype at a time; gives their number.
+// Writes these partials, one dtype at a time, and returns their number.
 template <class Select>
 std::int64_t Plan::reduce(const Engine& engine, const Reduction& reduction, double* partials, const StreamRef& where,
                           const Select& select) const {
@@ -103,17 +102,16 @@ std::vector<int> Plan::cuda_devices() const {
   return devices;
 }
 
-// --- the launches
-// -----------------------------------------------------------------------------------------------------
+// ---- launches
 
 namespace {
 
 // The items of one launch, and the keys they share.
-struct Lists {
+struct LaunchItems {
   std::vector<Item> items;
   std::vector<StepKey> keys;
 
-  // Most tensors are in the same step as one of the last few; a key that is there twice costs nothing but its Step.
+  // Looks for an equal key among the last few only, as most tensors share one of them. A duplicate just costs a Step.
   void add(Item item, const StepKey& key, bool may_share) {
     const std::size_t n = keys.size(), oldest = n > 16 ? n - 16 : 0;
     std::size_t found = n;
@@ -131,7 +129,7 @@ struct Lists {
 
 }  // namespace
 
-// What the step at hand makes of 0-d states that the host can read.
+// The 0-d states that the host can read, in the current step.
 class Plan::HostScalars {
  public:
   HostScalars(const RuleVariant& rule, const std::vector<Scalar>& hyper) : rule_(rule) {
@@ -142,7 +140,7 @@ class Plan::HostScalars {
     StepKey key{1, 1, nullptr, nullptr, e.fresh};
     if (e.step.at != nullptr) key.t = e.step.read() + 1;
     if (e.product.at != nullptr) {
-      if (key.t != t_) {  // most tensors are in the same step
+      if (key.t != t_) {  // rarely: most tensors are in the same step
         t_ = key.t;
         factor_ = rule_.product_factor(hyper_.data(), t_);
       }
@@ -165,13 +163,13 @@ class Plan::HostScalars {
   double t_ = 0, factor_ = 1;
 };
 
-// What the launches of one run share.
-struct Plan::Run {
+// Shared by the launches of one run.
+struct Plan::RunContext {
   int max_threads;
-  GradScaling scaling;  // but for its sign, which is the group's
+  GradScaling scaling;  // launch() sets `maximize`, which is an option of the group
   double grad_scale, norm;
   const std::map<int, DeviceArguments>& devices;
-  std::map<int, std::int64_t> used = {};  // bytes of each device's workspace
+  std::map<int, std::int64_t> used = {};  // bytes used of each device's workspace
   std::vector<char> host_workspace = {};
 
   template <class T>
@@ -188,8 +186,8 @@ std::int64_t Plan::cuda_workspace(int device) const {
   return bytes;
 }
 
-// One list of tensors of a device and dtype.
-void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, Run& run) const {
+// Updates tensors of one device and dtype.
+void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, RunContext& run) const {
   const GroupOptions& options = group.options;
   const RuleVariant& rule = rule_variants()[options.variant];
   const Entry& first = *entries[0];
@@ -200,20 +198,20 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
 
   HostScalars scalars(rule, options.hyper);
   const bool on_device = first.cuda && options.counts_steps && options.device_scalars;
-  Lists lists;
-  lists.items.reserve(entries.size());
+  LaunchItems list;
+  list.items.reserve(entries.size());
   for (const Entry* e : entries) {
-    if (e->item.size == 0 && !first.cuda) continue;  // CUDA: the launch also writes the norm
+    if (e->item.size == 0 && !first.cuda) continue;  // on CUDA the launch also writes the norm
     if (on_device)
-      lists.add(e->item, {1, 1, static_cast<float*>(e->step.at), static_cast<float*>(e->product.at), e->fresh}, false);
+      list.add(e->item, {1, 1, static_cast<float*>(e->step.at), static_cast<float*>(e->product.at), e->fresh}, false);
     else
-      lists.add(e->item, scalars.key_of(*e), true);
+      list.add(e->item, scalars.key_of(*e), true);
   }
-  const int n_keys = static_cast<int>(lists.keys.size());
+  const int n_keys = static_cast<int>(list.keys.size());
   Apply call{first.dtype,
-             lists.items.data(),
-             static_cast<std::int64_t>(lists.items.size()),
-             lists.keys.data(),
+             list.items.data(),
+             static_cast<std::int64_t>(list.items.size()),
+             list.keys.data(),
              n_keys,
              options.hyper.data(),
              run.scaling,
@@ -225,15 +223,15 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
   call.scaling.maximize = options.maximize;
   if (first.cuda) {
     const DeviceArguments& device = run.devices.at(first.device);
-    call.device_scaling = {Run::address<double>(device, 2), Run::address<double>(device, 3),
-                           Run::address<float>(device, 4), Run::address<float>(device, 5)};
+    call.device_scaling = {RunContext::address<double>(device, 2), RunContext::address<double>(device, 3),
+                           RunContext::address<float>(device, 4), RunContext::address<float>(device, 5)};
     call.norm = 0;
-    call.where = {1, first.device, Run::address<void>(device, 0)};
+    call.where = {1, first.device, RunContext::address<void>(device, 0)};
     const bool scaled_on_device =
         call.device_scaling.scaled_norm != nullptr || call.device_scaling.grad_scale != nullptr;
     if (scaled_on_device || options.device_scalars || reads_device) {
       std::int64_t& used = run.used[first.device];
-      call.workspace = Run::address<char>(device, 1) + used;
+      call.workspace = RunContext::address<char>(device, 1) + used;
       used += apply_workspace(n_keys);
     }
   } else {
@@ -241,20 +239,20 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
     call.workspace = run.host_workspace.data();
   }
   if (call.n_items > 0) (first.cuda ? rule.cuda : rule.cpu[current_isa])(call);
-  if (!on_device) scalars.advance(entries);  // the prepare kernel advances the others
+  if (!on_device) scalars.advance(entries);  // otherwise the prepare kernel does
 }
 
 void Plan::run(int max_threads, const ClipArguments& clip, double grad_scale, double norm,
                const std::map<int, DeviceArguments>& devices) {
   has_run_ = true;
   const auto& [max_norm, normalize, epsilon] = clip;
-  Run run{
+  RunContext run{
       max_threads, {false, normalize, epsilon, max_norm.has_value(), max_norm.value_or(0)}, grad_scale, norm, devices};
   const py::gil_scoped_release release;
   std::vector<const Entry*> same;
   for (const Group& group : groups_) {
     for (int occurrence = 0; occurrence < group.occurrences; ++occurrence) {
-      // One launch for each device and dtype; few, so a scan for each is cheaper than a map.
+      // One launch per device and dtype. There are few, so a scan per launch is cheaper than a map.
       std::vector<const Entry*> left;
       left.reserve(group.entries.size());
       for (const Entry& e : group.entries)

@@ -1,4 +1,4 @@
-// A tensor as the binding sees it: address, type and layout, read without libtorch.
+// A tensor as the binding sees it: address, dtype and layout, read without libtorch.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -11,7 +11,7 @@ namespace onepass {
 
 namespace py = pybind11;
 
-// The parts of DLPack's stable C interface (github.com/dmlc/dlpack, version 1) that are read here.
+// The parts of DLPack's stable C interface (github.com/dmlc/dlpack, version 1) that are used here.
 namespace dlpack {
 enum DeviceType : std::int32_t { cpu = 1, cuda = 2, cuda_host = 3 };
 struct Device {
@@ -44,7 +44,7 @@ struct TensorView {
   int device_type = 0, device = 0, ndim = 0;
   DType dtype = DType::float32;
   std::int64_t size = 0;
-  const std::int64_t *shape = nullptr, *strides = nullptr;  // borrowed from the tensor, as long as it is not changed
+  const std::int64_t *shape = nullptr, *strides = nullptr;  // borrowed from the tensor: valid until it is changed
 
   bool same_layout(const TensorView& other) const {
     if (ndim != other.ndim) return false;
@@ -58,21 +58,21 @@ struct TensorView {
     return size == 0 || continues(ndim - 1, 0, expected);
   }
 
-  // Contiguous but for the second dimension, which is the innermost one; of fewer dimensions, contiguous.
+  // Contiguous, except that the second dimension is the innermost one. With fewer than two dimensions: contiguous.
   bool is_channels_last() const {
     std::int64_t expected = 1;
     if (size == 0 || ndim < 2) return is_contiguous();
     return continues(1, 1, expected) && continues(ndim - 1, 2, expected) && continues(0, 0, expected);
   }
 
-  // Every element of one piece of memory exactly once, in whatever order of the dimensions.
+  // Whether the elements fill one piece of memory without gaps or overlaps, in any order of the dimensions.
   bool is_dense() const {
     std::int64_t expected = 1;
     int d = ndim - 1;
     for (; d >= 0 && (strides[d] == expected || shape[d] == 1); --d) expected *= shape[d];
     if (d < 0 || size == 0) return true;  // the usual case: contiguous
     std::int64_t covered = 1;
-    for (int placed = 0; placed < ndim; ++placed) {  // find the dimension whose stride continues what is covered
+    for (int n = 0; n < ndim; ++n) {  // find the dimension whose stride is the extent of those before
       int next = -1;
       for (int e = 0; e < ndim && next < 0; ++e)
         if (shape[e] != 1 && strides[e] == covered) next = e;
@@ -83,7 +83,7 @@ struct TensorView {
   }
 
  private:
-  // Whether dimensions [last ... first], innermost first, lie around `expected` elements without a gap.
+  // Whether dimensions `last` to `first`, innermost first, continue an extent of `expected` elements without a gap.
   bool continues(int last, int first, std::int64_t& expected) const {
     for (int d = last; d >= first; --d) {
       if (shape[d] != 1 && strides[d] != expected) return false;
@@ -93,19 +93,19 @@ struct TensorView {
   }
 };
 
-// Shapes and strides, at addresses that stay. An empty one costs nothing.
+// Keeps shapes and strides at stable addresses. An empty list costs nothing.
 using Layouts = std::forward_list<std::vector<std::int64_t>>;
 
 // The integer tensors that kernels take: seeds of dropout, and its packed masks.
 enum class Integers : std::uint8_t { seed, mask };  // int64, uint8
 
-// Reads a tensor; false where its memory cannot be reached like a plain tensor's of the type asked for (sparse, fake,
-// meta, subclass without storage ...): the caller then asks Python to explain or to mend.
+// Reads a tensor. Returns false if its memory cannot be accessed directly as the expected type (sparse, fake or meta
+// tensors, subclasses without storage ...); the caller then leaves it to Python to stage a copy or to raise an error.
 class TensorReader {
  public:
-  // exchange_api: torch.Tensor.__dlpack_c_exchange_api__, or None where this torch has none (before 2.10); then
-  // describe, a Python function giving (address, kind as read_any() has it, device type, device index, shape, strides),
-  // is called for each tensor.
+  // exchange_api: torch.Tensor.__dlpack_c_exchange_api__, or None before torch 2.10. Then the Python function
+  // describe() is called per tensor; it returns (address, kind as in read_any(), device type, device index, shape,
+  // strides).
   TensorReader(const py::object& exchange_api, py::object describe) : describe_(std::move(describe)) {
     if (exchange_api.is_none()) return;
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
@@ -115,7 +115,7 @@ class TensorReader {
 
   bool uses_exchange_api() const { return api_ != nullptr && api_->view != nullptr; }
 
-  // layouts: keeps what out.shape and out.strides point to, where they are not the tensor's own.
+  // layouts: owns the arrays that out.shape and out.strides point to, if they are not the tensor's.
   bool read(PyObject* tensor, TensorView& out, Layouts& layouts) const {
     int kind = 0;
     if (!read_any(tensor, out, kind, layouts)) return false;
@@ -129,7 +129,7 @@ class TensorReader {
     return true;
   }
 
-  // The same for integers; out.dtype means nothing.
+  // The same for integers; out.dtype is not set.
   bool read(PyObject* tensor, Integers expected, TensorView& out, Layouts& layouts) const {
     int kind = 0;
     return read_any(tensor, out, kind, layouts) &&
@@ -138,7 +138,7 @@ class TensorReader {
   }
 
  private:
-  // kind: DLPack's type code * 256 + bits of an element.
+  // kind: DLPack's type code * 256 + bits per element.
   bool read_any(PyObject* tensor, TensorView& out, int& kind, Layouts& layouts) const {
     return uses_exchange_api() ? read_exchange(tensor, out, kind) : read_described(tensor, out, kind, layouts);
   }
@@ -186,11 +186,10 @@ class TensorReader {
   py::object describe_;
 };
 
-// Never destroyed: at the end of the process Python is gone before static destructors run.
+// Never destroyed, because static destructors run after Python has shut down.
 inline TensorReader* reader = nullptr;
 
-// Whether a tensor is a view with the signs of its memory turned (torch.Tensor.is_neg), which its address does not
-// tell.
+// Whether the tensor has its negative bit set (torch.Tensor.is_neg): memory then holds the negated values.
 inline bool is_negated(PyObject* tensor) {
   static PyObject* const method = PyUnicode_InternFromString("is_neg");
   PyObject* const answer = PyObject_CallMethodNoArgs(tensor, method);
@@ -199,7 +198,7 @@ inline bool is_negated(PyObject* tensor) {
   return answer == Py_True;
 }
 
-// Whether a tensor's kernels are the CUDA ones. The test build that runs them on the host sends everything there.
+// Whether the CUDA kernels process the tensor. In the test build that runs them on the host, they process CPU tensors.
 inline bool runs_on_cuda(const TensorView& t) {
 #if defined(ONEPASS_CUDA_ON_HOST)
   return t.device_type == dlpack::cpu;

@@ -1,11 +1,11 @@
-// One factor holds all that happens to a gradient before the rule: loss scale, clipping or normalising, and sign.
+// The one factor that a gradient is multiplied by before the rule: loss scale, clipping or normalising, and sign.
 #pragma once
 #include "core/types.hpp"
 #include "core/value.hpp"
 
 namespace onepass {
 
-// norm: of the gradients after division by grad_scale; unused unless clipping or normalising.
+// norm: the norm of the gradients after division by grad_scale; only clipping and normalising use it.
 ONEPASS_HD double grad_factor(const GradScaling& scaling, double grad_scale, double norm) {
   double factor = 1 / grad_scale;
   if (scaling.normalize) {
@@ -13,9 +13,9 @@ ONEPASS_HD double grad_factor(const GradScaling& scaling, double grad_scale, dou
     factor *= divisor == 0 ? 0 : 1 / divisor;
   } else if (scaling.clip) {
     const double clip = scaling.max_norm / (norm + 1e-6);  // 1e-6: torch.nn.utils.clip_grad_norm_
-    if (!(clip >= 1)) factor *= clip;                      // written so that a NaN norm gives a NaN factor
+    if (!(clip >= 1)) factor *= clip;                      // negated, so that a NaN norm gives a NaN factor
   }
-  constexpr double largest = 3.4028234663852886e38;  // of a float; 1 / norm of denormal gradients would be infinite
+  constexpr double largest = 3.4028234663852886e38;  // FLT_MAX: 1 / norm of subnormal gradients overflows a float
   factor = factor > largest ? largest : factor;
   return scaling.maximize ? -factor : factor;
 }

@@ -1,34 +1,34 @@
-// The calls of the layers, for every engine. Plain data, no Python, no torch, no STL.
+// The arguments of the layers, for every engine. Plain data: no Python, no torch, no STL.
 //
-// F below is the type that kernels compute in: float for float32 and the 16-bit types, double for float64. Statistics
-// are F. Weights and biases are of weight_dtype: the input's type, or float32 beside a 16-bit input.
+// Below, F is the type that kernels compute in: float for float32 and the 16-bit types, double for float64. Statistics
+// are F. Weights and biases have weight_dtype: the input's dtype, or float32 with a 16-bit input.
 #pragma once
 #include "core/types.hpp"
 
 namespace onepass {
 
-// Dropout by a counter-based mask: element i is kept iff word i of the seed's Philox sequence is >= threshold; see
-// core/philox.hpp.
+// Dropout by a counter-based mask: element i is kept if and only if word i of the seed's Philox sequence is
+// >= threshold; see core/philox.hpp.
 struct Dropout {
-  const std::int64_t* seed;  // where the tensor lives: on a GPU nothing waits for it. Null: no dropout
+  const std::int64_t* seed;  // in the tensor's memory, so that the host never waits for a GPU. Null: no dropout
   std::uint64_t threshold;   // p * 2^32, rounded; 2^32 drops everything
   double scale;              // of the elements kept
 };
 
-// The dropout of n contiguous elements. Forward: x to y, and to `mask` if there is one. Backward is the same call on
-// the gradient, with the mask that forward wrote (reads_mask) or without one.
+// Dropout of `size` contiguous elements. Forward reads x and writes y, and `mask` unless it is null. Backward is the
+// same call on the gradient; it reads the mask that forward wrote (reads_mask) or recomputes it.
 struct DropoutCall {
   DType dtype;
   std::int64_t size;
   const void* x;
-  void* y;             // may be x; null: only the mask is wanted
+  void* y;             // may be x; null: only the mask is written
   std::uint8_t* mask;  // bit i % 8 of byte i / 8: element i is kept; the last byte is padded with zeros. May be null
   bool reads_mask;
   Dropout dropout;
 };
 
-// LayerNorm and RMSNorm over the rows of a contiguous [rows, size] array; with a residual, of
-// sum = residual + dropout(x), which is kept.
+// LayerNorm and RMSNorm over the rows of a contiguous [rows, size] array: of x or, with a residual, of
+// sum = residual + dropout(x), which is stored too.
 struct RowNorm {
   DType dtype, weight_dtype;
   bool rms;            // RMSNorm: no mean
@@ -37,57 +37,57 @@ struct RowNorm {
   double eps;
   const void* x;
   const void* residual;  // null: norm of x itself
-  void* sum;             // with a residual
-  std::uint8_t* mask;    // of the dropout; may be null, as in DropoutCall
+  void* sum;             // written if there is a residual
+  std::uint8_t* mask;    // the dropout's, as in DropoutCall; may be null
   Dropout dropout;
   const void *weight, *bias;  // may be null
   void* y;
-  void* stats;      // F[3][rows]: mean (0 for RMSNorm), 1 / standard deviation, what F(mean) leaves of the mean. On the
-                    // CPU null: not kept
-  void* workspace;  // row_norm_workspace() bytes of the engine
+  void* stats;      // F[3][rows]: mean (0 for RMSNorm), 1 / standard deviation, mean - F(mean). On the CPU it may be
+                    // null: not stored
+  void* workspace;  // the engine's row_norm_workspace() bytes
 };
 
 struct RowNormBackward {
   DType dtype, weight_dtype;
   bool rms, scalar_affine;
   std::int64_t rows, size;
-  double eps;  // for statistics made anew
+  double eps;  // for recomputed statistics
   const void* dy;
-  const void* dsum;  // the gradient that reaches `sum` from elsewhere; may be null
-  const void* x;     // what was normalised: x, or sum
+  const void* dsum;  // the gradient that reaches `sum` from its other users; may be null
+  const void* x;     // the array that was normalised: x, or sum
   const void* weight;
-  const void* stats;   // on the CPU null: made anew
+  const void* stats;   // on the CPU it may be null: recomputed
   void* dx;            // the gradient of x or, with a residual, of both sum and residual
-  void* dbranch;       // with a residual: that of dropout's input; null where there was no residual
-  std::uint8_t* mask;  // what forward wrote, or null: recomputed
+  void* dbranch;       // with a residual: the gradient of dropout's input; else null
+  std::uint8_t* mask;  // as forward wrote it, or null: recomputed
   Dropout dropout;
-  void *dweight, *dbias;  // of weight_dtype; null: not wanted
-  void* workspace;        // row_norm_backward_workspace() bytes of the engine
+  void *dweight, *dbias;  // of weight_dtype; null: not needed
+  void* workspace;        // the engine's row_norm_backward_workspace() bytes
 };
 
-// BatchNorm over [batch, channels, space], or [batch, space, channels] with channels_last, followed by
-// + residual and by the leaky ReLU z > 0 ? z : slope * z.
+// BatchNorm over [batch, channels, space], or over [batch, space, channels] with channels_last; then "+ residual" and
+// the leaky ReLU z > 0 ? z : slope * z, where the call has them.
 struct BatchShape {
   std::int64_t batch, channels, space;
   bool channels_last;
 };
 
-// What a call does: everything; or its statistics and what follows from them apart, between which SyncBatchNorm sums
-// over the processes; or, in forward, what follows from the running statistics.
+// Which part of the work a call does. SyncBatchNorm calls `statistics`, sums over the processes, then calls `apply`.
+// `apply_running`, in forward only, normalises by the running statistics.
 enum class Phase : std::uint8_t { all, statistics, apply, apply_running };
 
 struct BatchNorm {
   DType dtype, weight_dtype;
   BatchShape shape;
-  Phase phase;  // statistics: stats of x; apply: y by the stats given; apply_running: y by the running ones, only read
+  Phase phase;  // statistics: stats from x; apply: y from stats; apply_running: y from the running ones, read only
   double eps;
   const void* x;
   const void *weight, *bias, *residual;  // may be null
   bool activate;
   double slope;
   void* y;
-  void* stats;  // F[3][channels], as RowNorm's; of phase statistics the second row is the biased variance
-  // Phase apply_running reads them. Phase all: null, or running = (1 - momentum) * running + momentum * the batch's.
+  void* stats;  // F[3][channels], as RowNorm's; phase statistics stores the biased variance in the second row
+  // Phase apply_running reads them. Phase all: null, or running = (1 - momentum) * running + momentum * batch.
   DType running_dtype;
   void *running_mean, *running_var;
   double momentum;
@@ -97,16 +97,16 @@ struct BatchNorm {
 struct BatchNormBackward {
   DType dtype, weight_dtype;
   BatchShape shape;
-  Phase phase;    // statistics: sums; apply: dx and dresidual by the sums and count given
+  Phase phase;    // statistics: sums; apply: dx and dresidual from sums and count
   bool training;  // else the statistics are constants
   const void *dy, *x, *weight, *stats;
-  const void* y;  // with activate: its sign tells which side of the activation was taken
+  const void* y;  // with activate: its sign tells which branch of the activation was taken
   bool activate;
   double slope;
-  void* sums;             // F[2][channels]: of dz and of dz * xhat, dz the gradient before the activation
+  void* sums;             // F[2][channels]: of dz and of dz * xhat; dz is the gradient before the activation
   double count;           // elements per channel, over all processes
-  void *dx, *dresidual;   // null: not wanted
-  void *dweight, *dbias;  // of weight_dtype; null: not wanted; not written by phase apply
+  void *dx, *dresidual;   // null: not needed
+  void *dweight, *dbias;  // of weight_dtype; null: not needed; phase apply does not write them
   void* workspace;        // batch_norm_workspace() bytes
 };
 

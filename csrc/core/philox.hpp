@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four random words out of a key and
-// a counter, without a state. The mask of a dropout is a function of (seed, element index) and of nothing else, so it
-// is the same on every device and for any number of threads, and backward can make it anew.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four random words from a key and a
+// counter, without a state. A dropout mask depends only on (seed, element index), so it is the same on every device and
+// for any number of threads, and backward can recompute it.
 #pragma once
 #include "core/value.hpp"
 

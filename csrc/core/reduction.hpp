@@ -1,4 +1,4 @@
-// The arithmetic of the norms: how an element joins a running total, and how two totals join.
+// The arithmetic of reductions: adding an element to a running total, and joining two totals.
 #pragma once
 #include "core/types.hpp"
 #include "core/value.hpp"
@@ -21,7 +21,7 @@ ONEPASS_HD V powered(V x, double power) {
 
 ONEPASS_HD double empty_total(Total total) { return total == Total::smallest ? double(INFINITY) : 0; }
 
-// NaN in either operand stays.
+// A NaN in either operand stays NaN.
 template <class V>
 ONEPASS_HD V join(Total total, V a, V b) {
   if (total == Total::largest) return max_keep_nan(a, b);

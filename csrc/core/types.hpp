@@ -9,7 +9,7 @@ constexpr DType all_dtypes[] = {DType::float32, DType::float64, DType::bfloat16,
 
 constexpr std::int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// What kernels compute in, and keep states and statistics in: float32 for the 16-bit types.
+// The dtype that kernels compute in and store states and statistics in: float32 for the 16-bit types.
 constexpr DType compute_dtype(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
 template <class T>
 struct ComputeType {
@@ -22,7 +22,7 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::type;
 
-// Names a type in the arguments of a generic lambda; see with_dtype() of each engine.
+// Passes a type to a generic lambda; see each engine's with_dtype().
 template <class T>
 struct Tag {
   using type = T;
@@ -30,30 +30,30 @@ struct Tag {
 
 constexpr int max_states = 4;
 
-// One tensor of a launch: its memory streams and the StepKey (below) it belongs to. States are float32 beside 16-bit
-// parameters and of the parameter's type otherwise.
+// One tensor of a launch: its memory streams and the index of its StepKey (below). The states of a 16-bit parameter are
+// float32, those of any other parameter have its dtype.
 struct Item {
   void* param;
-  const void* grad;  // null when the rule reads none
+  const void* grad;  // null if the rule does not read it
   void* state[max_states];
   std::int64_t size;  // elements to update
   std::int32_t key;
-  // Of a sparse gradient, else null: the gradient holds the values of some rows of row_size elements, one after the
-  // other, and param and states are tables in which the r-th of them is row rows[r]. No row comes twice.
-  const std::int64_t* rows;  // where the tensor lives
+  // For a sparse gradient, else null. The gradient then holds the values of some rows of row_size elements each; the
+  // r-th of them updates row rows[r] of param and states. The rows are distinct.
+  const std::int64_t* rows;  // in the tensor's memory
   std::int64_t row_size;
 };
 
-// What may differ between the tensors of one launch and changes the scalars of a step.
+// Whatever changes the scalars of a step and may differ between the tensors of one launch.
 struct StepKey {
-  double t;               // number of this step, from 1, where the host knows it
-  double product;         // and the rule's running product, see core/rule.hpp
-  float* device_step;     // else where they are in device memory: read, advanced and written by the prepare kernel
-  float* device_product;  // null where the rule keeps none
-  bool fresh;             // the states were made for this very step
+  double t;               // number of this step, from 1, if the host knows it
+  double product;         // the rule's running product, see core/rule.hpp, if the host knows it
+  float* device_step;     // else their addresses in device memory: the prepare kernel reads and advances them
+  float* device_product;  // null if the rule keeps none
+  bool fresh;             // the states were created for this step
 };
 
-// A hyper-parameter: a number, or the address of one in device memory (float32 or float64).
+// A hyper-parameter: a number, or the address of a float32 or float64 number in device memory.
 struct Scalar {
   double value;
   const void* device;
@@ -69,10 +69,10 @@ struct GradScaling {
   double max_norm;
 };
 
-// The same, where the numbers live in device memory. Null: not used.
+// The same for numbers in device memory. Null: not used.
 struct DeviceGradScaling {
-  const double* scaled_norm;  // of the gradients as they came
-  double* norm;               // written: the norm after division by grad_scale
+  const double* scaled_norm;  // norm of the gradients before division by grad_scale
+  double* norm;               // written: the norm after the division
   const float* grad_scale;
   const float* found_inf;
 };
@@ -80,7 +80,7 @@ struct DeviceGradScaling {
 // What a reduction over many tensors computes; the p-norms are roots of these.
 enum class Total : std::uint8_t {
   squares,
-  weighted_squares,  // of each element times that of a second stream
+  weighted_squares,  // of products of corresponding elements of two arrays
   magnitudes,
   powers,
   largest,
@@ -88,10 +88,10 @@ enum class Total : std::uint8_t {
 };
 struct Reduction {
   Total total;
-  double power;  // for powers: of the magnitudes
+  double power;  // for Total::powers: the exponent of the magnitudes
 };
 
-// Compile-time list of the variants of one rule: they differ in their memory streams and in nothing else.
+// Compile-time list of the variants of one rule, which differ only in their memory streams.
 template <class... Rules>
 struct Variants {};
 

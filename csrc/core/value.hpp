@@ -1,9 +1,9 @@
 // The arithmetic vocabulary of the rules: a value is one float, one double, or a SIMD pack of them.
 //
 // NOTE: [same bits everywhere]
-// Rules use only IEEE + - * / sqrt, comparison and select. Every one of these is correctly rounded on every target, and
-// the build forbids contraction and approximations, so an update has the same bits on SSE2, AVX2, AVX-512, NEON and
-// CUDA. It costs nothing: the work is bound by memory.
+// Rules use only IEEE + - * / sqrt, comparison and select. All of these are correctly rounded on every target, and the
+// build forbids contraction and approximations, so an update has the same bits on SSE2, AVX2, AVX-512, NEON and CUDA.
+// This costs nothing, because updates are bound by memory.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -11,7 +11,7 @@
 #if defined(__CUDACC__)
 #define ONEPASS_HD __host__ __device__ __forceinline__
 #else
-// always_inline: no out-of-line copy that the linker could share between instruction sets.
+// always_inline: there is no out-of-line copy that the linker could share between instruction sets.
 #define ONEPASS_HD inline __attribute__((always_inline))
 #endif
 
@@ -30,7 +30,7 @@ ONEPASS_HD V select(bool take, V a, V b) {
 }
 
 #if !defined(__CUDACC__)
-// `bytes` wide vectors of F; the compiler's own vector types, so that + - * / and comparisons are built in.
+// The compiler's vector type of F, `bytes` wide: + - * / and comparisons are built in.
 template <class F, int bytes>
 struct PackOf {
   typedef F type __attribute__((vector_size(bytes)));
@@ -38,7 +38,7 @@ struct PackOf {
 template <class F, int bytes>
 using Pack = typename PackOf<F, bytes>::type;
 
-// GCC keeps a lane loop over sqrt scalar in some contexts, hence the intrinsics where a register type has one.
+// In some contexts GCC does not vectorise a loop over lanes with sqrt, hence the intrinsics.
 template <class V, class F = decltype(V{}[0] + 0), class = decltype(V{}[0])>
 ONEPASS_HD V sqrt(V x) {
 #if defined(__AVX512F__)
@@ -63,20 +63,19 @@ ONEPASS_HD V select(M take, V a, V b) {
 }
 #endif
 
-// NaN in either operand stays NaN, as torch.maximum does.
+// A NaN in either operand stays NaN, as in torch.maximum.
 template <class V>
 ONEPASS_HD V max_keep_nan(V a, V b) {
   return select(a != a, a, select(a > b, a, b));
 }
 
-// (1 - weight) * from + weight * to, as torch.lerp rounds it: exact at both ends, NaN between infinities of one sign.
+// (1 - weight) * from + weight * to, rounded as by torch.lerp: exact at both ends, NaN between infinities of one sign.
 template <class F, class V>
 ONEPASS_HD V lerp(V from, V to, F weight, F one_minus_weight) {
   return weight < F(0.5) ? from + weight * (to - from) : to - one_minus_weight * (to - from);
 }
 
-// base**exponent for whole exponents >= 0, by squaring: the same bits on host and device, which libm's pow does not
-// give.
+// base**exponent for whole exponents >= 0, by squaring: unlike libm's pow, it has the same bits on host and device.
 ONEPASS_HD double power(double base, double exponent) {
   double result = 1;
   for (std::int64_t n = static_cast<std::int64_t>(exponent); n > 0; n >>= 1) {

@@ -1,4 +1,4 @@
-// The CPU engine of the update rules: a list of tensors is one flat range of elements, cut in equal parts for the
+// The CPU engine of the update rules: a list of tensors is one flat range of elements, divided equally among the
 // threads.
 #pragma once
 #include "core/grad_factor.hpp"
@@ -9,14 +9,14 @@
 
 namespace onepass::cpu::ONEPASS_ISA {
 
-// Lanes [i, i + count) of a tensor.
+// Updates elements [i, i + count) of a tensor.
 template <bool whole, class Rule, class T, class Step>
 static inline __attribute__((always_inline)) void update_pack(const Item& item, std::int64_t i, int count,
                                                               const Step& k) {
   using F = Compute<T>;
   T* const param = static_cast<T*>(item.param) + i;
-  // No hardware prefetcher runs ahead of stores to memory that nothing reads; a copy then takes 1.35 times as long. The
-  // loads below would do, but those of values that a rule does not use the compiler drops.
+  // Hardware prefetchers follow loads, not stores: without this a pure copy takes 1.35 times as long. (The loads below
+  // would do, but the compiler removes those that the rule does not use.)
   if constexpr (whole && overwrites<Rule>) {
     __builtin_prefetch(param, 1);
     if constexpr (writes_state<Rule>)
@@ -31,7 +31,7 @@ static inline __attribute__((always_inline)) void update_pack(const Item& item, 
     for (int s = 0; s < Rule::n_state; ++s) store<whole>(static_cast<F*>(item.state[s]) + i, state[s], count);
 }
 
-// The item by value: its addresses then stay in registers, whatever is stored.
+// Takes the item by value, so that its addresses stay in registers whatever the stores may alias.
 template <class Rule, class T, class Step>
 static void update_range(const Item item, std::int64_t begin, std::int64_t end, const Step k) {
   constexpr int width = lanes<Compute<T>>;
@@ -41,8 +41,8 @@ static void update_range(const Item item, std::int64_t begin, std::int64_t end, 
   if (i < end) update_pack<false, Rule, T>(item, i, static_cast<int>(end - i), k);
 }
 
-// Of a sparse gradient: the parts of the rows that [begin, end) of the values cover, each like a tensor whose param and
-// states stand where they do in the table.
+// For a sparse gradient: updates the rows, or parts of rows, that values [begin, end) belong to. Each is updated like a
+// tensor whose param and states start at the row in the table.
 template <class Rule, class T, class Step>
 static void update_rows(const Item& item, std::int64_t begin, std::int64_t end, const Step& k) {
   for (std::int64_t i = begin; i < end;) {
@@ -64,7 +64,7 @@ struct ApplyJob {
 
   const Apply& call;
   std::int64_t total;
-  const Step* steps;  // of the keys
+  const Step* steps;  // one per key
 
   static void body(void* context, int thread, int n_threads) {
     const ApplyJob& job = *static_cast<ApplyJob*>(context);
@@ -96,7 +96,7 @@ struct ApplyJob {
     }
     ApplyJob job{call, 0, steps};
     for (std::int64_t i = 0; i < call.n_items; ++i) job.total += call.items[i].size;
-    run_team(threads_for(job.total * bytes_per_element, call.where.max_threads), &body, &job);
+    run_parallel(threads_for(job.total * bytes_per_element, call.where.max_threads), &body, &job);
   }
 };
 
@@ -105,7 +105,7 @@ static void apply(const Apply& call) {
   with_dtype(call.dtype, [&](auto type) { ApplyJob<Rule, typename decltype(type)::type>::run(call); });
 }
 
-// The variants of a rule, in their order, as the table that the binding picks from.
+// The functions of a rule's variants, in their order; the binding picks one.
 template <class>
 struct ApplyTable;
 template <class... Rules>

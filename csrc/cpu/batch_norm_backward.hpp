@@ -1,5 +1,5 @@
-// The backward of BatchNorm on the CPU, in the units of batch_norm.hpp: the sums of dz and dz * xhat a channel, dz
-// being the gradient before the activation, then dx.
+// The backward of BatchNorm on the CPU, in the units of batch_norm.hpp: per channel the sums of dz (the gradient before
+// the activation) and of dz * (x - mean), then dx.
 #pragma once
 #include "cpu/batch_norm.hpp"
 
@@ -9,7 +9,7 @@ template <class T>
 struct BatchNormBackwardJob {
   using F = Compute<T>;
 
-  using UnitSums = rows::GradientSums;  // over a unit and channel
+  using UnitSums = rows::GradientSums;  // over one channel of a unit
 
   BatchNormBackward call;
   ChannelConstants<F> constants;
@@ -94,25 +94,26 @@ struct BatchNormBackwardJob {
   }
 
   void add_columns(const ChannelsLast& layout, std::int64_t begin, std::int64_t end, std::int64_t c_begin,
-                   std::int64_t c_end, UnitSums* of_block) const {
+                   std::int64_t c_end, UnitSums* block_sums) const {
     F dz_sum[ChannelsLast::tile] = {}, distance_sum[ChannelsLast::tile] = {};
     layout.for_packs_of<F>(begin, end, c_begin, c_end, [&](auto at) __attribute__((always_inline)) {
-      const std::int64_t place = at.channel - c_begin;
+      const std::int64_t column = at.channel - c_begin;
       const Reg<F> center = load<at.whole>(mean() + at.channel, at.count);
-      Reg<F> of_dz = load<at.whole>(dz_sum + place, at.count), of_dx = load<at.whole>(distance_sum + place, at.count);
+      Reg<F> sum_dz = load<at.whole>(dz_sum + column, at.count);
+      Reg<F> sum_dz_distance = load<at.whole>(distance_sum + column, at.count);
 #pragma GCC unroll 4
       for (int r = 0; r < at.rows; ++r) {
         const std::int64_t i = at.first + r * layout.channels;
         fetch_inputs(i + at.rows * layout.channels, at.part);
         const Reg<F> dz = dz_at<at.whole>(i, at.count);
-        of_dz += dz;
-        of_dx += dz * (x_at<at.whole>(i, at.count) - center);
+        sum_dz += dz;
+        sum_dz_distance += dz * (x_at<at.whole>(i, at.count) - center);
       }
-      store<at.whole>(dz_sum + place, of_dz, at.count);
-      store<at.whole>(distance_sum + place, of_dx, at.count);
+      store<at.whole>(dz_sum + column, sum_dz, at.count);
+      store<at.whole>(distance_sum + column, sum_dz_distance, at.count);
     });
     for (std::int64_t c = c_begin; c < c_end; ++c)
-      of_block[c].add({double(dz_sum[c - c_begin]), double(distance_sum[c - c_begin])});
+      block_sums[c].add({double(dz_sum[c - c_begin]), double(distance_sum[c - c_begin])});
   }
 
   void run_last(const ChannelsLast& layout, int threads) const {
@@ -121,11 +122,11 @@ struct BatchNormBackwardJob {
         threads,
         [&](std::int64_t block) {
           if (!needs_sums) return;
-          UnitSums* const of_block = sums + block * channels;
-          for (std::int64_t c = 0; c < channels; ++c) of_block[c] = {0, 0};
+          UnitSums* const block_sums = sums + block * channels;
+          for (std::int64_t c = 0; c < channels; ++c) block_sums[c] = {0, 0};
           layout.for_parts_of(block,
                               [&](std::int64_t begin, std::int64_t end, std::int64_t c_begin, std::int64_t c_end) {
-                                add_columns(layout, begin, end, c_begin, c_end, of_block);
+                                add_columns(layout, begin, end, c_begin, c_end, block_sums);
                               });
         },
         [&](std::int64_t c) {

@@ -1,5 +1,5 @@
-// Dropout on the CPU, in two steps a chunk: the random words decide on bits, the bits decide on elements. Backward has
-// only the second one to do where the bits were kept: making them costs more than moving the elements.
+// Dropout on the CPU, in two steps per group of elements: random words give bits, and bits select elements. Computing
+// the bits costs more than moving the elements, so backward reads them from a mask if there is one.
 #pragma once
 #include "core/layers.hpp"
 #include "cpu/partition.hpp"
@@ -8,7 +8,7 @@
 
 namespace onepass::cpu::ONEPASS_ISA {
 
-// One bit a lane, the first lane in the lowest.
+// One bit per lane; bit 0 is lane 0.
 static inline std::uint32_t bits_greater(Bits32 a, Bits32 b) {
 #if defined(__AVX512F__)
   return _mm512_cmpgt_epu32_mask((__m512i)a, (__m512i)b);
@@ -23,7 +23,7 @@ static inline std::uint32_t bits_greater(Bits32 a, Bits32 b) {
 #endif
 }
 
-// The lanes whose bit is set, lane 0 by bit `shift`; 0 in the others, whatever they held.
+// Keeps the lanes whose bit is set, with bit `shift` for lane 0; the others become 0, whatever they are.
 static inline __attribute__((always_inline)) Reg<float> keep_lanes(std::uint32_t bits, int shift, Reg<float> x) {
 #if defined(__AVX512F__)
   return (Reg<float>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits >> shift), (__m512)x);
@@ -43,7 +43,7 @@ static inline __attribute__((always_inline)) Reg<double> keep_lanes(std::uint32_
 #endif
 }
 
-// At least 25 bits from element i on, of a mask of so many bytes.
+// At least 25 bits from element i on, from a mask of `bytes` bytes.
 static inline std::uint32_t bits_at(const std::uint8_t* mask, std::int64_t bytes, std::int64_t i) {
   const std::int64_t first = i / 8, left = bytes - first;
   std::uint32_t bits = 0;
@@ -56,18 +56,18 @@ static inline std::uint32_t bits_at(const std::uint8_t* mask, std::int64_t bytes
 
 constexpr std::int64_t mask_bytes(std::int64_t size) { return (size + 7) / 8; }
 
-// What a seed and a threshold keep, `group` elements at a time.
+// The elements that a seed and a threshold keep, `group` of them at a time.
 class RandomBits {
  public:
   static constexpr int group = 64;
 
   explicit RandomBits(const Dropout& dropout)
       : sequence_(dropout.seed != nullptr ? static_cast<std::uint64_t>(*dropout.seed) : 0),
-        // word >= threshold, as word > threshold - 1 where that is a 32-bit number.
+        // word >= threshold is computed as word > threshold - 1, which is a 32-bit number unless threshold is 0.
         limit_(Bits32{} + static_cast<std::uint32_t>(dropout.threshold - 1)),
         always_(dropout.threshold == 0 ? ~std::uint64_t(0) : 0) {}
 
-  // Bits of elements [first, first + group), first a multiple of 4.
+  // Bits of elements [first, first + group); first is a multiple of 4.
   __attribute__((always_inline)) std::uint64_t at(std::int64_t first) const {
     constexpr int at_once = 2 * PhiloxSequence::group, width = lanes<float>;
     std::uint64_t bits = always_;
@@ -86,16 +86,16 @@ class RandomBits {
   std::uint64_t always_;
 };
 
-// Where the bits of a pass over elements come from.
+// Which elements to keep: all, those of a freshly computed mask, or those of a stored mask.
 enum class Keep { all, drawn, read };
 
-// y = dropout(x), or residual + dropout(x), of elements of flat arrays.
+// y = dropout(x) or y = residual + dropout(x), over flat arrays.
 template <class T>
 struct DropoutPass {
   using F = Compute<T>;
 
   const T *x, *residual;  // residual: may be null
-  T* y;                   // null: only the mask is wanted
+  T* y;                   // null: only the mask is written
   std::uint8_t* mask;     // may be null
   RandomBits random;
   F scale;
@@ -116,7 +116,7 @@ struct DropoutPass {
     store<whole>(y + i, out, count);
   }
 
-  // Elements [begin, end), begin a multiple of 8; the mask's last byte is padded with zeros.
+  // Elements [begin, end); begin is a multiple of 8. The mask's last byte is padded with zeros.
   template <Keep keep, bool adds>
   void run(std::int64_t begin, std::int64_t end) const {
     constexpr int group = RandomBits::group, width = lanes<F>;
@@ -144,11 +144,11 @@ struct DropoutPass {
     }
     if (y == nullptr) return;
     for (int i = 0; i < left; i += width) {
-      const auto of_pack = static_cast<std::uint32_t>(bits >> i);
+      const auto pack_bits = static_cast<std::uint32_t>(bits >> i);
       if (i + width <= left)
-        pack<true, keep, adds>(first + i, of_pack, 0, width);
+        pack<true, keep, adds>(first + i, pack_bits, 0, width);
       else
-        pack<false, keep, adds>(first + i, of_pack, 0, left - i);
+        pack<false, keep, adds>(first + i, pack_bits, 0, left - i);
     }
   }
 };
@@ -169,7 +169,7 @@ struct DropoutJob {
   static void run(const DropoutCall& call, int max_threads) {
     DropoutJob job{call};
     const std::int64_t bytes = call.size * static_cast<std::int64_t>(2 * sizeof(T) + (call.reads_mask ? 0 : 16));
-    run_team(threads_for(bytes, max_threads), &body, &job);
+    run_parallel(threads_for(bytes, max_threads), &body, &job);
   }
 };
 

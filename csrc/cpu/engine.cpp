@@ -1,4 +1,4 @@
-// The engine of one instruction set; the update rules are generated beside it, see cmake/apply.cpp.in.
+// The engine of one instruction set. The update rules have generated files of their own, see cmake/apply.cpp.in.
 #include "core/engine.hpp"
 
 #include "cpu/batch_norm_backward.hpp"

@@ -1,4 +1,4 @@
-// What sums over registers need beside loads and stores.
+// Operations on the lanes of a register: masking a tail, summing, and access to single numbers.
 #pragma once
 #include "cpu/pack.hpp"
 
@@ -16,7 +16,7 @@ static inline Reg<double> first_of(Reg<double> x, int count) {
   return lane < static_cast<std::int64_t>(count) ? x : Reg<double>{};
 }
 
-// The lanes added, the upper half to the lower one again and again: always in the same order.
+// The sum of the lanes, in a fixed order: the upper half is added to the lower one until one lane is left.
 template <class F, int bytes = register_bytes>
 static inline F sum_of(Pack<F, bytes> x) {
   if constexpr (bytes == 2 * sizeof(F)) {
@@ -28,7 +28,7 @@ static inline F sum_of(Pack<F, bytes> x) {
   }
 }
 
-// A number of any storage type, for the few that are looked at one by one.
+// One number of any storage type; for code that is not worth vectorising.
 template <class T>
 static inline double number_at(const void* p, std::int64_t i) {
   return double(load<false>(static_cast<const T*>(p) + i, 1)[0]);
@@ -44,7 +44,7 @@ static inline void set_number_at(DType dtype, void* p, std::int64_t i, double x)
   with_dtype(dtype, [&](auto type) { set_number_at<typename decltype(type)::type>(p, i, x); });
 }
 
-// Both for rows/channel.hpp.
+// The two as rows/channel.hpp expects them.
 struct Numbers {
   static double get(DType dtype, const void* p, std::int64_t i) { return number_at(dtype, p, i); }
   static void set(DType dtype, void* p, std::int64_t i, double x) { set_number_at(dtype, p, i, x); }

@@ -1,8 +1,8 @@
 // Loads and stores of SIMD packs with conversion: float32 arithmetic over float32, bfloat16 and float16 storage,
 // float64 over float64. Whole packs and partial ones (tails) give the same numbers.
 //
-// Everything here and in the engines lives in a namespace named after the instruction set, so that the linker never
-// merges a function compiled for AVX-512 with its baseline twin. For the same reason nothing of the STL is used.
+// Everything here and in the engines is in a namespace named after the instruction set, so that the linker never merges
+// a function compiled for AVX-512 with its baseline twin. For the same reason the STL is not used.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -24,7 +24,7 @@ constexpr int register_bytes = 32;
 constexpr int register_bytes = 16;
 #endif
 
-// Storage types. Tags, so that the 16-bit ones differ from integers and from each other.
+// Storage types: structs, so that the 16-bit types differ from integers and from each other.
 struct bfloat16 {
   std::uint16_t bits;
 };
@@ -32,7 +32,7 @@ struct float16 {
   std::uint16_t bits;
 };
 
-// f(Tag<T>{}) for the storage type T that a dtype stands for: the one place where an engine's types are listed.
+// f(Tag<T>{}) for the storage type T of a dtype: the only list of the engine's types.
 template <class F>
 static inline __attribute__((always_inline)) auto with_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -50,8 +50,8 @@ using Reg = Pack<F, register_bytes>;
 using Bits32 = Pack<std::uint32_t, register_bytes>;
 using Bits16 = Pack<std::uint16_t, register_bytes / 2>;
 
-// 16-bit numbers in the low halves of 32-bit lanes, and back; narrow() takes lanes below 2^16. GCC's own conversion
-// of such vectors goes through halves and costs three times as much.
+// widen() loads 16-bit numbers into the low halves of 32-bit lanes, narrow() reverts it and expects lanes below 2^16.
+// GCC's own conversion of such vectors works on their halves and costs three times as much.
 #if defined(__AVX512F__)
 static inline Bits32 widen(const void* p) {
   return (Bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -79,7 +79,7 @@ static inline Reg<float> decode_raw(const bfloat16*, __m128i raw) { return (Reg<
 static inline Reg<float> decode_raw(const float16*, __m128i raw) { return (Reg<float>)_mm256_cvtph_ps(raw); }
 #endif
 
-// To nearest, ties to even; NaN to the NaN of all ones.
+// Rounds to nearest, ties to even; a NaN becomes the NaN with all bits set.
 static inline void encode(bfloat16* p, Reg<float> x) {
   const Bits32 bits = (Bits32)x;
   const Bits32 rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
@@ -102,11 +102,12 @@ static inline void encode(float16* p, Reg<float> x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-// No half conversions in the instruction set: lane by lane, for correctness.
+// The instruction set does not convert float16: lane by lane, for correctness. Not inlined, because every load and
+// store of a float16 pack would be as large as a kernel.
 static inline float half_to_float(std::uint32_t half) {
   const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   std::uint32_t bits;
-  if (magnitude >= 0x7c00u) {  // infinity, NaN (made quiet)
+  if (magnitude >= 0x7c00u) {  // infinity or NaN (which becomes quiet)
     bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13) | (magnitude > 0x7c00u ? 0x400000u : 0u);
   } else if (magnitude >= 0x400u) {  // normal: rebias the exponent from 15 to 127
     bits = (magnitude << 13) + (112u << 23);
@@ -128,9 +129,9 @@ static inline std::uint16_t float_to_half(float x) {
   std::uint32_t half;
   if (bits > 0x7f800000u) {
     half = 0x7e00u | ((bits >> 13) & 0x3ffu);
-  } else if (bits >= 0x47800000u) {  // 65536 and above; what rounds up to it is caught by the carry below
+  } else if (bits >= 0x47800000u) {  // at least 65536; smaller numbers that round up to it carry into infinity below
     half = 0x7c00u;
-  } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the multiple of 2^-24 in the last bits, rounded
+  } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24, which is in the last bits
     float value;
     std::memcpy(&value, &bits, 4);
     value += 0.5f;
@@ -142,12 +143,12 @@ static inline std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(sign | half);
 }
 
-static inline Reg<float> decode(const float16* p) {
+static inline __attribute__((noinline)) Reg<float> decode(const float16* p) {
   Reg<float> x;
   for (int lane = 0; lane < lanes<float>; ++lane) x[lane] = half_to_float(p[lane].bits);
   return x;
 }
-static inline void encode(float16* p, Reg<float> x) {
+static inline __attribute__((noinline)) void encode(float16* p, Reg<float> x) {
   for (int lane = 0; lane < lanes<float>; ++lane) p[lane].bits = float_to_half(x[lane]);
 }
 #endif
@@ -166,9 +167,8 @@ static inline Reg<double> decode(const double* p) {
 }
 static inline void encode(double* p, Reg<double> x) { std::memcpy(p, &x, sizeof x); }
 
-// `count` of a pack's lanes: all of them, or the few of a tail; the other lanes are 0. Template argument whole: the
-// count is known, and this is one load or store. Otherwise the lanes pass through a pack on the stack, or through a
-// masked access where the instruction set has one.
+// Loads and stores of `count` lanes; a load sets the other lanes to 0. With the template argument `whole` all lanes are
+// moved at once. Otherwise, for tails, the access is masked or, without masks, goes through a buffer on the stack.
 #if defined(__AVX512F__)
 static inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 static inline Reg<float> load_some(const float* p, int count) {
@@ -196,8 +196,8 @@ static inline void store_some(T* p, Reg<float> x, int count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm256_loadu_si256((const __m256i*)buffer));
 }
 #else
-// Fewer than `all` bytes, a power of 2, in pieces of known size: a call of memcpy for each tail of a short row would
-// show.
+// Copies fewer than `all` bytes, a power of 2, in pieces of known size, because a call of memcpy per tail would slow
+// down short rows.
 template <int all>
 static inline __attribute__((always_inline)) void copy_some(void* to, const void* from, int bytes) {
   constexpr int piece = all / 2;
@@ -208,7 +208,7 @@ static inline __attribute__((always_inline)) void copy_some(void* to, const void
   }
 }
 #if defined(__AVX2__)
-// Loads that do not pass through memory: a wide read of what was just written in pieces has to wait for all of them.
+// Loads without a buffer on the stack: a wide read of memory just written in pieces has to wait for all the writes.
 static inline __m256i first_lanes32(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -218,7 +218,7 @@ static inline Reg<float> load_some(const float* p, int count) {
 static inline Reg<double> load_some(const double* p, int count) {
   return (Reg<double>)_mm256_maskload_pd(p, first_lanes32(2 * count));
 }
-// Up to three 16-bit numbers, and up to four.
+// Up to three 16-bit numbers.
 static inline std::uint64_t some_bits16(const void* p, int count) {
   std::uint16_t last = 0;
   std::uint32_t two = 0;
@@ -254,9 +254,9 @@ static inline void store_some(T* p, Reg<Compute<T>> x, int count) {
 #endif
 
 // A bool as a type, for generic lambdas: `decltype(w)::value` is the template argument of load and store.
-template <bool whole>
-struct Whole {
-  static constexpr bool value = whole;
+template <bool b>
+struct Constant {
+  static constexpr bool value = b;
 };
 
 template <bool whole, class T>

@@ -1,30 +1,29 @@
 // How the CPU engines divide their work: by sizes alone, so that neither the instruction set nor the number of threads
-// changes a bit of what reductions give.
+// changes a bit of a reduction's result.
 #pragma once
 #include "core/engine.hpp"
 #include "core/value.hpp"
 
-// Every function here is always inlined (ONEPASS_HD): an out-of-line copy of one would be shared between instruction
-// sets.
+// Every function here is always inlined (ONEPASS_HD): instruction sets would share an out-of-line copy.
 namespace onepass::cpu {
 
 constexpr std::int64_t reduce_block = 16384;
 ONEPASS_HD constexpr std::int64_t reduce_blocks(std::int64_t size) { return (size + reduce_block - 1) / reduce_block; }
 
-// Blocks of rows with sums of their own: enough for many threads, few enough for their sums to be small beside the
-// rows.
+// Blocks of rows, each with its own sums: enough for many threads, few enough for the sums to be small compared with
+// the rows.
 ONEPASS_HD constexpr std::int64_t row_norm_blocks(std::int64_t rows, std::int64_t size) {
   const std::int64_t by_work = rows * size >> 14, by_rows = (rows + 31) / 32;
   const std::int64_t blocks = by_work < by_rows ? by_work : by_rows;
   return blocks < 1 ? 1 : blocks < 64 ? blocks : 64;
 }
 
-// Samples whose elements of one channel are looked at together: about as many elements as fit the first cache.
+// Samples per unit of one channel: about as many elements as fit the first-level cache.
 ONEPASS_HD constexpr std::int64_t batch_norm_samples(const BatchShape& s) {
   return s.space >= 4096 ? 1 : 4096 / s.space;
 }
 
-// Units whose statistics are joined, of each channel; see batch_norm.hpp.
+// Units per channel, whose statistics are joined; see batch_norm.hpp.
 ONEPASS_HD constexpr std::int64_t batch_norm_units(const BatchShape& s) {
   if (!s.channels_last) return (s.batch + batch_norm_samples(s) - 1) / batch_norm_samples(s);
   const std::int64_t blocks = s.batch * s.space * s.channels >> 16;
@@ -32,8 +31,8 @@ ONEPASS_HD constexpr std::int64_t batch_norm_units(const BatchShape& s) {
 }
 ONEPASS_HD constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
 
-// Below this many bytes of memory traffic for each thread a further one costs more than it brings: a team costs 1 us
-// when its threads spin, 75 us when they sleep, and milliseconds when a neighbour has taken their core.
+// With less memory traffic per thread, another thread costs more than it gains: starting threads takes 1 us if they
+// spin, 75 us if they sleep, and milliseconds if another process has taken their core.
 constexpr std::int64_t bytes_per_thread = 2 << 20;
 
 ONEPASS_HD constexpr int threads_for(std::int64_t bytes, int max_threads) {

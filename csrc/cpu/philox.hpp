@@ -1,5 +1,5 @@
-// Philox (core/philox.hpp) for many counters at once: one counter in each 64-bit lane, because the widening multiply
-// reads the low half of such a lane. The high halves may hold anything until the end.
+// Philox (core/philox.hpp) for many counters at once: one counter per 64-bit lane, because the widening multiplication
+// reads the low halves of such lanes. The high halves may hold anything until the end.
 #pragma once
 #include "core/philox.hpp"
 #include "cpu/pack.hpp"
@@ -21,8 +21,8 @@ static inline Bits64 multiply_low(Bits64 a, Bits64 b) {
 #endif
 }
 
-// The high half of each lane in the place of the low one. A shuffle where there is one: shifts compete with the
-// multiplications for a port.
+// Moves the high half of each lane to the low one. Uses a shuffle where there is one, because shifts compete with
+// multiplications for an execution port.
 static inline Bits64 high_half(Bits64 a) {
 #if defined(__AVX512F__)
   return (Bits64)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);
@@ -33,7 +33,7 @@ static inline Bits64 high_half(Bits64 a) {
 #endif
 }
 
-// The first (second) lanes of each pair of lanes of a and b, alternating.
+// Interleaves a and b: the first (second) lane of each pair of lanes, from a and b alternately.
 static inline Bits64 pair_first(Bits64 a, Bits64 b) {
 #if defined(__AVX512F__)
   return (Bits64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
@@ -53,7 +53,7 @@ static inline Bits64 pair_second(Bits64 a, Bits64 b) {
 #endif
 }
 
-// Words of the sequence of one seed, `group` at a time.
+// The words of one seed's sequence, `group` at a time.
 class PhiloxSequence {
  public:
   static constexpr int counters = sizeof(Bits64) / 8, group = counters * Philox::words;
@@ -66,12 +66,12 @@ class PhiloxSequence {
       key0 += Philox::key_step0;
       key1 += Philox::key_step1;
     }
-    // Even lanes have the first half of the counters, odd lanes the second: pairing then gives the words in order.
+    // Even lanes have the first half of the counters, odd lanes the second: interleaving then gives the words in order.
     for (int lane = 0; lane < counters; ++lane) counter_of_lane_[lane] = lane / 2 + lane % 2 * (counters / 2);
   }
 
-  // The words of elements [first, first + groups * group), first a multiple of 4. A round waits for the one before it:
-  // two groups at once fill the time, which halves it.
+  // The words of elements [first, first + groups * group); first is a multiple of 4. A round waits for the one before
+  // it, so two independent groups at once take half the time.
   template <int groups>
   __attribute__((always_inline)) void words(std::uint64_t first, Bits32 (&out)[2 * groups]) const {
     const Bits64 zero = {}, multiplier0 = zero + Philox::multiplier0, multiplier1 = zero + Philox::multiplier1;

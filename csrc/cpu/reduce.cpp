@@ -1,5 +1,4 @@
-// Apart from the layers: in norms over all gradients no multiplication and addition are contracted to one, so that
-// every instruction set gives the same bits.
+// Compiled apart from the layers, without fused multiply-adds: every instruction set gives norms with the same bits.
 #include "cpu/reduce.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {

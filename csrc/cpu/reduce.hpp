@@ -1,4 +1,4 @@
-// Totals over many tensors, for the global gradient norm: blocks of a fixed size, 16 running totals a block, joined in
+// Totals over many tensors, for the global gradient norm: blocks of a fixed size with 16 running totals each, joined in
 // a fixed order.
 #pragma once
 #include "core/reduction.hpp"
@@ -8,7 +8,7 @@
 
 namespace onepass::cpu::ONEPASS_ISA {
 
-// Elements of two registers in float64.
+// Loads two registers of elements as float64.
 static inline __attribute__((always_inline)) void widen(const double* p, Reg<double> (&out)[2]) {
   out[0] = decode(p);
   out[1] = decode(p + lanes<double>);
@@ -22,7 +22,7 @@ static inline __attribute__((always_inline)) void widen(const T* p, Reg<double> 
   out[1] = __builtin_convertvector(half[1], Reg<double>);
 }
 
-// 16 float64 totals whatever the register width, so that every instruction set adds in the same order.
+// 16 float64 totals for any register width, so that every instruction set adds in the same order.
 struct RunningTotals {
   static constexpr int count = 16, registers = count / lanes<double>;
   Reg<double> part[registers];
@@ -31,7 +31,7 @@ struct RunningTotals {
     for (auto& p : part) p = Reg<double>{} + empty_total(total);
   }
 
-  // weight: a second stream that is multiplied in.
+  // weighted: elements are multiplied by those of a second array.
   template <bool weighted, class T>
   __attribute__((always_inline)) void add(const Reduction& reduction, const T* p, const T* weight) {
     for (int r = 0; r < registers; r += 2) {
@@ -48,7 +48,7 @@ struct RunningTotals {
     }
   }
 
-  // Everything so far and the last few elements, fewer than count.
+  // The total, including the last n elements, fewer than `count`.
   template <bool weighted, class T>
   double finish(const Reduction& reduction, const T* rest, const T* weight, int n) const {
     double lane[count];
@@ -73,9 +73,9 @@ static inline __attribute__((always_inline)) double block_total(const Reduction&
   return totals.finish<weighted>(reduction, p + i, weight + i, static_cast<int>(n - i));
 }
 
-// known: the total, where it is one of squares; known when compiled, so that the loop has no branch in it. For all the
-// others it is magnitudes, and the call says which.
-template <class T, Total known>
+// `kind` is squares, weighted_squares or, for all other totals, magnitudes; these take their kind from the call at run
+// time. The two kinds of squares are compiled apart, so that their loops have no branch.
+template <class T, Total kind>
 struct ReduceJob {
   const Reduce& call;
   Reduction reduction;
@@ -84,11 +84,11 @@ struct ReduceJob {
   static void body(void* context, int thread, int n_threads) {
     const ReduceJob& job = *static_cast<ReduceJob*>(context);
     Reduction reduction = job.reduction;
-    constexpr bool weighted = known == Total::weighted_squares;
-    if constexpr (known != Total::magnitudes) reduction.total = Total::squares;
+    constexpr bool weighted = kind == Total::weighted_squares;
+    if constexpr (kind != Total::magnitudes) reduction.total = Total::squares;
     std::int64_t begin, end;
     part_of(job.blocks, 1, thread, n_threads, begin, end);
-    std::int64_t first = 0;  // number of the array's first block
+    std::int64_t first = 0;  // index of the array's first block
     for (std::int64_t array = 0; first < end; ++array) {
       const std::int64_t size = job.call.sizes[array], blocks = reduce_blocks(size);
       const T* const data = static_cast<const T*>(job.call.data[array]);
@@ -108,8 +108,8 @@ struct ReduceJob {
       elements += call.sizes[i];
       job.blocks += reduce_blocks(call.sizes[i]);
     }
-    constexpr std::int64_t bytes = (known == Total::weighted_squares ? 2 : 1) * sizeof(T);
-    run_team(threads_for(elements * bytes, call.where.max_threads), &body, &job);
+    constexpr std::int64_t bytes = (kind == Total::weighted_squares ? 2 : 1) * sizeof(T);
+    run_parallel(threads_for(elements * bytes, call.where.max_threads), &body, &job);
   }
 };
 

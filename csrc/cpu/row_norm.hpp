@@ -1,5 +1,5 @@
-// LayerNorm and RMSNorm on the CPU: rows are dealt to the threads in order; what a row needs stays in cache between its
-// statistics and its result, so memory is touched once.
+// LayerNorm and RMSNorm on the CPU: rows are divided among the threads. A row stays in cache between its statistics and
+// its result, so memory is read once.
 #pragma once
 #include "cpu/dropout.hpp"
 #include "cpu/moments.hpp"
@@ -7,17 +7,17 @@
 
 namespace onepass::cpu::ONEPASS_ISA {
 
-// Weight and bias as F[size]: as they are where that is their form, else spelled out once a call.
+// Weight and bias as F[size]: used in place if they have this form, else converted once per call.
 template <class F>
 struct Affine {
   const F *weight = nullptr, *bias = nullptr;
 
-  static const F* spelled_out(const void* from, DType dtype, bool scalar, std::int64_t size, F* room) {
+  static const F* as_array(const void* from, DType dtype, bool scalar, std::int64_t size, F* buffer) {
     if (from == nullptr) return nullptr;
     const bool is_f = dtype == (sizeof(F) == 8 ? DType::float64 : DType::float32);
     if (is_f && !scalar) return static_cast<const F*>(from);
-    for (std::int64_t i = 0; i < size; ++i) room[i] = F(number_at(dtype, from, scalar ? 0 : i));
-    return room;
+    for (std::int64_t i = 0; i < size; ++i) buffer[i] = F(number_at(dtype, from, scalar ? 0 : i));
+    return buffer;
   }
 };
 
@@ -48,14 +48,14 @@ struct RowNormJob {
     }
   }
 
-  // The row's statistics, kept for backward if it wants them.
+  // The row's statistics, stored for backward if the call asks for them.
   rows::Stats<F> measure(const T* x, std::int64_t row) const {
     const rows::Stats<F> stats = stats_of(x, call.size, call.eps);
     if (call.stats != nullptr) stats.keep(call.stats, call.rows, row);
     return stats;
   }
 
-  // `ahead`: elements from here to the row that is to be measured next.
+  // `ahead`: distance, in elements, to the row whose statistics are computed next; it is prefetched.
   void normalise(const T* x, std::int64_t row, const rows::Stats<F>& stats, std::int64_t ahead) const {
     const std::int64_t n = call.size;
     T* const y = static_cast<T*>(call.y) + row * n;
@@ -75,7 +75,7 @@ struct RowNormJob {
     });
   }
 
-  // sum = residual + dropout(x) of elements [begin, end), begin a multiple of 8.
+  // sum = residual + dropout(x) for elements [begin, end); begin is a multiple of 8.
   static void add(const DropoutPass<T>& pass, bool drops, std::int64_t begin, std::int64_t end) {
     drops ? pass.template run<Keep::drawn, true>(begin, end) : pass.template run<Keep::all, true>(begin, end);
   }
@@ -88,7 +88,7 @@ struct RowNormJob {
     part_of(call.rows, 8, thread, n_threads, begin, end);
     if (call.residual == nullptr) {
       const T* const x = static_cast<const T*>(call.x);
-      // A short row's statistics end in a chain of scalar operations: the row before it is written meanwhile.
+      // A short row's statistics end in a chain of dependent scalar operations, which overlaps writing the row before.
       const std::int64_t ahead = n * static_cast<std::int64_t>(sizeof(T)) <= 4096 ? 1 : 0;
       rows::Stats<F> measured{};
       if (begin < end && ahead > 0) measured = job.measure(x + begin * n, begin);
@@ -101,10 +101,10 @@ struct RowNormJob {
       return;
     }
     const DropoutPass<T> pass(call.x, call.residual, call.sum, call.mask, call.dropout);
-    const std::int64_t together = n % 8 == 0 ? 1 : 8;  // rows: whole bytes of the mask
+    const std::int64_t rows_at_once = n % 8 == 0 ? 1 : 8;  // so that they have whole bytes of the mask
     for (std::int64_t row = begin; row < end; ++row) {
-      if (row % together == 0) {
-        const std::int64_t last = row + together < end ? row + together : end;
+      if (row % rows_at_once == 0) {
+        const std::int64_t last = row + rows_at_once < end ? row + rows_at_once : end;
         add(pass, call.dropout.seed != nullptr, row * n, last * n);
       }
       const T* const sum = static_cast<const T*>(call.sum) + row * n;
@@ -113,19 +113,19 @@ struct RowNormJob {
   }
 
   static void run(const RowNorm& call, int max_threads) {
-    F* const room = static_cast<F*>(call.workspace);
+    F* const buffer = static_cast<F*>(call.workspace);
     RowNormJob job{call, {}};
-    job.affine.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
+    job.affine.weight = Affine<F>::as_array(call.weight, call.weight_dtype, call.scalar_affine, call.size, buffer);
     job.affine.bias =
-        Affine<F>::spelled_out(call.bias, call.weight_dtype, call.scalar_affine, call.size, room + call.size);
+        Affine<F>::as_array(call.bias, call.weight_dtype, call.scalar_affine, call.size, buffer + call.size);
     const int streams = call.residual == nullptr ? 2 : 4, philox = call.dropout.seed != nullptr ? 16 : 0;
     const std::int64_t bytes = call.rows * call.size * static_cast<std::int64_t>(streams * sizeof(T) + philox);
-    run_team(threads_for(bytes, max_threads), &body, &job);
+    run_parallel(threads_for(bytes, max_threads), &body, &job);
   }
 };
 
-// Rows are dealt in blocks whose number depends on the shape alone. Each block has sums of its own for the gradients of
-// weight and bias, and they are joined in order: the same bits for any number of threads.
+// Rows are divided into blocks, whose number depends only on the shape. Each block has its own sums for the gradients
+// of weight and bias, which are joined in order: the bits do not depend on the number of threads.
 template <class T, bool rms>
 struct RowNormBackwardJob {
   using F = Compute<T>;
@@ -137,7 +137,7 @@ struct RowNormBackwardJob {
   F* sums;  // [blocks][2][size]: of dy * xhat and of dy
   std::int64_t blocks;
 
-  // One row's constants, and its place.
+  // One row: its addresses, statistics, and first element.
   struct Row {
     const T *x, *dy, *dsum;
     T *dx, *dbranch;
@@ -159,19 +159,20 @@ struct RowNormBackwardJob {
             stats, {},          first};
   }
 
-  // Sums over each of some rows, of g and of g * xhat; and over these rows, of dy * xhat and dy, added to the block's.
+  // Per row the sums of g and of g * xhat, which give its InputGradient; and, over the rows, the sums of dy * xhat and
+  // of dy, added to the block's.
   template <bool affine, int n_rows>
   void add_up(Row (&rows)[n_rows], F* dweight, F* dbias) const {
     const std::int64_t n = call.size;
     Reg<F> g_sum[n_rows] = {}, gx_sum[n_rows] = {};
-    // One pack after the other: of four rows there are loads enough to wait for.
+    // A single running sum per row: several rows at once already hide the latency of an addition.
     for_packs<F, 1>(0, n, [&](auto whole_, std::int64_t i, int count, int) __attribute__((always_inline)) {
       constexpr bool whole = decltype(whole_)::value;
       const Reg<F> w = weight_at<F, whole>(weight, i, count);
-      Reg<F> of_weight{}, of_bias{};
+      Reg<F> weight_sum{}, bias_sum{};
       if constexpr (affine) {
-        of_weight = load<whole>(dweight + i, count);
-        of_bias = load<whole>(dbias + i, count);
+        weight_sum = load<whole>(dweight + i, count);
+        bias_sum = load<whole>(dbias + i, count);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < n_rows; ++r) {
@@ -179,15 +180,15 @@ struct RowNormBackwardJob {
         const Reg<F> xhat = rows[r].xhat(load<whole>(rows[r].x + i, count));
         const Reg<F> g = w * dy;
         if constexpr (!rms) g_sum[r] += g;
-        gx_sum[r] += g * xhat;  // dy is 0 after the tail
+        gx_sum[r] += g * xhat;  // dy is 0 in the lanes after a tail
         if constexpr (affine) {
-          of_weight += dy * xhat;
-          of_bias += dy;
+          weight_sum += dy * xhat;
+          bias_sum += dy;
         }
       }
       if constexpr (affine) {
-        store<whole>(dweight + i, of_weight, count);
-        store<whole>(dbias + i, of_bias, count);
+        store<whole>(dweight + i, weight_sum, count);
+        store<whole>(dbias + i, bias_sum, count);
       }
     });
     for (int r = 0; r < n_rows; ++r) {
@@ -196,7 +197,7 @@ struct RowNormBackwardJob {
     }
   }
 
-  // `ahead`: elements from here to the row that is to be read next.
+  // `ahead`: distance, in elements, to the row that is read next; it is prefetched.
   template <bool fused>
   void write(const Row& row, std::int64_t ahead) const {
     for_packs<F>(0, call.size, [&](auto whole_, std::int64_t i, int count, int part) __attribute__((always_inline)) {
@@ -233,10 +234,10 @@ struct RowNormBackwardJob {
     F* const dweight = affine ? sums + block * 2 * call.size : nullptr;
     F* const dbias = affine ? dweight + call.size : nullptr;
     if constexpr (affine) std::memset(dweight, 0, 2 * call.size * sizeof(F));
-    // Several rows at once share the traffic of the sums, as long as all of them fit the first cache.
-    constexpr int several = 4;
+    // Several rows at once share the loads and stores of the sums.
+    constexpr int rows_at_once = 4;
     std::int64_t row = begin;
-    for (; row + several <= end; row += several) backward_rows<affine, several>(row, dweight, dbias);
+    for (; row + rows_at_once <= end; row += rows_at_once) backward_rows<affine, rows_at_once>(row, dweight, dbias);
     for (; row < end; ++row) backward_rows<affine, 1>(row, dweight, dbias);
   }
 
@@ -248,7 +249,7 @@ struct RowNormBackwardJob {
       job.sums != nullptr ? job.backward_block<true>(block) : job.backward_block<false>(block);
   }
 
-  // The blocks' sums of columns [begin, end), in order.
+  // Adds up the blocks' sums in order; a thread has columns [begin, end).
   static void join(void* context, int thread, int n_threads) {
     const RowNormBackwardJob& job = *static_cast<RowNormBackwardJob*>(context);
     const std::int64_t n = job.call.size;
@@ -277,15 +278,16 @@ struct RowNormBackwardJob {
   }
 
   static void run(const RowNormBackward& call, int max_threads) {
-    F* const room = static_cast<F*>(call.workspace);
+    F* const buffer = static_cast<F*>(call.workspace);
     RowNormBackwardJob job{call, nullptr, nullptr, row_norm_blocks(call.rows, call.size)};
-    job.weight = Affine<F>::spelled_out(call.weight, call.weight_dtype, call.scalar_affine, call.size, room);
-    if (call.dweight != nullptr || call.dbias != nullptr) job.sums = room + call.size;
+    job.weight = Affine<F>::as_array(call.weight, call.weight_dtype, call.scalar_affine, call.size, buffer);
+    if (call.dweight != nullptr || call.dbias != nullptr) job.sums = buffer + call.size;
     const std::int64_t bytes = call.rows * call.size * static_cast<std::int64_t>(3 * sizeof(T));
     const int threads = threads_for(bytes, max_threads);
-    run_team(threads, &body, &job);
+    run_parallel(threads, &body, &job);
     if (job.sums == nullptr) return;
-    run_team(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join, &job);
+    run_parallel(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join,
+                 &job);
     if (call.scalar_affine) job.join_scalars();
   }
 };
@@ -299,11 +301,11 @@ static void row_norm_backward_as(const RowNormBackward& call, int max_threads) {
   call.rms ? RowNormBackwardJob<T, true>::run(call, max_threads) : RowNormBackwardJob<T, false>::run(call, max_threads);
 }
 
-// Weight and bias, where they have to be spelled out.
+// Weight and bias, if they have to be converted; see Affine.
 static std::int64_t row_norm_workspace(const RowNorm& call) {
   const DType dtype = compute_dtype(call.dtype);
-  const bool spells = call.scalar_affine || call.weight_dtype != dtype;
-  return spells && (call.weight != nullptr || call.bias != nullptr) ? 2 * call.size * size_of(dtype) : 0;
+  const bool converts = call.scalar_affine || call.weight_dtype != dtype;
+  return converts && (call.weight != nullptr || call.bias != nullptr) ? 2 * call.size * size_of(dtype) : 0;
 }
 static std::int64_t row_norm_backward_workspace(const RowNormBackward& call) {
   return (1 + 2 * row_norm_blocks(call.rows, call.size)) * call.size * size_of(compute_dtype(call.dtype));

@@ -8,8 +8,7 @@
 namespace onepass::cpu {
 namespace {
 
-// The part of the OpenMP runtime's binary interface that GCC's generated code keys. LLVM's and Intel's runtimes have it
-// too.
+// The functions of the OpenMP runtime that code compiled by GCC calls. LLVM's and Intel's runtimes have them too.
 struct Runtime {
   void (*parallel)(void (*body)(void*), void* data, unsigned n_threads, unsigned flags) = nullptr;
   int (*thread_num)() = nullptr;
@@ -32,7 +31,7 @@ struct Runtime {
       const std::string path = info.dli_fname;
       name = path.substr(path.find_last_of('/') + 1);
     }
-    // A child of fork() has the runtime's memory but none of its threads: a team of two would wait forever.
+    // A child of fork() has the runtime's memory but none of its threads: a parallel region would wait forever.
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
   }
 
@@ -52,7 +51,7 @@ struct Call {
 
 }  // namespace
 
-void run_team(int n_threads, JobBody body, void* context) {
+void run_parallel(int n_threads, JobBody body, void* context) {
   const Runtime& r = runtime();
   if (n_threads <= 1 || r.parallel == nullptr || Runtime::forked || r.in_parallel()) return body(context, 0, 1);
   Call call{body, context};

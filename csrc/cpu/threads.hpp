@@ -1,22 +1,21 @@
-// The threads of the process's own OpenMP runtime, which is torch's: found at run time, never linked, never a second
-// pool.
+// The threads of the process's OpenMP runtime, which is torch's. It is found at run time and not linked, so there is
+// never a second thread pool.
 #pragma once
 #include <cstdint>
 
 namespace onepass::cpu {
 
-// Called once for each thread of a team of n_threads.
+// Called once per thread.
 using JobBody = void (*)(void* context, int thread, int n_threads);
 
-// Runs body on at most n_threads threads, on the calling one alone where no runtime was found, inside another parallel
-// region, or in a forked child, where the parent's threads do not exist.
-void run_team(int n_threads, JobBody body, void* context);
+// Runs body on at most n_threads threads. Runs it on the calling thread alone if no runtime was found, inside another
+// parallel region, and in a forked child, where the parent's threads do not exist.
+void run_parallel(int n_threads, JobBody body, void* context);
 
-// "torch's OpenMP (libgomp.so.1)" or "none": for show_config().
+// File name of the runtime, "libgomp.so.1" for example, or "none".
 const char* thread_runtime();
 
-// [begin, end): the part of `total` that belongs to a thread; parts are multiples of `grain`, the last one's end is
-// total.
+// A thread's part [begin, end) of `total`. Parts begin at multiples of `grain`; the last one ends at total.
 inline __attribute__((always_inline)) void part_of(std::int64_t total, std::int64_t grain, int thread, int n_threads,
                                                    std::int64_t& begin, std::int64_t& end) {
   const std::int64_t grains = (total + grain - 1) / grain;

@@ -1,4 +1,5 @@
-// The CUDA engine of the update rules: one launch walks a list of tensors in chunks, each block finds its tensor.
+// The CUDA engine of the update rules: one launch updates a list of tensors in chunks. A block updates one chunk and
+// looks up the tensor it belongs to.
 #pragma once
 #include <cstring>
 #include <stdexcept>
@@ -12,7 +13,7 @@
 
 namespace onepass::cuda {
 
-// The parameter block of the apply kernel. Empty tensors are not in it. by_rows: all of them have sparse gradients.
+// The parameter block of the apply kernel, without empty tensors. by_rows: all gradients are sparse.
 template <class Rule, class T, bool by_rows>
 struct ApplyParams {
   using Step = typename Rule::template Step<Compute<T>>;
@@ -21,40 +22,40 @@ struct ApplyParams {
   static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4 + (by_rows ? 16 : 0);
   static constexpr int capacity = (tuning::parameter_bytes - fixed_bytes) / bytes_per_tensor;
 
-  void* stream[n_streams][capacity];  // param, grad if read, states
+  void* stream[n_streams][capacity];  // param, grad if the rule reads it, states
   std::int64_t size[capacity];
   const std::int64_t* rows[by_rows ? capacity : 1];
   std::int64_t row_size[by_rows ? capacity : 1];
   std::uint32_t first_chunk[capacity];
-  std::int32_t step[capacity];    // index of its Step
+  std::int32_t step[capacity];    // index of the tensor's Step, in prepared or else in steps
   Step steps[tuning::max_steps];  // prepared by the host
-  const Step* prepared;           // or by the prepare kernel; null: by the host
-  const float* found_inf;         // null, or: not 0 means that this launch changes nothing
+  const Step* prepared;           // prepared by the prepare kernel, or null
+  const float* found_inf;         // unless null: if it is not 0, the launch changes nothing
   std::int32_t n_tensors;
 };
 
-// The update of n neighbours, from element `at` of param and states on.
+// Updates n adjacent elements, from element `at` of param and states on; grad points to their gradients.
 template <class Rule, int n, class T, class Step, class Index>
 __device__ __forceinline__ void update_elements(const Step& k, T* param, const T* grad,
                                                 Compute<T>* const (&state)[Rule::n_state > 0 ? Rule::n_state : 1],
                                                 Index at) {
   using F = Compute<T>;
-  constexpr int n_state = Rule::n_state, room = n_state > 0 ? n_state : 1;
+  constexpr int n_state = Rule::n_state, array_size = n_state > 0 ? n_state : 1;
   auto p = Elements<T, n>::load(param + at);
   Elements<T, n> g;
   if constexpr (Rule::reads_grad) g = Elements<T, n>::load(grad);
-  Elements<F, n> s[room];
+  Elements<F, n> s[array_size];
   ONEPASS_UNROLL
   for (int j = 0; j < n_state; ++j) s[j] = Elements<F, n>::load(state[j] + at);
   ONEPASS_UNROLL
   for (int e = 0; e < n; ++e) {
-    F of_element[room];
+    F element_state[array_size];
     ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) of_element[j] = s[j].at[e];
+    for (int j = 0; j < n_state; ++j) element_state[j] = s[j].at[e];
     const F gradient = Rule::reads_grad ? decode(g.at[e]) : F(0);
-    encode(p.at[e], Rule::template update<F>(k, decode(p.at[e]), gradient, of_element));
+    encode(p.at[e], Rule::template update<F>(k, decode(p.at[e]), gradient, element_state));
     ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j].at[e] = of_element[j];
+    for (int j = 0; j < n_state; ++j) s[j].at[e] = element_state[j];
   }
   p.store(param + at);
   if constexpr (writes_state<Rule>) {
@@ -77,20 +78,19 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   const std::int64_t left = params.size[tensor] - offset;
   const int n = left < tuning::apply_chunk ? int(left) : tuning::apply_chunk;
 
-  const std::int64_t in_table = by_rows ? 0 : offset;
-  T* const param = static_cast<T*>(params.stream[0][tensor]) + in_table;
+  const std::int64_t first = by_rows ? 0 : offset;  // element of param and states
+  T* const param = static_cast<T*>(params.stream[0][tensor]) + first;
   const T* grad = nullptr;
   if constexpr (Rule::reads_grad) grad = static_cast<const T*>(params.stream[1][tensor]) + offset;
   F* state[n_state > 0 ? n_state : 1] = {};
   bool aligned = is_aligned16(param) && is_aligned16(grad);
   ONEPASS_UNROLL
   for (int s = 0; s < n_state; ++s) {
-    state[s] =
-        static_cast<F*>(params.stream[ApplyParams<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + in_table;
+    state[s] = static_cast<F*>(params.stream[ApplyParams<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + first;
     aligned = aligned && is_aligned16(state[s]);
   }
-  // StreamRef the i-th gradient of this chunk belongs: its index in param and states.
-  const auto place = [&](int i) {
+  // Index in param and states of the element that the chunk's i-th gradient updates.
+  const auto index_of = [&](int i) {
     if constexpr (by_rows) {
       const std::int64_t at = offset + i, row = at / params.row_size[tensor];
       return at + (params.rows[tensor][row] - row) * params.row_size[tensor];
@@ -102,10 +102,10 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
 
   const int whole = aligned ? n / w * w : 0;
   for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w)
-    update_elements<Rule, w>(k, param, Rule::reads_grad ? grad + i : nullptr, state, place(i));
+    update_elements<Rule, w>(k, param, Rule::reads_grad ? grad + i : nullptr, state, index_of(i));
   // The tail of an aligned chunk, or all of an unaligned one.
   for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads)
-    update_elements<Rule, 1>(k, param, Rule::reads_grad ? grad + i : nullptr, state, place(i));
+    update_elements<Rule, 1>(k, param, Rule::reads_grad ? grad + i : nullptr, state, index_of(i));
 }
 
 // The parameter block of the prepare kernel.
@@ -117,15 +117,15 @@ struct PrepareParams {
   StepKey keys[capacity];
   std::int32_t n_keys;
   double hyper[n_hyper];
-  const void* hyper_device[n_hyper];  // null: the number itself is in hyper
+  const void* hyper_device[n_hyper];  // address in device memory; null: the number is in hyper
   bool hyper_is_double[n_hyper];
   GradScaling scaling;
   DeviceGradScaling device;
   double grad_scale;
 };
 
-// Turns scalars in device memory into Steps, without the host: reads hyper-parameters, step counts, the loss scale and
-// the gradient norm, advances the counts. One thread a StepKey.
+// Computes Steps from scalars in device memory, so that the host need not wait for them: reads hyper-parameters, step
+// counts, loss scale and gradient norm, and advances the counts. One thread per StepKey.
 template <class Rule, class F>
 __global__ void __launch_bounds__(tuning::prepare_threads)
     prepare_kernel(ONEPASS_GRID_CONSTANT(PrepareParams<Rule>) from, typename Rule::template Step<F>* steps) {
@@ -193,7 +193,8 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
   return steps;
 }
 
-// Collects tensors until the parameters are full, then launches it: those with sparse gradients, or the others.
+// Collects tensors until the parameter block is full, then launches the kernel. by_rows selects the tensors with sparse
+// gradients, otherwise those with dense ones.
 template <class Rule, class T, bool by_rows>
 class Launcher {
  public:
@@ -238,7 +239,7 @@ class Launcher {
     n_chunks_ += chunks;
   }
 
-  // Index of a StepKey's Step in this launch, -1 when the launch has no room for one more.
+  // Index of a StepKey's Step in this launch; -1 if the launch already has max_steps others.
   int step_of(int key) {
     if (params_.prepared != nullptr) return key;
     for (int i = n_steps_ - 1; i >= 0; --i)
@@ -247,8 +248,8 @@ class Launcher {
     typename Rule::Hyper hyper;
     double* const value = reinterpret_cast<double*>(&hyper);
     for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
-    const StepKey& of = call_.keys[key];
-    const StepContext context{of.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), of.fresh, of.product};
+    const StepKey& k = call_.keys[key];
+    const StepContext context{k.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), k.fresh, k.product};
     params_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
     key_of_[n_steps_] = key;
     return n_steps_++;

@@ -1,4 +1,5 @@
-// BatchNorm: the moments of each block's part of a channel; a warp a channel joins them in order; then the results.
+// BatchNorm in three kernels: each block computes the moments of its part of a channel, one warp per channel merges
+// them in order, then all blocks normalise.
 #include "cuda/batch_norm_layout.cuh"
 #include "cuda/column_sum.cuh"
 #include "cuda/engine.hpp"
@@ -22,12 +23,12 @@ __global__ void __launch_bounds__(tuning::column_threads)
   next_offsets(walk, offsets);
   load_at(offsets, call.x, x);
 
-  // The mean of the first elements of the block: near enough to the part's for the squares of the distances to lose
-  // nothing. Divided before it is summed: the sum of huge numbers may overflow where their mean does not.
+  // The pivot is the mean of the block's first elements, so close to the part's mean that the squares of the distances
+  // lose no digits. Divided before the summation, because a sum of huge numbers may overflow where their mean does not.
   F pivot[own] = {};
-  const F share = 1 / F(walk.first_of_block(rounds));
+  const F factor = 1 / F(walk.first_of_block(rounds));
   ONEPASS_UNROLL
-  for (int k = 0; k < rounds * w; ++k) pivot[Layout::last ? k % w : 0] += decode(x[k / w].at[k % w]) * share;
+  for (int k = 0; k < rounds * w; ++k) pivot[Layout::last ? k % w : 0] += decode(x[k / w].at[k % w]) * factor;
   column_totals(pivot, columns);
 
   F sums[2 * own] = {};
@@ -133,7 +134,7 @@ void launch_batch_norm(const BatchNorm& call, void* stream) {
 }  // namespace
 
 std::int64_t batch_norm_workspace(const BatchShape& shape) {
-  // Moments of the parts; or the backward's two sums of each part and of all of them.
+  // The moments of the parts; or, in backward, two sums per part and two in all.
   return (BatchParts(shape).count * sizeof(rows::Moments) + 2 * sizeof(double)) * shape.channels;
 }
 

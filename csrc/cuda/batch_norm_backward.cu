@@ -1,5 +1,5 @@
-// The backward of BatchNorm: each block's sums of dz and dz * (x - mean), dz being the gradient before the activation;
-// a warp a channel joins them in order; then dx.
+// The backward of BatchNorm in three kernels: each block sums dz (the gradient before the activation) and dz * (x -
+// mean) over its part of a channel, one warp per channel adds up the parts in order, then all blocks compute dx.
 #include "cuda/batch_norm_layout.cuh"
 #include "cuda/column_sum.cuh"
 #include "cuda/engine.hpp"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int lanes = 32;
 
-// dz, in the place of dy.
+// Loads dy and, with an activation, y; computes dz from them.
 template <class T, int w, int rounds>
 __device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offsets)[rounds],
                         Elements<Compute<T>, w> (&dz)[rounds]) {

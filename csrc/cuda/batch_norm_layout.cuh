@@ -1,5 +1,5 @@
-// How the kernels of BatchNorm go through an array: a block has a part of the elements of one channel, or of a strip of
-// channels where these lie side by side.
+// How the kernels of BatchNorm traverse an array: a block processes a part of one channel or, with channels last, a
+// part of several adjacent channels.
 #pragma once
 #include <initializer_list>
 
@@ -11,7 +11,7 @@
 
 namespace onepass::cuda {
 
-// How a thread accesses memory: 16 bytes at once where addresses and the innermost dimension allow it.
+// How a thread accesses memory: 16 bytes at once if the addresses and the innermost dimension allow it.
 struct Wide {
   template <class T>
   static constexpr int width = onepass::cuda::width<T>;
@@ -21,25 +21,25 @@ struct Narrow {
   static constexpr int width = 1;
 };
 
-// Elements of a channel (channels last: rows) in each part of them but the last, and the number of parts.
+// The parts that a channel's elements (channels last: the rows) are divided into.
 struct BatchParts {
-  std::int64_t size, count;
+  std::int64_t size, count;  // elements per part (the last one may have fewer); number of parts
 
   explicit BatchParts(const BatchShape& s) {
     const std::int64_t all = s.batch * s.space;
-    const std::int64_t together = !s.channels_last                          ? 1
-                                  : s.channels < tuning::batch_columns_last ? s.channels
-                                                                            : tuning::batch_columns_last;
-    const std::int64_t least = (s.channels_last ? tuning::batch_part_last : tuning::batch_part) / together;
-    size = all * (s.channels / together) / tuning::batch_blocks;
-    size = ((size < least ? least : size) + 15) / 16 * 16;  // wide accesses do not cross the end of a part
+    const std::int64_t columns = !s.channels_last                          ? 1
+                                 : s.channels < tuning::batch_columns_last ? s.channels
+                                                                           : tuning::batch_columns_last;
+    const std::int64_t min_size = (s.channels_last ? tuning::batch_part_last : tuning::batch_part) / columns;
+    size = all * (s.channels / columns) / tuning::batch_blocks;
+    size = ((size < min_size ? min_size : size) + 15) / 16 * 16;  // wide accesses do not cross the end of a part
     count = (all + size - 1) / size;
   }
 };
 
-// The elements of one thread of a block, w of them at a time. All are of `own` channels: the w side by side, or one.
-//   channels first, [batch, channels, space]: the block walks along a channel, from sample to sample;
-//   channels last, [rows, channels]: `columns` threads side by side walk down the rows.
+// Iterates over the elements of one thread, w adjacent ones at a time; they belong to `own` channels.
+//   channels first, [batch, channels, space]: the block walks along one channel, from sample to sample;
+//   channels last, [rows, channels]: `columns` adjacent threads, with w channels each, walk down the rows.
 struct ChannelsFirst {
   static constexpr bool last = false;
   template <int w>
@@ -60,7 +60,7 @@ struct ChannelsFirst {
     const std::int64_t sample = s.channels * space;
     offset = element / space * sample + channel * space + position;
     offset_step = step / space * sample + position_step;
-    jump = sample - space;  // from the end of a sample's channel to its begin in the next
+    jump = sample - space;  // from the end of the channel in one sample to its beginning in the next
   }
   __device__ bool has() const { return element < end; }
   __device__ void next() {
@@ -73,7 +73,7 @@ struct ChannelsFirst {
     }
   }
   __device__ bool has_channel(const BatchShape&) const { return true; }
-  // Elements of one channel in the first n accesses of all threads of the block.
+  // Elements of one channel in the first n accesses of all the block's threads.
   __device__ std::int64_t first_of_block(int n) const {
     const std::int64_t most = n * step;
     return end - begin < most ? end - begin : most;
@@ -111,7 +111,7 @@ struct ChannelsLast {
   }
 };
 
-// The next few accesses of a thread: where, or -1 behind its last one.
+// The offsets of a thread's next accesses; -1 after the last one.
 template <int rounds, class Layout>
 __device__ void next_offsets(Layout& walk, std::int64_t (&offsets)[rounds]) {
   ONEPASS_UNROLL
@@ -135,10 +135,10 @@ __device__ void store_at(const std::int64_t (&offsets)[rounds], void* p, const E
     if (p != nullptr && offsets[r] >= 0) x[r].store(static_cast<T*>(p) + offsets[r]);
 }
 
-// The launch of a kernel with these blocks.
+// The grid of a launch.
 struct BatchGrid {
   BatchParts parts;
-  int columns;  // threads side by side: of a strip of channels
+  int columns;  // adjacent threads with different channels
   dim3 blocks;
 
   BatchGrid(const BatchShape& s, int w) : parts(s), columns(s.channels_last ? team_of(s.channels, w, 32) : 1) {
@@ -155,7 +155,7 @@ bool is_wide(const BatchShape& s, std::initializer_list<const void*> arrays) {
   return wide;
 }
 
-// f(access, layout, w) with Wide or Narrow, ChannelsFirst or ChannelsLast.
+// f(access, layout) with Wide or Narrow, and ChannelsFirst or ChannelsLast.
 template <class T, class F>
 void with_layout(bool wide, bool last, const F& f) {
   if (wide)

@@ -1,4 +1,4 @@
-// The current device while an engine runs, and the grids of its launches.
+// The current device while an engine runs, and the size of a grid.
 #pragma once
 #include "cuda/platform.cuh"
 #include "cuda/tuning.hpp"
@@ -13,8 +13,8 @@ class DeviceGuard {
     if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
     changed_ = device != before_;
   }
-  // Back to where the caller was, unless nobody has used that device yet: cudaSetDevice() would make a context there,
-  // of half a gigabyte in every process.
+  // Restores the caller's device, unless it has no context yet: cudaSetDevice() would create one, which takes half a
+  // gigabyte per process.
   ~DeviceGuard() {
     if (changed_ && has_context(before_)) cudaSetDevice(before_);
   }
@@ -22,14 +22,14 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  // The driver's answer; yes where it gives none. The driver is asked for by name, so that nothing links it.
+  // Asks the driver; true if it does not answer. Its function is looked up by name, so that nothing links the driver.
   static bool has_context(int device) {
     using GetState = int (*)(int device, unsigned* flags, int* active);
     static const GetState get_state = [] {
       void* found = nullptr;
       cudaDriverEntryPointQueryResult result{};
 #if CUDART_VERSION >= 12050
-      constexpr unsigned since = 7000;  // CUDA 7.0 has it
+      constexpr unsigned since = 7000;  // the function is there since CUDA 7.0
       const auto error =
           cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, since, cudaEnableDefault, &result);
 #else
@@ -52,7 +52,7 @@ struct DeviceGuard {
 };
 #endif
 
-// Of kernels whose blocks take several turns where there is more to do.
+// For kernels whose blocks loop: a large array has more parts than the grid has blocks.
 inline dim3 grid_of(std::int64_t blocks) {
   return dim3(unsigned(blocks < tuning::max_blocks ? blocks : tuning::max_blocks));
 }

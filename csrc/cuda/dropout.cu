@@ -1,5 +1,5 @@
-// Dropout: every thread makes the words of the elements it moves, in backward once more. Making them costs less than
-// moving a mask.
+// Dropout: every thread computes the random words of its elements, and recomputes them in backward, which costs less
+// than reading a mask.
 #include "cuda/device.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/engine.hpp"
@@ -9,12 +9,12 @@
 namespace onepass::cuda {
 namespace {
 
-// Elements that a thread takes at once: whole counters and whole 16-byte words.
+// Elements that a thread processes at once: whole counters and whole 16-byte words.
 template <class T>
 constexpr int group = width<T> < Philox::words ? Philox::words : width<T>;
 
-// Bits of elements [first, first + count), of which a byte has one thread's or, where a thread has 4, those of two
-// neighbours. All lanes of the warp call it.
+// Writes the bits of elements [first, first + count). A byte holds the bits of one thread or, if a thread has n = 4, of
+// two adjacent ones. All lanes of the warp call it.
 template <int n>
 __device__ void write_mask(std::uint8_t* mask, std::int64_t first, int count, unsigned bits) {
   if constexpr (n < 8) bits |= __shfl_down_sync(0xffffffffu, bits, 1) << n;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(tuning::dropout_threads, tuning::dropout_block
   const std::uint64_t seed = std::uint64_t(*call.dropout.seed), threshold = call.dropout.threshold;
   const F scale = F(call.dropout.scale);
 
-  // By warps, whose lanes have the same number of turns.
+  // `first` is the warp's first element: all lanes of a warp make the same number of iterations, for the shuffles.
   const int lane = int(threadIdx.x) % lanes;
   std::int64_t first = (std::int64_t(blockIdx.x) * tuning::dropout_threads + threadIdx.x - lane) * n;
   for (; first < call.size; first += std::int64_t(gridDim.x) * tuning::dropout_threads * n) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(tuning::dropout_threads, tuning::dropout_block
     const int count = left >= n ? n : left > 0 ? int(left) : 0;
     const bool whole = aligned && count == n && y != nullptr;
     Elements<T, n> e;
-    if (whole) e = Elements<T, n>::load(x + i);  // on its way while the words are made
+    if (whole) e = Elements<T, n>::load(x + i);  // the load overlaps the computation of the bits
 
     unsigned bits = 0;
     if (!call.reads_mask)
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(tuning::dropout_threads, tuning::dropout_block
 
 template <class T>
 void launch_dropout(const DropoutCall& call, void* stream) {
-  constexpr std::int64_t turn = std::int64_t(tuning::dropout_threads) * group<T>;
-  const std::int64_t blocks = (call.size + turn - 1) / turn;
+  constexpr std::int64_t at_once = std::int64_t(tuning::dropout_threads) * group<T>;  // per block
+  const std::int64_t blocks = (call.size + at_once - 1) / at_once;
   if (blocks == 0) return;
   launch("dropout", dropout_kernel<T>, grid_of(blocks), dim3(tuning::dropout_threads), 0, stream, call,
          is_aligned16(call.x) && is_aligned16(call.y));

@@ -1,11 +1,12 @@
-// The decisions of a dropout, in whole counters of core/philox.hpp.
+// Which elements a dropout keeps, computed one Philox counter (4 elements) at a time; see core/philox.hpp.
 #pragma once
+#include "core/layers.hpp"
 #include "core/philox.hpp"
 #include "cuda/platform.cuh"
 
 namespace onepass::cuda {
 
-// Which of the elements 4 q to 4 q + 3 are kept, the first in the lowest bit.
+// Which of the elements 4 q to 4 q + 3 are kept; bit 0 is the first of them.
 __device__ inline unsigned quad_bits(std::uint64_t seed, std::uint64_t threshold, std::uint64_t q) {
   const Philox words(seed, q);
   unsigned bits = 0;
@@ -14,7 +15,7 @@ __device__ inline unsigned quad_bits(std::uint64_t seed, std::uint64_t threshold
   return bits;
 }
 
-// The same of n elements from i on, a multiple of n; n is a power of two.
+// The same for elements i to i + n - 1; n is a power of two and divides i.
 template <int n>
 __device__ unsigned keep_bits(std::uint64_t seed, std::uint64_t threshold, std::int64_t i) {
   if constexpr (n < 4) return quad_bits(seed, threshold, std::uint64_t(i) / 4) >> i % 4 & ((1u << n) - 1);
@@ -24,7 +25,27 @@ __device__ unsigned keep_bits(std::uint64_t seed, std::uint64_t threshold, std::
   return bits;
 }
 
-// x * scale, or 0 whatever x was.
+// A thread's copy of a dropout; one without a seed keeps every element as it is.
+template <class F>
+struct DropoutBits {
+  bool drops;
+  std::uint64_t seed, threshold;
+  F scale;
+
+  explicit __device__ DropoutBits(const Dropout& dropout)
+      : drops(dropout.seed != nullptr),
+        seed(drops ? std::uint64_t(*dropout.seed) : 0),
+        threshold(dropout.threshold),
+        scale(F(drops ? dropout.scale : 1)) {}
+
+  // keep_bits() of elements i to i + n - 1.
+  template <int n>
+  __device__ unsigned at(std::int64_t i) const {
+    return drops ? keep_bits<n>(seed, threshold, i) : ~0u;
+  }
+};
+
+// x * scale, or 0 whatever x is.
 template <class F>
 __device__ F drop(unsigned bits, int element, F x, F scale) {
   return bits >> element & 1 ? x * scale : F(0);

@@ -1,4 +1,4 @@
-// The parts of the CUDA engine. No CUDA header: the binding compiles without one.
+// The functions of the CUDA engine, without a CUDA header, so that the binding compiles without one.
 #pragma once
 #include "core/engine.hpp"
 

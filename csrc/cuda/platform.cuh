@@ -1,12 +1,12 @@
-// What the CUDA sources need and g++ has not: with this header they compile under nvcc for a GPU and under g++ as host
-// code that tests execute (tests/cuda_on_host). Everything that differs between the two stands here and nowhere else.
+// With this header the CUDA sources compile both under nvcc, for a GPU, and under g++, as host code that tests execute
+// (tests/cuda_on_host). Every difference between the two is here:
 //
 //   ONEPASS_SHARED(T, name, n);          an array `T name[n]` in the block's shared memory, not initialised
 //   ONEPASS_DYNAMIC_SHARED(T, name);     `T* name`: the dynamic shared memory of the launch, 128-byte aligned
-//   ONEPASS_GRID_CONSTANT(T) name        as parameter of a kernel: a struct that all threads read and nobody copies
+//   ONEPASS_GRID_CONSTANT(T) name        parameter of a kernel: a struct that all threads read without a copy
 //   ONEPASS_UNROLL                       before a loop: unroll it entirely
 //   launch(name, kernel, grid, block, dynamic_shared, stream, arguments...)
-//   allow_dynamic_shared(name, kernel, bytes)  before launches with more than 48 KB of it
+//   allow_dynamic_shared(name, kernel, bytes)  before launches with more than 48 KB of dynamic shared memory
 //   as_wide<Wide>(pointer)               the same memory as elements of type Wide, for accesses of 16 bytes
 #pragma once
 
@@ -36,8 +36,8 @@ inline void check(cudaError_t error, const char* name) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
-// The only launch. Waits for nothing and allocates nothing, so that it is legal while a stream is captured: an error
-// inside the kernel shows at a later call.
+// The only launch. It does not wait or allocate, so it is legal while a stream is being captured; an error inside the
+// kernel shows at a later call.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared,
             void* stream, Arguments&&... arguments) {
@@ -79,7 +79,7 @@ using cuda_on_host::require_aligned;
 
 namespace onepass::cuda {
 
-// On the host a misaligned pointer is an error that names kernel and thread; on a GPU it would end the process'
+// On the host a misaligned pointer is an error that names kernel and thread; on a GPU it would destroy the process's
 // context.
 template <class Wide, class T>
 __device__ __forceinline__ auto as_wide(T* pointer) {

@@ -1,4 +1,4 @@
-// Totals over a list of tensors, for the global gradient norm: one in float64 for each chunk, then one block joins them
+// Totals over a list of tensors, for the global gradient norm: one float64 partial per chunk, then one block joins them
 // in a fixed order.
 #include "core/reduction.hpp"
 #include "cuda/device.cuh"
@@ -13,7 +13,7 @@ struct ReduceTable {
   static constexpr int capacity = (tuning::parameter_bytes - 64) / (8 + 8 + 8 + 4);
 
   const void* data[capacity];
-  const void* weight[capacity];  // of Total::weighted_squares
+  const void* weight[capacity];  // for Total::weighted_squares
   std::int64_t size[capacity];
   std::uint32_t first_chunk[capacity];
   double* partials;
@@ -21,7 +21,7 @@ struct ReduceTable {
   std::int32_t n_tensors;
 };
 
-// The total over the block, in thread 0. Every thread of the block calls it once.
+// The block's total, in thread 0. Every thread of the block calls it once.
 template <int threads>
 __device__ double block_total(Total total, double x) {
   ONEPASS_SHARED(double, of_warp, 32);
@@ -36,15 +36,15 @@ __device__ double block_total(Total total, double x) {
   return x;
 }
 
-// known: the total, where it is one of squares; known when compiled, so that the loop has no branch in it. For all the
-// others it is magnitudes, and the table says which.
-template <class T, Total known>
+// `kind` is squares, weighted_squares or, for all other totals, magnitudes; these take their kind from the table at run
+// time. The two kinds of squares are compiled apart, so that their loops have no branch.
+template <class T, Total kind>
 __global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_per_sm)
     reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
   constexpr int w = width<T>;
-  constexpr bool weighted = known == Total::weighted_squares;
+  constexpr bool weighted = kind == Total::weighted_squares;
   Reduction reduction = table.reduction;
-  if constexpr (known != Total::magnitudes) reduction.total = Total::squares;
+  if constexpr (kind != Total::magnitudes) reduction.total = Total::squares;
   const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
   const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::reduce_chunk;
   const std::int64_t left = table.size[tensor] - offset;

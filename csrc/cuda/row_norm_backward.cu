@@ -1,7 +1,7 @@
-// The backward of LayerNorm and RMSNorm. Blocks keep sums of their rows for the gradients of weight and bias, and a
-// second kernel joins these in order.
-//   A row that a team of threads has room for: everything in one pass over memory.
-//   Longer ones, or not aligned: a row is read twice for dx, and its columns are summed up by a kernel of their own.
+// The backward of LayerNorm and RMSNorm.
+//   Rows that fit a team's registers: one pass over memory computes dx and, per block, sums for the gradients of weight
+//     and bias, which a second kernel joins in order.
+//   Longer or unaligned rows: one kernel reads them twice for dx, another one sums over the columns.
 #include <algorithm>
 
 #include "cuda/device.cuh"
@@ -14,7 +14,7 @@
 namespace onepass::cuda {
 namespace {
 
-// One thread's share of a row: values, and what its gradients need.
+// One thread's share of a row, in registers: x and dy, later overwritten by the gradients.
 template <class T, int w, int rounds>
 struct Gradients {
   using F = Compute<T>;
@@ -40,7 +40,7 @@ struct Gradients {
   }
   __device__ F xhat(int r, int e) const { return stats.normalised(F(decode(x[r].at[e]))); }
 
-  // sums: of g and g * xhat.
+  // sums: of g and of g * xhat.
   __device__ void add_up(const Share<w>& share, std::int64_t base, F (&sums)[2]) const {
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
@@ -54,20 +54,15 @@ struct Gradients {
     }
   }
 
-  // The gradients of this share, in the place of x and dy.
+  // Computes and stores this share of dx and dbranch.
   __device__ void write(const Share<w>& share, std::int64_t base, const F (&sums)[2]) {
     const F mean_g = call.rms ? F(0) : sums[0] / F(call.size), mean_gx = sums[1] / F(call.size);
     const auto gradient = rows::InputGradient<F>::of(stats, F(1), mean_g, mean_gx);
-    const bool drops = call.dropout.seed != nullptr;
-    const std::uint64_t seed = drops ? std::uint64_t(*call.dropout.seed) : 0;
-    const F scale = F(drops ? call.dropout.scale : 1);
+    const DropoutBits<F> dropout(call.dropout);
     unsigned bits[rounds];
     ONEPASS_UNROLL
-    for (int r = 0; r < rounds; ++r) {
-      bits[r] = ~0u;
-      if (call.dbranch != nullptr && drops)
-        bits[r] = keep_bits<w>(seed, call.dropout.threshold, begin + base + share.place(r));
-    }
+    for (int r = 0; r < rounds; ++r)
+      bits[r] = call.dbranch != nullptr ? dropout.template at<w>(begin + base + share.offset(r)) : ~0u;
     Elements<T, w> dsum[rounds];
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
@@ -82,7 +77,7 @@ struct Gradients {
         const F g = weight.at[e] * decode(dy[r].at[e]);
         const F dx = gradient.at(g, F(decode(x[r].at[e]))) + decode(dsum[r].at[e]);
         encode(x[r].at[e], dx);
-        encode(dy[r].at[e], drop(bits[r], e, dx, scale));
+        encode(dy[r].at[e], drop(bits[r], e, dx, dropout.scale));
       }
     }
     ONEPASS_UNROLL
@@ -93,19 +88,19 @@ struct Gradients {
   }
 };
 
-// The gradients of weight and bias of a block's rows to partials[block][2][columns], or [block][2] for scalars: each
-// thread has those of its columns, and so have other teams of the block.
+// Writes a block's gradients of weight and bias to partials[block][2][columns] or, for scalars, [block][2]. Every team
+// of the block has gradients for all columns, spread over its threads; they are added up first.
 template <class F, int w, int rounds>
-__device__ void write_partials(Elements<F, w> (&of_weight)[rounds], Elements<F, w> (&of_bias)[rounds],
-                               const Share<w>& share, bool scalar, int& turn, F* partials) {
+__device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w> (&dbias)[rounds],
+                               const Share<w>& share, bool scalar, int& buffer, F* partials) {
   if (scalar) {
     F total[2] = {0, 0};
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
-      total[0] += of_weight[k / w].at[k % w];
-      total[1] += of_bias[k / w].at[k % w];
+      total[0] += dweight[k / w].at[k % w];
+      total[1] += dbias[k / w].at[k % w];
     }
-    team_totals(total, int(blockDim.x), turn);
+    team_totals(total, int(blockDim.x), buffer);
     if (threadIdx.x < 2) partials[std::int64_t(blockIdx.x) * 2 + threadIdx.x] = threadIdx.x == 0 ? total[0] : total[1];
     return;
   }
@@ -113,11 +108,12 @@ __device__ void write_partials(Elements<F, w> (&of_weight)[rounds], Elements<F, 
   for (int distance = share.team; distance < lanes; distance *= 2) {
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
-      of_weight[k / w].at[k % w] += __shfl_xor_sync(0xffffffffu, of_weight[k / w].at[k % w], distance);
-      of_bias[k / w].at[k % w] += __shfl_xor_sync(0xffffffffu, of_bias[k / w].at[k % w], distance);
+      dweight[k / w].at[k % w] += __shfl_xor_sync(0xffffffffu, dweight[k / w].at[k % w], distance);
+      dbias[k / w].at[k % w] += __shfl_xor_sync(0xffffffffu, dbias[k / w].at[k % w], distance);
     }
   }
-  // Teams of whole warps, one after the other; the last one has the sums. A team that is the whole block needs no room.
+  // Teams (at least whole warps) add their gradients one after the other; the last team has the sums. A team that is
+  // the whole block needs no shared memory.
   constexpr int most_columns = (rounds == 1 ? lanes : tuning::row_threads / 2) * rounds * w;
   ONEPASS_SHARED(F, sums, 2 * most_columns);
   const int whole = share.team < lanes ? lanes : share.team, teams = int(blockDim.x) / whole;
@@ -126,22 +122,22 @@ __device__ void write_partials(Elements<F, w> (&of_weight)[rounds], Elements<F, 
     if (int(threadIdx.x) / whole == team && int(threadIdx.x) % whole < share.team) {
       ONEPASS_UNROLL
       for (int k = 0; k < rounds * w; ++k) {
-        const int r = k / w, e = k % w, column = share.place(r) + e;
+        const int r = k / w, e = k % w, column = share.offset(r) + e;
         if (!share.has(r)) continue;
         if (team > 0) {
-          of_weight[r].at[e] += sums[column];
-          of_bias[r].at[e] += sums[most_columns + column];
+          dweight[r].at[e] += sums[column];
+          dbias[r].at[e] += sums[most_columns + column];
         }
         if (team + 1 < teams) {
-          sums[column] = of_weight[r].at[e];
-          sums[most_columns + column] = of_bias[r].at[e];
+          sums[column] = dweight[r].at[e];
+          sums[most_columns + column] = dbias[r].at[e];
         }
       }
       if (team + 1 == teams) {
         ONEPASS_UNROLL
         for (int r = 0; r < rounds; ++r) {
-          share.store(out, r, of_weight[r]);
-          share.store(out + share.n, r, of_bias[r]);
+          share.store(out, r, dweight[r]);
+          share.store(out + share.n, r, dbias[r]);
         }
       }
     }
@@ -158,10 +154,11 @@ __global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::lo
   const bool affine = call.dweight != nullptr || call.dbias != nullptr;
   const int teams = int(blockDim.x) / team, lane = int(threadIdx.x) % team;
   const Share<w> columns{lane, team, int(call.size)};
-  Elements<F, w> of_weight[rounds]{}, of_bias[rounds]{};
-  int turn = 0;
+  Elements<F, w> dweight[rounds]{}, dbias[rounds]{};
+  int buffer = 0;
 
-  // All teams of a block have the same number of turns, a last one perhaps without a row: they meet at barriers.
+  // All teams of a block make the same number of iterations, because they meet at barriers; in the last one a team may
+  // have no row.
   for (std::int64_t first = std::int64_t(blockIdx.x) * teams; first < call.rows;
        first += std::int64_t(gridDim.x) * teams) {
     const std::int64_t row = first + threadIdx.x / team;
@@ -172,25 +169,25 @@ __global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::lo
       ONEPASS_UNROLL
       for (int k = 0; k < rounds * w; ++k) {
         const F dy = decode(row_of_team.dy[k / w].at[k % w]);
-        of_weight[k / w].at[k % w] += dy * row_of_team.xhat(k / w, k % w);
-        of_bias[k / w].at[k % w] += dy;
+        dweight[k / w].at[k % w] += dy * row_of_team.xhat(k / w, k % w);
+        dbias[k / w].at[k % w] += dy;
       }
     }
     if (call.dx == nullptr) continue;
     F sums[2] = {0, 0};
     row_of_team.add_up(share, 0, sums);
-    team_totals(sums, team, turn);
+    team_totals(sums, team, buffer);
     row_of_team.write(share, 0, sums);
   }
-  if (affine) write_partials(of_weight, of_bias, columns, call.scalar_affine, turn, static_cast<F*>(call.workspace));
+  if (affine) write_partials(dweight, dbias, columns, call.scalar_affine, buffer, static_cast<F*>(call.workspace));
 }
 
-// dx of rows that are read twice.
+// dx of rows that do not fit the registers: each is read twice.
 template <class T, int w, int rounds>
 __device__ void differentiate_rows(const RowNormBackward& call, int team) {
   using F = Compute<T>;
   const std::int64_t tile = std::int64_t(team) * rounds * w, teams = blockDim.x / team;
-  int turn = 0;
+  int buffer = 0;
   for (std::int64_t first = blockIdx.x * teams; first < call.rows; first += gridDim.x * teams) {
     const std::int64_t row = first + threadIdx.x / team;
     Gradients<T, w, rounds> row_of_team(call, row);
@@ -202,7 +199,7 @@ __device__ void differentiate_rows(const RowNormBackward& call, int team) {
     };
     F sums[2] = {0, 0};
     for (std::int64_t base = 0; base < call.size; base += tile) row_of_team.add_up(load_from(base), base, sums);
-    team_totals(sums, team, turn);
+    team_totals(sums, team, buffer);
     for (std::int64_t base = 0; base < call.size; base += tile) row_of_team.write(load_from(base), base, sums);
   }
 }
@@ -250,10 +247,10 @@ void launch_row_norm_backward(const RowNormBackward& call, void* stream) {
       launch("row_norm_backward", wide ? &row_norm_backward_long_kernel<T> : &row_norm_backward_narrow_kernel<T>,
              grid_of((call.rows + teams - 1) / teams), dim3(threads), 0, stream, call, team);
     if (affine) {
-      const int side_by_side = team_of(call.size, wide ? w : 1, lanes), strip = side_by_side * (wide ? w : 1);
+      const int adjacent = team_of(call.size, wide ? w : 1, lanes), strip = adjacent * (wide ? w : 1);
       const std::int64_t strips = (call.size + strip - 1) / strip, parts = column_parts(call.rows, call.size);
       launch("row_norm_columns", wide ? &row_norm_columns_kernel<T> : &row_norm_columns_narrow_kernel<T>,
-             dim3(unsigned(strips), unsigned(parts)), dim3(tuning::column_threads), 0, stream, call, side_by_side);
+             dim3(unsigned(strips), unsigned(parts)), dim3(tuning::column_threads), 0, stream, call, adjacent);
       n_partials = call.scalar_affine ? parts * strips : parts;
     }
   }

@@ -1,5 +1,5 @@
-// Gradients of weight and bias of LayerNorm and RMSNorm, down the columns: sums over parts of the rows, and the kernel
-// that joins partial sums in order.
+// The gradients of weight and bias of LayerNorm and RMSNorm as sums over columns: a kernel per part of the rows, and
+// one that joins the partial sums in order.
 #pragma once
 #include <algorithm>
 
@@ -11,8 +11,8 @@
 namespace onepass::cuda {
 namespace {
 
-// Gradients of weight and bias of a strip of columns, of a part of the rows: partials[part][2][size], or
-// [part][strip][2] for scalars. `columns` threads are side by side, w columns each.
+// A block sums over a strip of columns and a part of the rows, and writes partials[part][2][size] or, for scalars,
+// [part][strip][2]. `columns` adjacent threads have w columns each.
 template <class T, int w>
 __device__ void sum_columns(const RowNormBackward& call, int columns) {
   using F = Compute<T>;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
   sum_columns<T, 1>(call, columns);
 }
 
-// The partial sums in order, eight at a time.
+// Adds up the partial sums in order; each of the eight warps adds every eighth.
 template <class F>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
     row_norm_join_kernel(const F* partials, std::int64_t n, std::int64_t columns, DType dtype, void* dweight,
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
     set_number_at(dtype, out, column % columns, double(total[0]));
 }
 
-// Parts of the rows, where columns are summed up by themselves: 1024 blocks of 128 columns or about, each of many rows.
+// Number of parts of the rows: about 1024 blocks in all, with 128 columns and at least 32 rows each.
 std::int64_t column_parts(std::int64_t rows, std::int64_t size) {
   return std::max<std::int64_t>(1, std::min({(rows + 31) / 32, (std::int64_t{1} << 17) / size, std::int64_t{256}}));
 }

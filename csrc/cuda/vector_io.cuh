@@ -16,7 +16,7 @@ __device__ inline void encode(double& to, double x) { to = x; }
 __device__ inline void encode(__half& to, float x) { to = __float2half_rn(x); }
 __device__ inline void encode(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
-// f(Tag<T>{}) for the type T that a dtype stands for: the one place where an engine's types are listed.
+// f(Tag<T>{}) for the type T of a dtype: the only list of the engine's types.
 template <class F>
 auto with_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -27,7 +27,7 @@ auto with_dtype(DType dtype, const F& f) {
   }
 }
 
-// An element whose type is known at run time.
+// One element of a type known at run time.
 __device__ inline double number_at(DType dtype, const void* p, std::int64_t i) {
   switch (dtype) {
     case DType::float32: return decode(static_cast<const float*>(p)[i]);
@@ -45,18 +45,18 @@ __device__ inline void set_number_at(DType dtype, void* p, std::int64_t i, doubl
   }
 }
 
-// Both for rows/channel.hpp.
+// The two as rows/channel.hpp expects them.
 struct Numbers {
   static __device__ double get(DType dtype, const void* p, std::int64_t i) { return number_at(dtype, p, i); }
   static __device__ void set(DType dtype, void* p, std::int64_t i, double x) { set_number_at(dtype, p, i, x); }
 };
 
-// Elements that one thread handles at once: as many as 16 bytes of the parameter hold.
+// Elements that a thread processes at once: 16 bytes of the parameter.
 template <class T>
 constexpr int width = 16 / sizeof(T);
 
-// `n` elements in registers, moved by 16-byte accesses: one for a parameter, two for the float32 state of a 16-bit one.
-// A single element is moved as it is, from and to any address.
+// n elements in registers, moved by 16-byte accesses: one access for a parameter, two for the float32 state of a 16-bit
+// one. A single element may have any address.
 template <class T, int n>
 struct alignas(16) Elements {
   T at[n];
@@ -73,7 +73,7 @@ struct alignas(16) Elements {
     }
     return e;
   }
-  // By an intrinsic: an assignment is split up where the compiler thinks fit.
+  // By an intrinsic, because the compiler may split an assignment into narrower stores.
   __device__ void store(T* p) const {
     if constexpr (n == 1) {
       *p = at[0];
@@ -88,8 +88,8 @@ struct alignas(16) Elements {
 // Null counts as aligned.
 ONEPASS_HD bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
-// Number of the tensor that a block's chunk belongs to: the last one whose first chunk is not after it. The same for
-// all threads of the block, and the table stands in the constant bank.
+// Index of the tensor that a chunk belongs to: the last one whose first chunk is not after it. All threads of the block
+// take the same branches, and the table is in the constant bank.
 __device__ inline int find_tensor(const std::uint32_t* first_chunk, int n_tensors, std::uint32_t chunk) {
   int low = 0, high = n_tensors;
   while (high - low > 1) {

@@ -1,5 +1,5 @@
-// What BatchNorm makes of a channel once its moments, or the sums of its gradients, are known. Numbers: the engine's
-// way to read and write one number of a dtype that is known at run time,
+// What BatchNorm computes for a channel once its moments, or the sums of its gradients, are known. Each engine passes
+// Numbers, which reads and writes one number of a dtype known at run time:
 //   static double get(DType, const void*, std::int64_t);  static void set(DType, void*, std::int64_t, double);
 #pragma once
 #include "core/layers.hpp"
@@ -8,7 +8,7 @@
 
 namespace onepass::rows {
 
-// Statistics of the phase, kept in call.stats; and the running ones updated, where the call has them.
+// The channel's statistics for this phase, stored in call.stats; phase all also updates the running statistics.
 template <class F, class Numbers>
 ONEPASS_HD Stats<F> finish_channel(const BatchNorm& call, std::int64_t c, const Moments& batch) {
   const std::int64_t channels = call.shape.channels;
@@ -36,7 +36,7 @@ ONEPASS_HD Normaliser<F> normaliser_of(const BatchNorm& call, std::int64_t c, co
   return Normaliser<F>::of(stats, weight, bias);
 }
 
-// Sums over a channel of dz, the gradient before the activation, and of dz * (x - mean).
+// Sums over a channel of dz (the gradient before the activation) and of dz * (x - mean).
 struct GradientSums {
   double dz = 0, dz_distance = 0;
 
@@ -46,12 +46,12 @@ struct GradientSums {
   }
 };
 
-// The gradients of weight and bias, and call.sums, of dz and of dz * xhat.
+// Writes the gradients of weight and bias, and call.sums: of dz and of dz * xhat.
 template <class F, class Numbers>
 ONEPASS_HD void finish_channel_gradient(const BatchNormBackward& call, std::int64_t c, const GradientSums& sums) {
   const Stats<F> stats = Stats<F>::kept(call.stats, call.shape.channels, c);
   const double rstd = double(stats.rstd);
-  // rstd == 0: the sums over huge numbers may be infinite.
+  // rstd == 0: the sums of huge numbers may be infinite, and infinity * 0 would be NaN.
   const double dz_xhat = rstd == 0 ? 0 : (sums.dz_distance - sums.dz * double(stats.mean_low)) * rstd;
   static_cast<F*>(call.sums)[c] = F(sums.dz);
   static_cast<F*>(call.sums)[call.shape.channels + c] = F(dz_xhat);
@@ -59,7 +59,7 @@ ONEPASS_HD void finish_channel_gradient(const BatchNormBackward& call, std::int6
   if (call.dbias != nullptr) Numbers::set(call.weight_dtype, call.dbias, c, sums.dz);
 }
 
-// By call.sums, which are those of all processes.
+// From call.sums, which are sums over all processes.
 template <class F, class Numbers>
 ONEPASS_HD InputGradient<F> input_gradient_of(const BatchNormBackward& call, std::int64_t c) {
   const std::int64_t channels = call.shape.channels;

@@ -1,15 +1,15 @@
-// Mean and variance of many numbers out of those of their parts, without ever subtracting two large sums of squares.
+// Mean and variance of many numbers from those of their parts, without subtracting two large sums of squares.
 #pragma once
 #include "core/value.hpp"
 
 namespace onepass::rows {
 
-// Number, mean and sum of squared deviations from the mean. Parts are merged by the formula of Chan, Golub & LeVeque
-// (1983). In double: 1e4 + noise of 1e-2 keeps its digits.
+// Count, mean and sum of squared deviations from the mean, merged by the formula of Chan, Golub & LeVeque (1983). In
+// double, so that the variance of 1e4 + noise of 1e-2 keeps its digits.
 struct Moments {
   double n = 0, mean = 0, squares = 0;
 
-  // `n` numbers given by sums of their distances d from a pivot near their mean: of d and of d * d.
+  // Of n numbers, from the sums of d and of d * d, where d is a number's distance from a pivot near the mean.
   ONEPASS_HD static Moments about(double pivot, double n, double sum, double sum_of_squares) {
     Moments m;
     m.n = n;
@@ -30,7 +30,7 @@ struct Moments {
     n = total;
   }
 
-  // Biased; rounding may have left a hair less than nothing. NaN stays.
+  // Biased. Rounding can make it slightly negative; NaN stays.
   ONEPASS_HD double variance() const {
     const double v = squares / n;
     return v < 0 ? 0 : v;

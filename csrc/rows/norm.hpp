@@ -1,16 +1,16 @@
-// The arithmetic of LayerNorm, RMSNorm and BatchNorm on one element or one pack of elements of type V: everything after
-// the statistics are known. A row is what shares its statistics: a row of LayerNorm, a channel of BatchNorm.
+// The arithmetic of LayerNorm, RMSNorm and BatchNorm once the statistics are known, on one element or one pack of
+// elements of type V. A "row" is the set of elements that share statistics: a row of LayerNorm, a channel of BatchNorm.
 #pragma once
 #include "core/value.hpp"
 
 namespace onepass::rows {
 
-// The mean is the sum of two F: one alone is too coarse where the mean is large beside the deviation.
+// The mean is the sum of two F: one alone is too coarse where the mean is much larger than the deviation.
 template <class F>
 struct Stats {
   F mean, mean_low, rstd;
 
-  // As forward keeps them for backward, in F[3][rows]: mean, rstd, mean_low.
+  // Read and written as forward stores them for backward, in F[3][rows]: mean, rstd, mean_low.
   ONEPASS_HD static Stats kept(const void* stats, std::int64_t rows, std::int64_t row) {
     const F* const s = static_cast<const F*>(stats) + row;
     return {s[0], s[2 * rows], s[rows]};
@@ -22,8 +22,8 @@ struct Stats {
     s[2 * rows] = mean_low;
   }
 
-  // A variance of finite numbers that F cannot hold counts as infinite, and every distance from the mean as nothing
-  // beside it: a distance may be too large for F as well, and infinity * 0 would be NaN.
+  // If the variance of finite numbers overflows F, it counts as infinite and all results are 0. The mean is then 0 too:
+  // a distance from it could also overflow, and infinity * 0 would be NaN.
   ONEPASS_HD static Stats of(double mean, double variance, double eps) {
     constexpr double largest = sizeof(F) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     const bool is_finite = mean - mean == 0;
@@ -32,8 +32,8 @@ struct Stats {
     return {high, F(mean - double(high)), F(1 / sqrt(variance + eps))};
   }
 
-  // The same in F, where float64 is slow: by the means of the distances from a pivot near the mean and of their
-  // squares. The mean is then pivot + distance.
+  // The same computed in F, for GPUs with slow float64: from the means of d and of d * d, where d is an element's
+  // distance from a pivot near the mean. The mean is pivot + distance.
   ONEPASS_HD static Stats about(F pivot, F distance, F squares, F eps) {
     const F variance = squares - distance * distance, mean = pivot + distance;
     return {mean, distance - (mean - pivot), 1 / sqrt((variance < 0 ? F(0) : variance) + eps)};
@@ -45,14 +45,14 @@ struct Stats {
   }
 };
 
-// 1 / standard deviation as the backward of a row sees it. An element that is alone in its row is its own mean and has
-// no influence on the result: 0 makes its gradient exactly 0, where rounding leaves noise times 1 / sqrt(eps).
+// 1 / standard deviation for the backward of a row. The only element of a row is its own mean and does not influence
+// the result, so its gradient is exactly 0; without the 0 it would be rounding noise times 1 / sqrt(eps).
 template <class F>
 ONEPASS_HD F backward_rstd(F rstd, bool rms, std::int64_t size) {
   return !rms && size == 1 ? F(0) : rstd;
 }
 
-// y = (x - mean) * scale + shift: a row's statistics, its weight and its bias in one.
+// y = (x - mean) * scale + shift combines a row's statistics, weight and bias.
 template <class F>
 struct Normaliser {
   F mean, scale, shift;
@@ -67,26 +67,25 @@ struct Normaliser {
   }
 };
 
-// The gradient of an input x whose row's statistics depend on it: what is left of g when its components along 1 and
-// along xhat are taken out,
+// The gradient of an input x that its row's statistics depend on: g without its components along 1 and along xhat,
 //   dx = (g - mean_g - xhat * mean_gx) * rstd,   mean_g, mean_gx: the row's means of g and of g * xhat,
-// as g * scale + (x - mean) * of_x + shift, which costs an element two fused multiply-adds. Here g is weight *
-// gradient; the weight of the whole row, if it has one, is a part of scale.
+// computed as g * scale + (x - mean) * x_scale + shift, which is two fused multiply-adds per element. Here g is weight
+// * gradient; a weight of the whole row is part of scale instead.
 template <class F>
 struct InputGradient {
-  F mean, scale, of_x, shift;
+  F mean, scale, x_scale, shift;
 
   ONEPASS_HD static InputGradient of(const Stats<F>& stats, F weight, F mean_g, F mean_gx) {
-    const F scale = stats.rstd * weight, of_x = -scale * stats.rstd * mean_gx;
-    return {stats.mean, scale, of_x, -scale * mean_g - of_x * stats.mean_low};
+    const F scale = stats.rstd * weight, x_scale = -scale * stats.rstd * mean_gx;
+    return {stats.mean, scale, x_scale, -scale * mean_g - x_scale * stats.mean_low};
   }
-  // Where the statistics are constants.
+  // If the statistics are constants.
   ONEPASS_HD static InputGradient of_constants(const Stats<F>& stats, F weight) {
     return {stats.mean, stats.rstd * weight, 0, 0};
   }
   template <class V>
   ONEPASS_HD V at(V g, V x) const {
-    return g * scale + ((x - mean) * of_x + shift);
+    return g * scale + ((x - mean) * x_scale + shift);
   }
 };
 
@@ -96,7 +95,8 @@ ONEPASS_HD V activation(V z, F slope) {
   return select(z <= 0, slope == 0 ? V{} : z * slope, z);
 }
 
-// dy before the activation, from its result: slopes are not negative, so the sign is that of its argument.
+// The gradient before the activation, from the activation's result y: the slope is not negative, so y has the sign of
+// the argument.
 template <class F, class V>
 ONEPASS_HD V activation_gradient(V dy, V y, F slope) {
   return select(y <= 0, slope == 0 ? V{} : dy * slope, dy);

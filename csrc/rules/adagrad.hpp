@@ -28,8 +28,11 @@ struct Adagrad {
   ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
     V& sum = s[0];
     g = k.grad_factor * g;
+    // decay
     if (k.weight_decay != 0) g = g + k.weight_decay * p;
+    // second moment
     sum = sum + g * g;
+    // step
     return p - k.step_size * g / (sqrt(sum + k.eps_in) + k.eps_out);
   }
 };

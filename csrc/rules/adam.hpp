@@ -1,5 +1,5 @@
-// Adam (Kingma & Ba 2015, alg. 1), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi et al. 2018), SparseAdam (torch's,
-// with eps_before_correction: the end of section 2 there). The only Adam here.
+// Adam (Kingma & Ba 2015, alg. 1), AdamW (Loshchilov & Hutter 2019), AMSGrad (Reddi et al. 2018), and SparseAdam as in
+// torch, with eps_before_correction (Kingma & Ba, end of section 2).
 #pragma once
 #include "core/rule.hpp"
 
@@ -7,16 +7,16 @@ namespace onepass::rules {
 
 template <bool amsgrad>
 struct Adam {
-  // Memory streams beside param and grad.
+  // Memory streams besides param and grad.
   static constexpr int n_state = amsgrad ? 3 : 2;
   static constexpr const char* state_names = amsgrad ? "exp_avg, exp_avg_sq, max_exp_avg_sq" : "exp_avg, exp_avg_sq";
   static constexpr bool reads_grad = true;
-  static constexpr bool takes_rows = !amsgrad;  // SparseAdam: moments rest where there is no gradient
+  static constexpr bool takes_rows = !amsgrad;  // SparseAdam: rows without a gradient keep their moments
 
   ONEPASS_HYPER(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, bias_correction, eps_inside_sqrt,
                 eps_before_correction);
 
-  // What one step needs of them, in the arithmetic type F.
+  // The scalars of one step, in the type F that kernels compute in.
   template <class F>
   struct Step {
     F grad_factor, coupled_decay, param_factor, beta1, beta2, new1, new2, step_size, inv_root_correction2, eps_in,
@@ -43,19 +43,22 @@ struct Adam {
     return k;
   }
 
-  // One element, or one pack of elements: the new param from param p, grad g and states s.
+  // The new param from param p, grad g and states s, for one element or one pack of elements.
   template <class F, class V>
   ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
     V &exp_avg = s[0], &exp_avg_sq = s[1];
     g = k.grad_factor * g;
-    if (k.coupled_decay != 0)
-      g = g + k.coupled_decay * p;  // skipped, not multiplied by 0: an infinite weight is no NaN
+    // decay
+    if (k.coupled_decay != 0) g = g + k.coupled_decay * p;  // skipped if 0: 0 * an infinite weight would be NaN
     p = k.param_factor * p;
+    // first moment
     exp_avg = lerp(exp_avg, g, k.new1, k.beta1);
-    exp_avg_sq = k.beta2 * exp_avg_sq + (k.new2 * g) * g;  // this order: g * g would overflow from 2e19 on
+    // second moment
+    exp_avg_sq = k.beta2 * exp_avg_sq + (k.new2 * g) * g;  // in this order: g * g overflows a float from 2e19 on
     V second = exp_avg_sq;
     if constexpr (amsgrad) second = s[2] = max_keep_nan(s[2], exp_avg_sq);
-    // sqrt(v / c + eps_in) + eps_out, with the correction c outside of the root: v / c may overflow where v does not.
+    // step: the denominator is sqrt(v / c + eps_in) + eps_out. The correction c is taken out of the root, because v / c
+    // may overflow where v does not.
     const V denominator = sqrt(second + k.eps_in) * k.inv_root_correction2 + k.eps_out;
     return p - k.step_size * exp_avg / denominator;
   }

@@ -1,4 +1,4 @@
-// Gradient clipping in place, outside of a step: clip_grad_norm_ scales, clip_grad_value_ clamps.
+// Gradient clipping in place, outside a step: clip_grad_norm_ scales, clip_grad_value_ clamps.
 #pragma once
 #include "core/rule.hpp"
 
@@ -10,7 +10,7 @@ struct Clip {
   static constexpr const char* state_names = "";
   static constexpr bool reads_grad = false;
 
-  ONEPASS_HYPER(limit);  // of the absolute value; infinity: none
+  ONEPASS_HYPER(limit);  // largest absolute value; infinity: no limit
 
   template <class F>
   struct Step {
@@ -25,7 +25,7 @@ struct Clip {
   template <class F, class V>
   ONEPASS_HD static V update(const Step<F>& k, V p, V, V*) {
     p = k.factor * p;
-    p = select(p < k.lowest, V{} + k.lowest, p);  // comparisons with NaN are false: NaN stays
+    p = select(p < k.lowest, V{} + k.lowest, p);  // comparisons with NaN are false, so NaN stays
     return select(p > k.highest, V{} + k.highest, p);
   }
 };

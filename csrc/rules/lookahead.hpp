@@ -1,4 +1,4 @@
-// Lookahead's synchronisation (Zhang et al. 2019): the slow weights move towards the weights, and these start anew
+// Lookahead's synchronisation (Zhang et al. 2019): the slow weights move towards the fast ones, which restart from
 // there.
 #pragma once
 #include "core/rule.hpp"

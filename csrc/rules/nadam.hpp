@@ -1,4 +1,4 @@
-// NAdam: Adam with Nesterov momentum (Dozat 2016), and a momentum that rises from step to step.
+// NAdam (Dozat 2016): Adam with Nesterov momentum and a momentum that grows with the step count.
 #pragma once
 #include "core/rule.hpp"
 
@@ -9,8 +9,8 @@ struct NAdam {
   static constexpr const char* state_names = "exp_avg, exp_avg_sq";
   static constexpr bool reads_grad = true;
 
-  // momentum_base: 0.96^momentum_decay. Its whole powers are 0.96^(t momentum_decay), and power() gives the same bits
-  // on host and device.
+  // momentum_base: 0.96^momentum_decay. Its t-th power is 0.96^(t * momentum_decay), and power() has the same bits on
+  // host and device.
   ONEPASS_HYPER(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, momentum_base);
 
   ONEPASS_HD static double momentum(const Hyper& h, double t) {
@@ -22,7 +22,8 @@ struct NAdam {
 
   template <class F>
   struct Step {
-    F grad_factor, coupled_decay, param_factor, beta1, beta2, new1, new2, of_grad, of_exp_avg, inv_correction2, eps;
+    F grad_factor, coupled_decay, param_factor, beta1, beta2, new1, new2, grad_step_size, momentum_step_size,
+        inv_correction2, eps;
   };
 
   template <class F>
@@ -37,8 +38,8 @@ struct NAdam {
     k.beta2 = F(h.beta2);
     k.new1 = F(1 - h.beta1);
     k.new2 = F(1 - h.beta2);
-    k.of_grad = F(h.lr * (1 - now) / (1 - context.product));
-    k.of_exp_avg = F(h.lr * next / (1 - context.product * next));
+    k.grad_step_size = F(h.lr * (1 - now) / (1 - context.product));
+    k.momentum_step_size = F(h.lr * next / (1 - context.product * next));
     k.inv_correction2 = F(1 / (1 - power(h.beta2, context.t)));
     k.eps = F(h.eps);
     return k;
@@ -48,12 +49,16 @@ struct NAdam {
   ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
     V &exp_avg = s[0], &exp_avg_sq = s[1];
     g = k.grad_factor * g;
+    // decay
     if (k.coupled_decay != 0) g = g + k.coupled_decay * p;
     p = k.param_factor * p;
+    // first moment
     exp_avg = lerp(exp_avg, g, k.new1, k.beta1);
-    exp_avg_sq = k.beta2 * exp_avg_sq + (k.new2 * g) * g;  // this order: g * g would overflow from 2e19 on
+    // second moment
+    exp_avg_sq = k.beta2 * exp_avg_sq + (k.new2 * g) * g;  // in this order: g * g overflows a float from 2e19 on
+    // step
     const V denominator = sqrt(exp_avg_sq * k.inv_correction2) + k.eps;
-    return p - (k.of_grad * g + k.of_exp_avg * exp_avg) / denominator;
+    return p - (k.grad_step_size * g + k.momentum_step_size * exp_avg) / denominator;
   }
 };
 

@@ -1,5 +1,5 @@
-// RMSprop (Tieleman & Hinton 2012), centered (Graves 2013), with momentum: in PyTorch's form, where the momentum takes
-// the normalised gradient and the learning rate stays outside.
+// RMSprop (Tieleman & Hinton 2012), optionally centered (Graves 2013) and with momentum. In PyTorch's form the momentum
+// buffer accumulates the normalised gradient, without the learning rate.
 #pragma once
 #include "core/rule.hpp"
 
@@ -31,18 +31,22 @@ struct RMSprop {
   template <class F, class V>
   ONEPASS_HD static V update(const Step<F>& k, V p, V g, V (&s)[n_state]) {
     g = k.grad_factor * g;
+    // decay
     if (k.weight_decay != 0) g = g + k.weight_decay * p;
+    // second moment
     s[0] = k.alpha * s[0] + (k.one_minus_alpha * g) * g;
     V variance = s[0];
     if constexpr (centered) {
+      // first moment
       V& grad_avg = s[1];
       grad_avg = lerp(grad_avg, g, k.one_minus_alpha, k.alpha);
       const V square = grad_avg * grad_avg;
-      // Where the square overflows s[0] has done so too, and what is left is infinite: torch's is, by a fused
-      // multiply-add, unless grad_avg itself is infinite.
+      // Where the square overflows, s[0] is infinite too; the difference is then infinite, as torch's fused
+      // multiply-add makes it, unless grad_avg itself is infinite.
       variance = select(square - square == 0, variance - square, variance - max_keep_nan(grad_avg, -grad_avg));
-      variance = select(variance < 0, V{}, variance);  // rounding, under a constant gradient; NaN stays
+      variance = select(variance < 0, V{}, variance);  // rounding errors of a constant gradient; NaN stays
     }
+    // step
     const V denominator = sqrt(variance + k.eps_in) + k.eps_out;
     if constexpr (has_momentum) {
       V& velocity = s[n_state - 1];

@@ -1,5 +1,5 @@
-// The two passes of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021) around the second gradient: to the weights
-// where it is taken, and back. Back is the kept weights themselves and no subtraction: the same bits.
+// The two passes of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021): perturb the weights before the second gradient
+// is computed, and restore them after it. The old weights are stored, so that restoring them is exact to the bit.
 #pragma once
 #include "core/rule.hpp"
 
@@ -13,7 +13,7 @@ struct Sam {
   static constexpr bool writes_state = perturbs;
   static constexpr bool overwrites = true;
 
-  ONEPASS_HYPER(rho, adaptive);  // of the way there
+  ONEPASS_HYPER(rho, adaptive);  // used by the perturbing pass
 
   template <class F>
   struct Step {
@@ -31,7 +31,7 @@ struct Sam {
     if constexpr (!perturbs) return s[0];
     s[0] = p;
     V e = k.scale * g;
-    if (k.adaptive) e = (e * p) * p;  // this order: p * p would overflow first
+    if (k.adaptive) e = (e * p) * p;  // in this order: p * p could overflow
     return p + e;
   }
 };

@@ -1,5 +1,5 @@
-// SGD with momentum (Polyak 1964) and Nesterov momentum (Sutskever et al. 2013), in PyTorch's form and in the textbook
-// form that keeps the learning rate inside the velocity. The two differ only when the learning rate changes.
+// SGD with momentum (Polyak 1964) or Nesterov momentum (Sutskever et al. 2013), in PyTorch's form and in the textbook
+// form whose velocity includes the learning rate. The two differ only when the learning rate changes.
 #pragma once
 #include "core/rule.hpp"
 
@@ -10,16 +10,17 @@ struct Sgd {
   static constexpr int n_state = has_momentum ? 1 : 0;
   static constexpr const char* state_names = has_momentum ? "momentum_buffer" : "";
   static constexpr bool reads_grad = true;
-  static constexpr bool takes_rows = !has_momentum;  // the velocity moves rows without a gradient too
+  static constexpr bool takes_rows = !has_momentum;  // with momentum, rows without a gradient move too
 
   ONEPASS_HYPER(lr, momentum, dampening, weight_decay, nesterov, lr_in_velocity);
 
   template <class F>
   struct Step {
     F grad_factor, weight_decay, momentum;
-    F velocity_gain;   // of the gradient in the velocity:      1 - dampening, or lr with lr_in_velocity
-    F lookahead_gain;  // of the gradient in Nesterov's step:    1,             or lr
-    F step_size;       // of the step in the parameter:          lr,            or 1
+    // Factors of                                           PyTorch        lr_in_velocity
+    F velocity_gain;   // the gradient in the velocity      1 - dampening  lr
+    F lookahead_gain;  // the gradient in Nesterov's step   1              lr
+    F step_size;       // the step in the parameter         lr             1
     bool fresh, nesterov;
   };
 
@@ -30,7 +31,7 @@ struct Sgd {
     k.grad_factor = F(context.grad_factor);
     k.weight_decay = F(h.weight_decay);
     k.momentum = F(h.momentum);
-    k.velocity_gain = F(inside ? h.lr : context.fresh ? 1 : 1 - h.dampening);  // torch: the first velocity is g itself
+    k.velocity_gain = F(inside ? h.lr : context.fresh ? 1 : 1 - h.dampening);  // torch: the first velocity is g
     k.lookahead_gain = F(inside ? h.lr : 1);
     k.step_size = F(inside && has_momentum ? 1 : h.lr);
     k.fresh = context.fresh;
@@ -41,7 +42,9 @@ struct Sgd {
   template <class F, class V>
   ONEPASS_HD static V update(const Step<F>& k, V p, V g, V* s) {
     g = k.grad_factor * g;
+    // decay
     if (k.weight_decay != 0) g = g + k.weight_decay * p;
+    // first moment and step
     if constexpr (!has_momentum) {
       return p - k.step_size * g;
     } else {
