@@ -175,6 +175,90 @@ def test_under_compile_and_transforms():
     assert_close(gradient, x.grad, 1e-4, "gradient")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch.func.jvp
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_transforms_of_every_function(name):
+    """What falls back to torch's function must not come back to ours."""
+    call = {
+        "dropout": lambda x: F.dropout(x, 0.0),
+        "layer_norm": lambda x: F.layer_norm(x, (8,), W, B),
+        "rms_norm": lambda x: F.rms_norm(x, (8,), W, 1e-6),
+        "batch_norm": lambda x: F.batch_norm(x, None, None, W, B, True),
+    }[name]
+    x = torch.randn(5, 8)
+    expected = torch.func.grad(lambda x: call(x).pow(3).sum())(x)
+    with onepass.patch():
+        assert_close(torch.func.grad(lambda x: call(x).pow(3).sum())(x), expected, 1e-4, "grad")
+        assert torch.vmap(call)(torch.randn(3, 5, 8)).shape == (3, 5, 8)
+        torch.func.jvp(call, (x,), (x,))
+        assert call(x[:0]).shape == (0, 8) if name != "batch_norm" else True
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_tools_see_torchs_functions():
+    class Norm(nn.Module):
+        def forward(self, x):
+            return F.layer_norm(F.dropout(x, 0.5, self.training), (8,))
+
+    with onepass.patch():
+        graph = torch.fx.symbolic_trace(Norm().eval()).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [OWN["dropout"], OWN["layer_norm"]]
+
+    class Overriding(torch.Tensor):
+        seen: list = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x = X.as_subclass(Overriding)
+    with onepass.patch():
+        F.layer_norm(x, (8,))
+    assert OWN["layer_norm"] in Overriding.seen
+    nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])
+    with onepass.patch():
+        assert F.dropout(nested, 0.5).is_nested
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripting_within_a_patch():
+    with onepass.patch():
+        scripted = torch.jit.script(nn.Sequential(nn.LayerNorm(8), nn.Dropout(0.0)))
+    assert_close(scripted(X), F.layer_norm(X, (8,)), 1e-5, "y")
+
+
+def test_generators_and_coroutines_are_refused():
+    def generate():
+        yield 1
+
+    async def wait():
+        pass
+
+    for function in (generate, wait):
+        with pytest.raises(TypeError, match="generator or coroutine"):
+            onepass.patch()(function)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.ones(1000, requires_grad=True)
+    with onepass.patch():
+        y = checkpoint(lambda x: F.dropout(x * x, 0.5), x, use_reentrant=reentrant)
+        y.sum().backward()
+    assert torch.equal(y != 0, x.grad != 0)
+
+
+def test_a_sample_that_is_all_padding():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+    padding = torch.tensor([[False] * 3, [True] * 3])
+    with onepass.patch():
+        layer(torch.randn(2, 3, 8), src_key_padding_mask=padding).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 FIRST_COMPILED = """
 import torch, onepass
 call = lambda x: torch.nn.functional.layer_norm(x, (8,))
@@ -215,6 +299,7 @@ def attention_cases():
     yield "bool mask", {"attn_mask": bool_mask}, (5, 7, 4, 4)
     yield "a row without keys", {"attn_mask": empty}, (5, 7, 4, 4)
     yield "float mask", {"attn_mask": torch.randn(2, 1, 5, 7)}, (5, 7, 4, 4)
+    yield "a row without keys, float", {"attn_mask": torch.zeros(5, 7).masked_fill(~empty, float("-inf"))}, (5, 7, 4, 4)
     yield "scale", {"scale": 0.3}, (5, 7, 4, 4)
     yield "negative scale", {"scale": -0.3}, (5, 7, 4, 4)
     yield "grouped queries", {"enable_gqa": True}, (5, 7, 4, 2)

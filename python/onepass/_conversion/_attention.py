@@ -43,10 +43,11 @@ def dropout_attention(
     scores = (query * half) @ (key * (half if scale is None or scale >= 0 else -half)).transpose(-2, -1)
     if attn_mask is None:
         return F.dropout(scores.softmax(-1), dropout_p) @ value
-    is_bool = attn_mask.dtype is torch.bool
-    scores = scores.masked_fill(~attn_mask, -math.inf) if is_bool else scores + attn_mask
-    weights = scores.softmax(-1)
-    is_empty = (scores == -math.inf).all(-1, keepdim=True)
-    if is_empty.any():
-        weights = weights.masked_fill(is_empty, 0.0)
-    return F.dropout(weights, dropout_p) @ value
+    # Softmax of a row without keys is NaN, and so is its gradient: such a row takes all keys, and then gives 0.
+    if attn_mask.dtype is torch.bool:
+        is_empty = ~attn_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(attn_mask | is_empty), -math.inf)
+    else:
+        is_empty = (attn_mask == -math.inf).all(-1, keepdim=True)
+        scores = scores + attn_mask.masked_fill(is_empty, 0.0)
+    return (F.dropout(scores.softmax(-1), dropout_p) @ value).masked_fill(is_empty, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _are_alike(x: Tensor, residual: Tensor | None) -> bool:
     """Whether one kernel takes both: tensors (no proxies of torch.fx) of one shape and dtype."""
-    if residual is None:
-        return isinstance(x, Tensor)
-    return isinstance(x, Tensor) and x.shape == residual.shape and x.dtype == residual.dtype
+    if not isinstance(x, Tensor) or x.is_nested:
+        return False
+    return residual is None or (not residual.is_nested and x.shape == residual.shape and x.dtype == residual.dtype)
 
 
 def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -82,6 +82,9 @@ def dropout_add_norm(dropout: nn.Module | None, norm: nn.Module, x: Tensor, resi
 class Sequential:
     """torch.nn.Sequential: BatchNorm and the ReLU behind it."""
 
+    arity: ClassVar[int] = 1
+    takes_options: ClassVar[bool] = False
+
     def __call__(self, module: Any, input: Any) -> Any:
         layers = list(module)
         at = 0
@@ -109,6 +112,9 @@ class ResidualBlock:
     """The blocks of ResNets, torchvision's and timm's: BatchNorm and ReLU, and at the end the residual between them."""
 
     convolutions: int
+
+    arity: ClassVar[int] = 1
+    takes_options: ClassVar[bool] = False
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         if not self._fits(module):
@@ -142,13 +148,20 @@ class ResidualBlock:
         if needed | activations <= names and hasattr(module, "downsample") and cls._fits(module):
             yield cls(count)
 
-    def inputs(self, module: Any) -> Inputs:
-        return Inputs((torch.empty(2, module.conv1.in_channels, 4, 4),), {})
+    def inputs(self, module: Any) -> list[Inputs]:
+        return [Inputs((torch.empty(2, module.conv1.in_channels, 4, 4),))]
+
+
+# Methods of torch's layers that some replace on the instance, to see what attention computes.
+_PARTS = frozenset(("_sa_block", "_mha_block", "_ff_block"))
 
 
 @dataclass(frozen=True)
 class EncoderLayer:
     """torch.nn.TransformerEncoderLayer in training; torch has a fast path of its own for evaluation."""
+
+    arity: ClassVar[int] = 1
+    takes_options: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -158,7 +171,7 @@ class EncoderLayer:
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if not module.training:
+        if not module.training or not vars(module).keys().isdisjoint(_PARTS):
             own: Tensor = original_class(module).forward(module, src, src_mask, src_key_padding_mask, is_causal)
             return own
         attention = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
@@ -181,6 +194,9 @@ class EncoderLayer:
 class DecoderLayer:
     """torch.nn.TransformerDecoderLayer."""
 
+    arity: ClassVar[int] = 2
+    takes_options: ClassVar[bool] = True
+
     def __call__(
         self,
         module: Any,
@@ -193,6 +209,17 @@ class DecoderLayer:
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        if not vars(module).keys().isdisjoint(_PARTS):
+            masks = (
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
+            result: Tensor = original_class(module).forward(module, tgt, memory, *masks)
+            return result
         own = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
         other = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
         x, first = tgt, module.norm_first
@@ -217,6 +244,9 @@ class DecoderLayer:
 class DenseDropoutAddNorm:
     """LayerNorm(dropout(dense(h)) + residual): the outputs of BERT and its relatives."""
 
+    arity: ClassVar[int] = 2
+    takes_options: ClassVar[bool] = False
+
     def __call__(self, module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         h = module.dense(hidden_states)
         return dropout_add_norm(module.dropout, module.LayerNorm, h, input_tensor)[0]
@@ -226,20 +256,23 @@ class DenseDropoutAddNorm:
         if {name for name, _ in module.named_children()} == {"dense", "dropout", "LayerNorm"}:
             yield DenseDropoutAddNorm()
 
-    def inputs(self, module: Any) -> Inputs:
+    def inputs(self, module: Any) -> list[Inputs]:
         dense = module.dense
-        return Inputs((torch.empty(2, 5, dense.in_features), torch.empty(2, 5, dense.out_features)), {})
+        return [Inputs((torch.empty(2, 5, dense.in_features), torch.empty(2, 5, dense.out_features)))]
 
 
 @dataclass(frozen=True)
 class VisionBlock:
     """x + attention(norm1(x)), then x + mlp(norm2(x)): timm's Block, without layer scales and dropped paths."""
 
-    def __call__(self, module: Any, x: Tensor, *inputs: Any, **options: Any) -> Tensor:
+    arity: ClassVar[int] = 1
+    takes_options: ClassVar[bool] = False
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
         if not self._fits(module):
-            own: Tensor = original_class(module).forward(module, x, *inputs, **options)
+            own: Tensor = original_class(module).forward(module, x)
             return own
-        h, x = dropout_add_norm(None, module.norm2, module.attn(module.norm1(x), *inputs, **options), x)
+        h, x = dropout_add_norm(None, module.norm2, module.attn(module.norm1(x)), x)
         y: Tensor = x + module.mlp(h)
         return y
 
@@ -253,16 +286,19 @@ class VisionBlock:
         if {name for name, _ in module.named_children()} == needed and cls._fits(module):
             yield cls()
 
-    def inputs(self, module: Any) -> Inputs:
-        return Inputs((torch.empty(2, 5, module.norm1.weight.numel()),), {})
+    def inputs(self, module: Any) -> list[Inputs]:
+        return [Inputs((torch.empty(2, 5, module.norm1.weight.numel()),))]
 
 
 @dataclass(frozen=True)
 class VisionLayer:
     """As VisionBlock, with a dropout after each part: the layers of transformers' ViT and its relatives."""
 
-    def __call__(self, module: Any, hidden_states: Tensor, *inputs: Any, **options: Any) -> Tensor:
-        h, *_ = module.attention(module.layernorm_before(hidden_states), *inputs, **options)
+    arity: ClassVar[int] = 1
+    takes_options: ClassVar[bool] = False
+
+    def __call__(self, module: Any, hidden_states: Tensor) -> Tensor:
+        h, *_ = module.attention(module.layernorm_before(hidden_states))
         h, x = dropout_add_norm(module.dropout, module.layernorm_after, h, hidden_states)
         y: Tensor = module.dropout(module.mlp(h)) + x
         return y
@@ -278,13 +314,16 @@ class VisionLayer:
         }:
             yield VisionLayer()
 
-    def inputs(self, module: Any) -> Inputs:
-        return Inputs((torch.empty(2, 5, module.layernorm_before.weight.numel()),), {})
+    def inputs(self, module: Any) -> list[Inputs]:
+        return [Inputs((torch.empty(2, 5, module.layernorm_before.weight.numel()),))]
 
 
 @dataclass(frozen=True)
 class DecoderBlock:
     """x + attention(norm(x)), then x + mlp(norm(x)): the layers of Llama, Mistral, Qwen and their relatives."""
+
+    arity: ClassVar[int] = 1
+    takes_options: ClassVar[bool] = True
 
     def __call__(self, module: Any, hidden_states: Tensor, **options: Any) -> Tensor:
         options.setdefault("attention_mask", None)
@@ -299,10 +338,10 @@ class DecoderBlock:
         if {name for name, _ in module.named_children()} == needed and hasattr(module.self_attn, "head_dim"):
             yield DecoderBlock()
 
-    def inputs(self, module: Any) -> Inputs:
+    def inputs(self, module: Any) -> list[Inputs]:
         angles = torch.empty(2, 5, module.self_attn.head_dim)
         hidden_states = torch.empty(2, 5, module.input_layernorm.weight.numel())
-        return Inputs((hidden_states,), {"position_embeddings": (angles, angles)})
+        return [Inputs((hidden_states,), {"position_embeddings": (angles, angles)})]
 
 
 # Classes of torch whose forward is known; everything else is recognised by its children, and compared.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _compat
 from .._dtypes import FLOATS
@@ -25,20 +28,22 @@ class patch:
 
     These are torch.nn.functional's dropout, layer_norm, rms_norm, batch_norm and, on the CPU with dropout_p > 0,
     scaled_dot_product_attention, which torch computes there step by step; and torch.layer_norm, torch.rms_norm. What a kernel
-    does not take (another dtype or device, a tensor subclass), and what torch.compile, torch.export and torch.jit trace, is
-    torch's as before. A dropout has another mask than torch's from the same seed, of the same distribution.
+    does not take (another dtype or device, a tensor subclass), and what torch.compile, torch.export, torch.fx and torch.jit
+    record, is torch's as before. For a given seed, dropout's mask differs from torch's but has the same distribution.
 
         with onepass.patch():
             loss = model(batch)
+            loss.backward()
 
-    or `patcher = onepass.patch().start()` and `patcher.stop()`. Patches nest; other threads are not affected; when the last
-    one ends, torch's own functions are back.
+    or `patcher = onepass.patch().start()` and `patcher.stop()`, or as a decorator. Backward belongs inside: activation
+    checkpointing runs forward again there. Patches nest; other threads and asyncio tasks are not affected; when the last one
+    ends, torch's own functions are back. Functions that were imported by name before are not reached.
     """
 
     def start(self) -> patch:
-        """Begin. Every start() needs a stop() by the same thread."""
+        """Begin. Every start() needs a stop() in the same thread."""
         _install()
-        _active.depth = getattr(_active, "depth", 0) + 1
+        _depth.set(_depth.get() + 1)
         return self
 
     def stop(self) -> None:
@@ -47,9 +52,9 @@ class patch:
         Raises:
             RuntimeError: no patch is active in this thread.
         """
-        if not getattr(_active, "depth", 0):
+        if _depth.get() == 0:
             raise RuntimeError("patch.stop(): no patch is active in this thread; start() comes first")
-        _active.depth -= 1
+        _depth.set(_depth.get() - 1)
         _uninstall()
 
     def __enter__(self) -> patch:
@@ -59,7 +64,11 @@ class patch:
         self.stop()
 
     def __call__(self, function: Function) -> Function:
-        """As a decorator: the function runs within a patch."""
+        """As a decorator: the function runs within a patch. Not for generators and coroutines, which run piece by piece."""
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"patch(): {function.__name__} is a generator or coroutine; use `with onepass.patch()` inside it"
+            )
 
         @functools.wraps(function)
         def patched(*args: Any, **kwargs: Any) -> Any:
@@ -69,11 +78,16 @@ class patch:
         return patched
 
 
-_active = threading.local()
+_depth: ContextVar[int] = ContextVar("patches that are active here", default=0)
 _lock = threading.Lock()
 _users = 0
 _dynamo_was_loaded = False
 _originals: list[tuple[Any, str, Function]] = []
+
+
+def _is_active() -> bool:
+    """Whether this thread is within a patch. A thread of autograd, which Python did not start, is within its caller's."""
+    return _depth.get() > 0 or isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def _install() -> None:
@@ -82,11 +96,11 @@ def _install() -> None:
         _users += 1
         if _users == 1:
             _dynamo_was_loaded = _compat.build_function_table()
-            for namespace, name, ours in _PATCHED:
+            for namespace, name, ours in _REPLACEMENTS:
                 own = getattr(namespace, name, None)
                 if own is not None:
                     _originals.append((namespace, name, own))
-                    setattr(namespace, name, _patched(own, ours))
+                    setattr(namespace, name, _wrap(own, ours))
 
 
 def _uninstall() -> None:
@@ -101,21 +115,30 @@ def _uninstall() -> None:
                 _compat.forget_function_table()
 
 
-def _patched(own: Function, ours: Function) -> Function:
+def _wrap(own: Function, ours: Function) -> Function:
     @functools.wraps(own)
     def function(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or not getattr(_active, "depth", 0):
+        if is_compiling():
             return own(*args, **kwargs)
-        return ours(own, *args, **kwargs)
+        tensors = (*args, *kwargs.values())
+        if has_torch_function(tensors) and is_public:  # subclasses, modes and torch.fx see torch's function
+            return handle_torch_function(own, tensors, *args, **kwargs)
+        return ours(own, *args, **kwargs) if _is_active() else own(*args, **kwargs)
 
+    is_public = inspect.isfunction(own)  # others ask for themselves
+    function.__prepare_scriptable__ = lambda: own  # type: ignore[attr-defined] # for torch.jit.script
     return function
 
 
 def _takes(*tensors: Any) -> bool:
     """Whether the kernels, or inside transforms the formulas, take a call with these tensors."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.dtype not in FLOATS or first.layout is not torch.strided:
-        return False
+    for tensor in tensors:
+        if tensor is None and tensor is not tensors[0]:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not torch.strided:
+            return False
+        if tensor.dtype not in FLOATS:
+            return False
     return _dispatch.choose_route(*tensors) in (_dispatch.KERNEL, _dispatch.FORMULA)
 
 
@@ -133,7 +156,7 @@ def _layer_norm(
     *rest: Any,
     **cudnn: Any,
 ) -> Any:
-    if torch.is_autocast_enabled(input.device.type) or not _takes(input, weight, bias):
+    if not _takes(input, weight, bias) or torch.is_autocast_enabled(input.device.type):
         return own(input, normalized_shape, weight, bias, eps, *rest, **cudnn)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -141,7 +164,7 @@ def _layer_norm(
 def _rms_norm(
     own: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
-    if torch.is_autocast_enabled(input.device.type) or not _takes(input, weight):
+    if not _takes(input, weight) or torch.is_autocast_enabled(input.device.type):
         return own(input, normalized_shape, weight, eps)
     return F.rms_norm(input, normalized_shape, weight, eps)
 
@@ -176,12 +199,13 @@ def _attention(
     options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         options["enable_gqa"] = True
-    if not (dropout_p > 0 and query.is_cpu and _takes(query, key, value, attn_mask)):
+    is_mask = attn_mask is not None and attn_mask.dtype is torch.bool
+    if not (dropout_p > 0 and _takes(query, key, value, None if is_mask else attn_mask) and query.is_cpu):
         return own(query, key, value, **options)
     return dropout_attention(query, key, value, **options)
 
 
-_PATCHED: tuple[tuple[Any, str, Function], ...] = (
+_REPLACEMENTS: tuple[tuple[Any, str, Function], ...] = (
     (torch.nn.functional, "dropout", _dropout),
     (torch.nn.functional, "layer_norm", _layer_norm),
     (torch.nn.functional, "rms_norm", _rms_norm),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, overload
 
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -16,7 +17,7 @@ from .._registries import enter_into_registries
 from .probe import Probe
 from .registry import Candidate, block_candidates, layer_candidates
 from .report import Report, Row
-from .swap import original_class, replace_forward, replaced_forward
+from .swap import can_restore, original_class, replace_forward, replaced_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,7 +83,7 @@ def convert(model: Model, *, fuse: bool = True, report: bool = False) -> Model |
         rows.extend(_convert_layer(name, module, probe))
     if fuse:
         for name, module in _modules(model):
-            rows.extend(_convert_by(name, module, block_candidates(module), probe))
+            rows.extend(_convert_by(name, module, block_candidates, probe))
     for row in rows:
         if row.now is not None:
             _logger.info("swapped %s: %s", row.module, row.now)
@@ -106,9 +107,12 @@ def restore(model: Model) -> Model:
     """
     _check_model("restore", model)
     for name, module in _modules(model):
-        if replaced_forward(module) is not None:
+        if can_restore(module):
             module.__class__ = original_class(module)
             _logger.info("restored %s: %s", name, _path(type(module)))
+            continue
+        if replaced_forward(module) is not None:
+            _logger.warning("left %s: its class %s derives from the converted one", name, _path(type(module)))
             continue
         kind = parametrize.type_before_parametrizations(module)
         swap = _RESTORES.get(kind)
@@ -147,51 +151,55 @@ def _convert_layer(name: str, module: nn.Module, probe: Probe) -> Iterator[Row]:
         _set_class(module, swap)
         yield Row(name, f"torch.nn.{kind.__name__}", f"onepass.nn.{swap.__name__}", None)
         return
-    reason = _reason_to_leave(module)
-    if reason is None:
-        rows = list(_convert_by(name, module, layer_candidates(module), probe))
-        if not rows and isinstance(module, _RELATED) and not isinstance(module, _OURS):
-            rows.append(Row(name, type(module).__qualname__, None, "a subclass may compute something else"))
-        yield from rows
-    elif reason:
+    is_related = isinstance(module, _RELATED) and not isinstance(module, _OURS)
+    reason = _reason_to_leave(module, kind) if is_related else None
+    if reason is not None:
         yield Row(name, type(module).__qualname__, None, reason)
+        return
+    if isinstance(module, _OURS) or (kind.__module__.startswith(("torch.", "onepass.")) and not is_related):
+        return
+    rows = list(_convert_by(name, module, layer_candidates, probe))
+    if not rows and is_related:
+        rows.append(Row(name, type(module).__qualname__, None, "a subclass may compute something else"))
+    yield from rows
 
 
-def _reason_to_leave(module: nn.Module) -> str | None:
-    """Why a layer cannot be converted; empty if nobody would expect it, None if it may be."""
-    kind = parametrize.type_before_parametrizations(module)
+def _reason_to_leave(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a layer that a user may expect to be converted is not; None if it may be."""
     if kind in _SWAPS:
         return "its forward was replaced on the instance"
-    if isinstance(module, _RELATED) and not isinstance(module, _OURS):
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            return "a lazy module: convert after its first forward"
-        if kind.__module__.startswith("torch.nn.modules"):
-            return "onepass has no kernel for it"
-        return None
-    return "" if isinstance(module, _OURS) or kind.__module__.startswith(("torch.", "onepass.")) else None
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "a lazy module: convert after its first forward"
+    return "onepass has no kernel for it" if kind.__module__.startswith("torch.nn.modules") else None
 
 
-def _convert_by(name: str, module: nn.Module, candidates: Iterable[Candidate], probe: Probe) -> Iterator[Row]:
+def _convert_by(
+    name: str, module: nn.Module, candidates: Callable[[nn.Module], Iterator[Candidate]], probe: Probe
+) -> Iterator[Row]:
     """Give a module the first candidate that computes the same; a row if there was any."""
-    if isinstance(module, torch.jit.ScriptModule) or replaced_forward(module) is not None:
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) or replaced_forward(module) is not None:
         return
     was, reasons = _path(type(module)), []
-    for forward, inputs, is_norm in candidates:
-        if "forward" in vars(module):
-            reason: str | None = "its forward was replaced on the instance"
-        elif parametrize.is_parametrized(module):
-            reason = "its parameters are parametrized"
-        elif inputs is not None:
-            reason = probe.difference(module, forward, inputs, mixed_dtypes=is_norm)
-        else:
-            reason = None
-        if reason is None:
-            replace_forward(module, forward)
-            yield Row(name, was, _describe(forward), None)
-            return
-        reasons.append(reason)
+    try:
+        for forward, inputs, is_norm in candidates(module):
+            reason = _reason_to_keep_forward(module)
+            if reason is None and inputs is not None:
+                reason = probe.difference(module, forward, inputs, mixed_dtypes=is_norm)
+            if reason is None:
+                replace_forward(module, forward)
+                yield Row(name, was, _describe(forward), None)
+                return
+            reasons.append(reason)
+    except Exception as error:  # of a module's own code, or of what a user registered
+        reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
     if reasons:
         yield Row(name, was, None, reasons[0])
+
+
+def _reason_to_keep_forward(module: nn.Module) -> str | None:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return "its parameters are parametrized" if parametrize.is_parametrized(module) else None
 
 
 def _describe(forward: Any) -> str:

@@ -1,7 +1,7 @@
 """Which forwards a module may get: a table by class for the norms of known packages and users, and guesses by likeness.
 
 A class is known by its path, so that no package is imported for it. Whatever is found here for a class that is not torch's
-is used only after probe.difference() found none.
+is used only after the probe found no difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
     """
 
     forward: Forward
-    inputs: Inputs | None
+    inputs: list[Inputs] | None
     is_norm: bool = True
 
 
@@ -50,9 +50,9 @@ def register_conversion(cls: type[nn.Module], make: Make, *, example: Example | 
     """Let `convert` give modules of a class a forward that runs on our kernels.
 
     Args:
-        cls: the class; subclasses with a forward of their own are not meant.
+        cls: the class; subclasses with a forward of their own are not affected.
         make: called with a module of the class; returns forward(module, *inputs), which computes the same, or None to leave
-            the module. For a converted model to pickle, a function at the top level of its file.
+            the module. It must be a function at the top level of a file if converted models are to be pickled.
         example: called with a module; returns the inputs (a tensor or a tuple) to compare both forwards with, in training
             and evaluation, before the module gets the new one. Without it: one of shape [2, 5, *weight.shape].
 
@@ -88,8 +88,9 @@ def block_candidates(module: nn.Module) -> Iterator[Candidate]:
     """Forwards of a block that run its neighbouring modules in one pass."""
     kind = _owner(module)
     if kind in blocks.OF_TORCH:
-        for forward in blocks.OF_TORCH[kind].candidates(module):
-            yield Candidate(forward, None, is_norm=False)
+        if original_class(module) is kind or (kind is nn.Sequential and _keeps_order(module)):
+            for forward in blocks.OF_TORCH[kind].candidates(module):
+                yield Candidate(forward, None, is_norm=False)
         return
     if kind.__module__.startswith("torch.nn."):
         return
@@ -98,14 +99,19 @@ def block_candidates(module: nn.Module) -> Iterator[Candidate]:
             yield Candidate(forward, forward.inputs(module), is_norm=False)
 
 
+def _keeps_order(module: nn.Module) -> bool:
+    """Whether a subclass of Sequential iterates as Sequential does."""
+    return getattr(type(module), "__iter__", None) is nn.Sequential.__iter__
+
+
 def _owner(module: nn.Module) -> type[nn.Module]:
     """The class that defines the forward a module runs."""
     return next(kind for kind in original_class(module).__mro__ if "forward" in vars(kind))
 
 
-def _example(module: Any, example: Example | None) -> Inputs:
+def _example(module: Any, example: Example | None) -> list[Inputs]:
     if example is not None:
         inputs = example(module)
-        return Inputs(inputs if isinstance(inputs, tuple) else (inputs,), {})
+        return [Inputs(inputs if isinstance(inputs, tuple) else (inputs,))]
     weight = next((t for t in (getattr(module, "weight", None), *module.parameters()) if isinstance(t, Tensor)), None)
-    return Inputs((torch.empty(2, 5, *(() if weight is None else weight.shape)),), {})
+    return [Inputs((torch.empty(2, 5, *(() if weight is None else weight.shape)),))]

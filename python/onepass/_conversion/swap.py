@@ -7,47 +7,74 @@ new class is made for one pair of class and forward. It cannot be imported, so a
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _logger = logging.getLogger("onepass")
 
-Forward = Callable[
-    ..., Any
-]  # called as forward(module, *inputs); hashable, and picklable if converted modules are to be
+Forward = Callable[..., Any]
+"""Called as forward(module, *inputs); hashable, and picklable if converted modules are to be.
+
+`arity`, if it has that attribute, is how many inputs it takes; calls with more, by whatever names, run the module's own
+forward. With `takes_options`, the others are passed on by their names in the module's own forward.
+"""
+
+# By id of the original class and by forward. A class lives as long as its modules, and so does what its forward refers to.
+_classes: weakref.WeakValueDictionary[tuple[int, Forward], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def replace_forward(module: nn.Module, forward: Forward) -> None:
     """Let `module` compute forward(module, *inputs) when it is called."""
-    kind: Any = type(module)
-    module.__class__ = _class_with(kind, forward)
+    module.__class__ = _class_with(type(module), forward)
 
 
 def replaced_forward(module: nn.Module) -> Forward | None:
     """The forward that replace_forward gave the module, or None."""
-    found = vars(type(module)).get("_onepass_forward")
-    return None if found is None else found.__func__
+    return getattr(type(module), "_onepass_forward", None)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before replace_forward."""
-    return type(module).__bases__[0] if replaced_forward(module) is not None else type(module)
+    for kind in type(module).__mro__:  # others, such as FSDP, may have derived from the new class
+        if "_onepass_forward" in vars(kind):
+            return kind.__bases__[0]
+    return type(module)
 
 
-@functools.cache
-def _class_with(original: Any, forward: Forward) -> type[nn.Module]:
+def can_restore(module: nn.Module) -> bool:
+    """Whether the module's class is still the one that replace_forward gave it."""
+    return "_onepass_forward" in vars(type(module))
+
+
+def _class_with(original: type[nn.Module], forward: Forward) -> type[nn.Module]:
+    key = id(original), forward
+    found = _classes.get(key)
+    if found is None:
+        found = _classes[key] = _make_class(original, forward)
+    return found
+
+
+def _make_class(original: Any, forward: Forward) -> type[nn.Module]:
+    own = original.forward
+    arity = getattr(forward, "arity", None)
+
+    @functools.wraps(own)  # tools read its signature
+    def run(self: Any, *inputs: Any, **options: Any) -> Any:
+        if arity is None or (len(inputs) == arity and not options and isinstance(inputs[0], Tensor)):
+            return forward(self, *inputs, **options)
+        return _bound(own, forward, self, inputs, options)
+
     def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *state = super(kind, self).__reduce_ex__(protocol)
-        if type(self) is kind:  # no subclass, such as FSDP's
-            function, arguments = _rebuild, (original, forward)
+        if type(self) is kind:
+            arguments = tuple(original if argument is kind else argument for argument in arguments)
+            function, arguments = _rebuild, (function, arguments, original, forward)
         return function, arguments, *state
-
-    @functools.wraps(original.forward)  # tools read its signature
-    def run(self: Any, *inputs: Any, **options: Any) -> Any:
-        return self._onepass_forward(self, *inputs, **options)
 
     kind: type[nn.Module] = type(
         original.__name__,
@@ -65,6 +92,26 @@ def _class_with(original: Any, forward: Forward) -> type[nn.Module]:
     return kind
 
 
+def _bound(own: Any, forward: Any, module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A call with names or with more inputs than usual, by the signature of the module's own forward."""
+    try:
+        arguments = inspect.signature(own).bind(module, *inputs, **options).arguments
+    except TypeError:
+        return own(module, *inputs, **options)  # raises its own error
+    _, *names = arguments
+    values = [arguments[name] for name in names[: forward.arity]]
+    rest: dict[str, Any] = {}
+    for name in names[forward.arity :]:
+        kind = inspect.signature(own).parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            return own(module, *inputs, **options)
+        rest.update(arguments[name] if kind is inspect.Parameter.VAR_KEYWORD else {name: arguments[name]})
+    is_usual = len(values) == forward.arity and isinstance(values[0], Tensor)
+    if not is_usual or (rest and not forward.takes_options):
+        return own(module, *inputs, **options)
+    return forward(module, *values, **rest)
+
+
 def _undo_for_script(module: nn.Module) -> nn.Module:
     """What torch.jit.script calls: it compiles the source of the module's own forward."""
     module.__class__ = original_class(module)
@@ -72,6 +119,9 @@ def _undo_for_script(module: nn.Module) -> nn.Module:
     return module
 
 
-def _rebuild(original: Any, forward: Forward) -> nn.Module:
-    kind = _class_with(original, forward)
-    return kind.__new__(kind)
+def _rebuild(
+    function: Callable[..., Any], arguments: tuple[Any, ...], original: type[nn.Module], forward: Forward
+) -> nn.Module:
+    module: nn.Module = function(*arguments)
+    module.__class__ = _class_with(original, forward)
+    return module

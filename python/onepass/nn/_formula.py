@@ -9,7 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import batch_norm as torch_batch_norm  # by name: patch() replaces attributes
+from torch.nn.functional import dropout as torch_dropout
+from torch.nn.functional import layer_norm as torch_layer_norm
+from torch.nn.functional import leaky_relu, relu
+from torch.nn.functional import rms_norm as torch_rms_norm
 
 from .._dtypes import compute_dtype
 from .._native.batch_norm import BatchNormOptions, Operands, Running, Saved
@@ -79,7 +83,7 @@ def norm_by_torch(
     dtype = x.dtype if all(t is None or t.dtype == x.dtype for t in affine) else compute_dtype(x.dtype)
     weight, bias = (None if t is None else _cast(t, dtype) for t in affine)
     h = _cast(x, dtype)
-    y = F.rms_norm(h, tuple(shape), weight, eps) if rms else F.layer_norm(h, tuple(shape), weight, bias, eps)
+    y = torch_rms_norm(h, tuple(shape), weight, eps) if rms else torch_layer_norm(h, tuple(shape), weight, bias, eps)
     return _cast(y, x.dtype)
 
 
@@ -104,7 +108,7 @@ def dropout(x: Tensor, keep: Tensor, p: float, inverted: bool) -> Tensor:
 def dropout_by_torch(x: Tensor, p: float, inverted: bool, inplace: bool = False) -> Tensor:
     """The same by torch's own function, which draws its own mask."""
     if inverted:
-        return F.dropout(x, p, True, inplace)
+        return torch_dropout(x, p, True, inplace)
     y = torch.where(torch.rand_like(x, dtype=torch.float32) >= p, x, 0)
     return x.copy_(y) if inplace else y
 
@@ -133,7 +137,7 @@ def _activate(z: Tensor, residual: Tensor | None, slope: float | None) -> Tensor
     """z + residual, then z > 0 ? z : slope * z."""
     if residual is not None:
         z = z + residual
-    return z if slope is None else F.leaky_relu(z, slope) if slope != 0 else F.relu(z)
+    return z if slope is None else leaky_relu(z, slope) if slope != 0 else relu(z)
 
 
 def batch_norm(operands: Operands, running: Running, options: BatchNormOptions, training: bool) -> Tensor:
@@ -145,7 +149,7 @@ def batch_norm(operands: Operands, running: Running, options: BatchNormOptions, 
     dtype = compute_dtype(x.dtype)
     statistics = running.mean, running.var
     mean, var, weight, bias = (None if t is None else _cast(t, dtype) for t in (*statistics, weight, bias))
-    z = F.batch_norm(_cast(x, dtype), mean, var, weight, bias, training, momentum, options.eps)
+    z = torch_batch_norm(_cast(x, dtype), mean, var, weight, bias, training, momentum, options.eps)
     if training:
         for statistic, updated in zip(statistics, (mean, var), strict=True):
             if statistic is not None and updated is not None and updated is not statistic:
