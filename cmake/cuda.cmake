@@ -1,5 +1,6 @@
 # Finds nvcc: $CUDACXX, PATH, /usr/local/cuda, or the wheels of  pip install "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]".
-# Sets ONEPASS_HAS_CUDA, ONEPASS_ARCHS (as shown to the user), ONEPASS_CMAKE_ARCHS, ONEPASS_ARCH_FLAGS, ONEPASS_CUDA_LIBRARIES.
+# Sets ONEPASS_HAS_CUDA, ONEPASS_CUDA_LIBRARIES, ONEPASS_ARCHS (as the user sees them), and what compiles them:
+# ONEPASS_CMAKE_ARCHS or ONEPASS_ARCH_FLAGS.
 set(ONEPASS_HAS_CUDA OFF)
 set(ONEPASS_ARCHS "")
 set(ONEPASS_ARCH_FLAGS "")
@@ -44,15 +45,15 @@ if(ONEPASS_HAS_CUDA)
     set(ONEPASS_CMAKE_ARCHS "${ONEPASS_ARCHS}")
   else()
     # Machine code for 86 and 89 is that of 80, for 103 that of 100, for 121 that of 120. sm_110 and later GPUs compile
-    # the PTX of 80. All code from sm_80 on is made of that PTX, too: nvcc then parses a file twice instead of once per
-    # architecture, and no kernel uses an instruction that only later PTX has.
+    # the PTX of 80. nvcc's front end runs once per PTX version, so the code for 90, 100 and 120 comes from the PTX of
+    # 80, too: no kernel uses an instruction that only later versions have.
     set(ONEPASS_ARCHS 75-real 80 90-real)
-    set(from_ptx compute_80,sm_80,sm_90)
+    set(ptx_80 compute_80,sm_80,sm_90)
     if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
       list(APPEND ONEPASS_ARCHS 100-real 120-real)
-      string(APPEND from_ptx ,sm_100,sm_120)
+      string(APPEND ptx_80 ,sm_100,sm_120)
     endif()
+    set(ONEPASS_ARCH_FLAGS --generate-code=arch=compute_75,code=[sm_75] --generate-code=arch=compute_80,code=[${ptx_80}])
     set(ONEPASS_CMAKE_ARCHS OFF)
-    set(ONEPASS_ARCH_FLAGS --generate-code=arch=compute_75,code=[sm_75] --generate-code=arch=compute_80,code=[${from_ptx}])
   endif()
 endif()

@@ -103,7 +103,9 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   const int whole = aligned ? n / w * w : 0;
   for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w)
     update_elements<Rule, w>(k, param, Rule::reads_grad ? grad + i : nullptr, state, index_of(i));
-  // The tail of an aligned chunk, or all of an unaligned one.
+  // The tail of an aligned chunk, or all of an unaligned one. Not unrolled: a store may alias the next loads, so
+  // unrolling would overlap nothing, only take registers.
+  ONEPASS_NO_UNROLL
   for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads)
     update_elements<Rule, 1>(k, param, Rule::reads_grad ? grad + i : nullptr, state, index_of(i));
 }

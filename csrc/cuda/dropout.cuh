@@ -28,20 +28,17 @@ __device__ unsigned keep_bits(std::uint64_t seed, std::uint64_t threshold, std::
 // A thread's copy of a dropout; one without a seed keeps every element as it is.
 template <class F>
 struct DropoutBits {
-  bool drops;
-  std::uint64_t seed, threshold;
+  const Dropout& dropout;  // in the constant bank
+  std::uint64_t seed;
   F scale;
 
-  explicit __device__ DropoutBits(const Dropout& dropout)
-      : drops(dropout.seed != nullptr),
-        seed(drops ? std::uint64_t(*dropout.seed) : 0),
-        threshold(dropout.threshold),
-        scale(F(drops ? dropout.scale : 1)) {}
+  explicit __device__ DropoutBits(const Dropout& d)
+      : dropout(d), seed(d.seed != nullptr ? std::uint64_t(*d.seed) : 0), scale(F(d.seed != nullptr ? d.scale : 1)) {}
 
   // keep_bits() of elements i to i + n - 1.
   template <int n>
   __device__ unsigned at(std::int64_t i) const {
-    return drops ? keep_bits<n>(seed, threshold, i) : ~0u;
+    return dropout.seed != nullptr ? keep_bits<n>(seed, dropout.threshold, i) : ~0u;
   }
 };
 

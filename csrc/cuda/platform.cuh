@@ -4,7 +4,7 @@
 //   ONEPASS_SHARED(T, name, n);          an array `T name[n]` in the block's shared memory, not initialised
 //   ONEPASS_DYNAMIC_SHARED(T, name);     `T* name`: the dynamic shared memory of the launch, 128-byte aligned
 //   ONEPASS_GRID_CONSTANT(T) name        parameter of a kernel: a struct that all threads read without a copy
-//   ONEPASS_UNROLL                       before a loop: unroll it entirely
+//   ONEPASS_UNROLL, ONEPASS_NO_UNROLL    before a loop: unroll it entirely, or not at all
 //   launch(name, kernel, grid, block, dynamic_shared, stream, arguments...)
 //   allow_dynamic_shared(name, kernel, bytes)  before launches with more than 48 KB of dynamic shared memory
 //   as_wide<Wide>(pointer)               the same memory as elements of type Wide, for accesses of 16 bytes
@@ -29,6 +29,7 @@
   T* const name = reinterpret_cast<T*>(onepass_dynamic_shared_memory)
 #define ONEPASS_GRID_CONSTANT(...) const __grid_constant__ __VA_ARGS__
 #define ONEPASS_UNROLL _Pragma("unroll")
+#define ONEPASS_NO_UNROLL _Pragma("unroll 1")
 
 namespace onepass::cuda {
 
@@ -66,6 +67,7 @@ __device__ __forceinline__ void require_aligned(const volatile void*, std::size_
 #define ONEPASS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::onepass::cuda_on_host::dynamic_shared())
 #define ONEPASS_GRID_CONSTANT(...) const __VA_ARGS__&
 #define ONEPASS_UNROLL
+#define ONEPASS_NO_UNROLL
 
 namespace onepass::cuda {
 using cuda_on_host::allow_dynamic_shared;
