@@ -40,7 +40,7 @@ void prefetch_tensor(PyObject* object) {
 
 }  // namespace
 
-bool Plan::read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
+bool Plan::read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
                         bool check_negation) {
   TensorView p, other;
   if (!read(param, p) || !p.is_dense()) return false;
@@ -169,7 +169,7 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
     if (i + ahead < candidates.size()) prefetch(candidates[i + ahead]);
     const Candidate& c = candidates[i];
     Entry entry{};
-    if (!read_streams(c.param, c.grad, c.states, c.n_states, entry, true) ||
+    if (!read_tensors(c.param, c.grad, c.states, c.n_states, entry, true) ||
         !read_scalars(c.scalars, device_scalars, entry))
       stage_entry(c, rule, device_scalars, stage, entry);
     if (!c.complete) continue;
@@ -183,7 +183,7 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
       group.occurrences = std::max(group.occurrences, entry.occurrence + 1);
     }
     group.entries.push_back(entry);
-    updated_.push_back(c.param);
+    to_update_.push_back(c.param);
   }
   return missing;
 }
@@ -208,7 +208,7 @@ void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_
   const bool by_rows = streams.size() == first_state + c.n_states + 1 && rule.takes_rows && c.grad != nullptr;
   if (streams.size() != first_state + c.n_states + by_rows)
     throw py::value_error("stage() returned a wrong number of tensors");
-  bool readable = read_streams(streams[0], c.grad != nullptr && !by_rows ? streams[1] : nullptr,
+  bool readable = read_tensors(streams[0], c.grad != nullptr && !by_rows ? streams[1] : nullptr,
                                streams.data() + first_state, c.n_states, entry, false) &&
                   read_scalars(staged_scalars, device_scalars, entry);
   if (readable && by_rows) {
@@ -226,10 +226,10 @@ void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_
 }
 
 py::list Plan::updated() const {
-  py::list out(updated_.size());
-  for (std::size_t i = 0; i < updated_.size(); ++i) {
-    Py_INCREF(updated_[i]);
-    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), updated_[i]);
+  py::list out(to_update_.size());
+  for (std::size_t i = 0; i < to_update_.size(); ++i) {
+    Py_INCREF(to_update_[i]);
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), to_update_[i]);
   }
   return out;
 }

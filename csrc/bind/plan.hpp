@@ -159,7 +159,7 @@ class Plan {
   std::vector<Scalar> read_hyper(const py::tuple& hyper);
   bool find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& candidate);
   void prefetch(const Candidate& candidate) const;
-  bool read_streams(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
+  bool read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
                     bool check_negation);
   void stage_entry(const Candidate& candidate, const RuleVariant& rule, bool device_scalars, const py::function& stage,
                    Entry& entry);
@@ -182,7 +182,7 @@ class Plan {
   py::tuple tensor_types_;
   std::vector<Group> groups_;
   std::vector<PyObject*> references_;
-  std::vector<PyObject*> updated_;  // borrowed from references_
+  std::vector<PyObject*> to_update_;  // borrowed from references_
   bool has_subclasses_ = false, has_run_ = false;
 };
 

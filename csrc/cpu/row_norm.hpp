@@ -55,14 +55,14 @@ struct RowNormJob {
     return stats;
   }
 
-  // `ahead`: distance, in elements, to the row whose statistics are computed next; it is prefetched.
-  void normalise(const T* x, std::int64_t row, const rows::Stats<F>& stats, std::int64_t ahead) const {
+  // prefetch: distance, in elements, to the row whose statistics are computed next.
+  void normalise(const T* x, std::int64_t row, const rows::Stats<F>& stats, std::int64_t prefetch) const {
     const std::int64_t n = call.size;
     T* const y = static_cast<T*>(call.y) + row * n;
     for_packs<F>(0, n, [&](auto w, std::int64_t i, int count, int part) __attribute__((always_inline)) {
       constexpr bool whole = decltype(w)::value;
       fetch<1>(y + i, part);
-      fetch(x + i + ahead, part);
+      fetch(x + i + prefetch, part);
       const Reg<F> v = load<whole>(x + i, count);
       Reg<F> out;
       if constexpr (rms)
@@ -89,19 +89,19 @@ struct RowNormJob {
     if (call.residual == nullptr) {
       const T* const x = static_cast<const T*>(call.x);
       // A short row's statistics end in a chain of dependent scalar operations, which overlaps writing the row before.
-      const std::int64_t ahead = n * static_cast<std::int64_t>(sizeof(T)) <= 4096 ? 1 : 0;
+      const std::int64_t rows_ahead = n * static_cast<std::int64_t>(sizeof(T)) <= 4096 ? 1 : 0;
       rows::Stats<F> measured{};
-      if (begin < end && ahead > 0) measured = job.measure(x + begin * n, begin);
+      if (begin < end && rows_ahead > 0) measured = job.measure(x + begin * n, begin);
       for (std::int64_t row = begin; row < end; ++row) {
         rows::Stats<F> stats = measured;
-        if (row + ahead < end) measured = job.measure(x + (row + ahead) * n, row + ahead);
-        if (ahead == 0) stats = measured;
-        job.normalise(x + row * n, row, stats, (ahead + 1) * n);
+        if (row + rows_ahead < end) measured = job.measure(x + (row + rows_ahead) * n, row + rows_ahead);
+        if (rows_ahead == 0) stats = measured;
+        job.normalise(x + row * n, row, stats, (rows_ahead + 1) * n);
       }
       return;
     }
     const DropoutPass<T> pass(call.x, call.residual, call.sum, call.mask, call.dropout);
-    const std::int64_t rows_at_once = n % 8 == 0 ? 1 : 8;  // so that they have whole bytes of the mask
+    const std::int64_t rows_at_once = n % 8 == 0 ? 1 : 8;  // 8 rows start at a whole byte of the bit mask
     for (std::int64_t row = begin; row < end; ++row) {
       if (row % rows_at_once == 0) {
         const std::int64_t last = row + rows_at_once < end ? row + rows_at_once : end;
@@ -197,13 +197,13 @@ struct RowNormBackwardJob {
     }
   }
 
-  // `ahead`: distance, in elements, to the row that is read next; it is prefetched.
+  // prefetch: distance, in elements, to the row that is read next.
   template <bool fused>
-  void write(const Row& row, std::int64_t ahead) const {
+  void write(const Row& row, std::int64_t prefetch) const {
     for_packs<F>(0, call.size, [&](auto whole_, std::int64_t i, int count, int part) __attribute__((always_inline)) {
       constexpr bool whole = decltype(whole_)::value;
-      fetch(row.dy + i + ahead, part);
-      fetch(row.x + i + ahead, part);
+      fetch(row.dy + i + prefetch, part);
+      fetch(row.x + i + prefetch, part);
       const Reg<F> g = weight_at<F, whole>(weight, i, count) * load<whole>(row.dy + i, count);
       Reg<F> dx = row.gradient.at(g, load<whole>(row.x + i, count));
       if constexpr (fused) {
@@ -250,7 +250,7 @@ struct RowNormBackwardJob {
   }
 
   // Adds up the blocks' sums in order; a thread has columns [begin, end).
-  static void join(void* context, int thread, int n_threads) {
+  static void add_block_sums(void* context, int thread, int n_threads) {
     const RowNormBackwardJob& job = *static_cast<RowNormBackwardJob*>(context);
     const std::int64_t n = job.call.size;
     std::int64_t begin, end;
@@ -268,7 +268,7 @@ struct RowNormBackwardJob {
     }
   }
 
-  void join_scalars() const {
+  void add_scalar_sums() const {
     for (int half = 0; half < 2; ++half) {
       void* const out = half == 0 ? call.dweight : call.dbias;
       double total = 0;
@@ -286,9 +286,9 @@ struct RowNormBackwardJob {
     const int threads = threads_for(bytes, max_threads);
     run_parallel(threads, &body, &job);
     if (job.sums == nullptr) return;
-    run_parallel(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads), &join,
-                 &job);
-    if (call.scalar_affine) job.join_scalars();
+    run_parallel(threads_for(job.blocks * call.size * static_cast<std::int64_t>(2 * sizeof(F)), max_threads),
+                 &add_block_sums, &job);
+    if (call.scalar_affine) job.add_scalar_sums();
   }
 };
 

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(tuning::column_threads)
 }
 
 template <class F>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     batch_finish_kernel(ONEPASS_GRID_CONSTANT(BatchNorm) call, std::int64_t parts) {
   const std::int64_t channels = call.shape.channels;
   const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;

@@ -28,7 +28,7 @@ __device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offs
 
 // partials[part][2][channels].
 template <class T, class Access, class Layout>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     batch_sums_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
 }
 
 template <class F>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     batch_sums_finish_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t parts) {
   const std::int64_t channels = call.shape.channels;
   const std::int64_t c = (std::int64_t(blockIdx.x) * tuning::column_threads + threadIdx.x) / lanes;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_p
 }
 
 template <class T, class Access, class Layout>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     batch_norm_backward_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Compute<T>;
   constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;

@@ -147,7 +147,7 @@ __device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w>
 
 template <class T, int rounds>
 __global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_gradient_threads,
-                                  rounds == 1 ? tuning::roomy_blocks_per_sm : 1)
+                                  rounds == 1 ? tuning::blocks_per_sm_at_128_registers : 1)
     row_norm_backward_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
   using F = Compute<T>;
   constexpr int w = width<T>;

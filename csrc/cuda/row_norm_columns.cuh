@@ -66,19 +66,19 @@ __device__ void sum_columns(const RowNormBackward& call, int columns) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     row_norm_columns_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
   sum_columns<T, width<T>>(call, columns);
 }
 template <class T>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     row_norm_columns_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
   sum_columns<T, 1>(call, columns);
 }
 
 // Adds up the partial sums in order; each of the eight warps adds every eighth.
 template <class F>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::roomy_blocks_per_sm)
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     row_norm_join_kernel(const F* partials, std::int64_t n, std::int64_t columns, DType dtype, void* dweight,
                          void* dbias) {
   constexpr int lanes = 32, warps = tuning::column_threads / lanes;

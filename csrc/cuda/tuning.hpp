@@ -34,8 +34,8 @@ constexpr int reduce_blocks_per_sm = 4;  // 64 registers; sm_75 would use more f
 constexpr int reduce_chunk = 8192;
 constexpr int join_threads = 512;  // of the single block that joins the partials
 
-// Blocks of a grid whose blocks loop: about 4 waves of 132 SMs * 4 blocks, so that a last wave that is not full costs
-// little. No grid depends on the device, because the order of additions must not.
+// The size of a grid with a grid-stride loop: about 4 waves of 132 SMs * 4 blocks, so that a last wave that is not full
+// costs little. No grid depends on the device, because the order of additions must not.
 constexpr int max_blocks = 2048;
 
 // A thread has one 16-byte load in flight: 24 KB per SM with 6 blocks, for which 40 registers suffice. Without the
@@ -70,8 +70,9 @@ constexpr int column_threads = 256;
 template <int element_bytes>
 constexpr int column_rounds = element_bytes == 2 ? 2 : 4;
 
-// BatchNorm: the least number of elements per block, so that its statistics are small compared with them: 24 bytes for
-// one channel or, with channels last, for each of up to 128 (3 KB beside 32 KB of 16-bit elements). A large array is
+// BatchNorm: the least number of elements per block, so that the statistics it writes are small compared with what it
+// reads: 24 bytes per channel, and with channels last a block has up to 128 of them (3 KB beside 32 KB of 16-bit
+// elements). A large array is
 // divided into about batch_blocks blocks, 4 waves as above.
 constexpr int batch_part = 8192;
 constexpr int batch_part_last = 16384;
@@ -80,6 +81,6 @@ constexpr int batch_blocks = 2048;
 
 // Blocks of 256 threads per SM that may use 128 registers per thread. Without a number ptxas aims at as few as 32
 // registers, and spills.
-constexpr int roomy_blocks_per_sm = 2;
+constexpr int blocks_per_sm_at_128_registers = 2;
 
 }  // namespace onepass::cuda::tuning

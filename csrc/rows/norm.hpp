@@ -33,10 +33,10 @@ struct Stats {
   }
 
   // The same computed in F, for GPUs with slow float64: from the means of d and of d * d, where d is an element's
-  // distance from a pivot near the mean. The mean is pivot + distance.
-  ONEPASS_HD static Stats about(F pivot, F distance, F squares, F eps) {
-    const F variance = squares - distance * distance, mean = pivot + distance;
-    return {mean, distance - (mean - pivot), 1 / sqrt((variance < 0 ? F(0) : variance) + eps)};
+  // distance from a pivot near the mean.
+  ONEPASS_HD static Stats about(F pivot, F mean_distance, F mean_square, F eps) {
+    const F variance = mean_square - mean_distance * mean_distance, mean = pivot + mean_distance;
+    return {mean, mean_distance - (mean - pivot), 1 / sqrt((variance < 0 ? F(0) : variance) + eps)};
   }
 
   template <class V>
@@ -45,8 +45,8 @@ struct Stats {
   }
 };
 
-// 1 / standard deviation for the backward of a row. The only element of a row is its own mean and does not influence
-// the result, so its gradient is exactly 0; without the 0 it would be rounding noise times 1 / sqrt(eps).
+// 1 / standard deviation for the backward of a row. A row of one element equals its mean, so its result does not depend
+// on it and its gradient is exactly 0; without the 0 it would be rounding noise times 1 / sqrt(eps).
 template <class F>
 ONEPASS_HD F backward_rstd(F rstd, bool rms, std::int64_t size) {
   return !rms && size == 1 ? F(0) : rstd;
@@ -69,8 +69,8 @@ struct Normaliser {
 
 // The gradient of an input x that its row's statistics depend on: g without its components along 1 and along xhat,
 //   dx = (g - mean_g - xhat * mean_gx) * rstd,   mean_g, mean_gx: the row's means of g and of g * xhat,
-// computed as g * scale + (x - mean) * x_scale + shift, which is two fused multiply-adds per element. Here g is weight
-// * gradient; a weight of the whole row is part of scale instead.
+// computed as g * scale + (x - mean) * x_scale + shift, which is two fused multiply-adds per element. g contains
+// LayerNorm's weight already; BatchNorm's, one per channel, is in scale.
 template <class F>
 struct InputGradient {
   F mean, scale, x_scale, shift;
