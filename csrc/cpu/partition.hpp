@@ -33,7 +33,7 @@ ONEPASS_HD constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channe
 
 // With less memory traffic per thread, another thread costs more than it gains: starting threads takes 1 us if they
 // spin, 75 us if they sleep, and milliseconds if another process has taken their core.
-constexpr std::int64_t bytes_per_thread = 2 << 20;
+constexpr std::int64_t bytes_per_thread = 1 << 19;
 
 ONEPASS_HD constexpr int threads_for(std::int64_t bytes, int max_threads) {
   const std::int64_t worth = bytes / bytes_per_thread;
