@@ -66,11 +66,16 @@ def dropout_add_norm(dropout: nn.Module | None, norm: nn.Module, x: Tensor, resi
             return F.dropout_add_layer_norm(x, residual, *options)
         if type(norm) is fused.RMSNorm:
             return F.dropout_add_rms_norm(x, residual, norm.normalized_shape, norm.weight, norm.eps, p, training)
-        rule = replaced_forward(norm)
-        if isinstance(rule, RowNorm) and not rule.offset and not rule.channels_first and norm.weight.dtype == x.dtype:
+        forward = replaced_forward(norm)
+        if (
+            isinstance(forward, RowNorm)
+            and not forward.offset
+            and not forward.channels_first
+            and norm.weight.dtype == x.dtype
+        ):
             weight: Any = norm.weight
-            shape, eps = tuple(weight.shape), getattr(norm, rule.eps)
-            if rule.rms:
+            shape, eps = tuple(weight.shape), getattr(norm, forward.eps)
+            if forward.rms:
                 return F.dropout_add_rms_norm(x, residual, shape, weight, eps, p, training)
             bias: Any = norm.bias
             return F.dropout_add_layer_norm(x, residual, shape, weight, bias, eps, p, training)
@@ -109,7 +114,7 @@ class Sequential:
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """The blocks of ResNets, torchvision's and timm's: BatchNorm and ReLU, and at the end the residual between them."""
+    """The blocks of ResNets, torchvision's and timm's: BatchNorm and ReLU; the last pair has the residual added between them."""
 
     convolutions: int
 
@@ -135,7 +140,7 @@ class ResidualBlock:
 
     @staticmethod
     def _fits(module: Any) -> bool:
-        """Nothing that timm may put between a convolution, its norm, and the residual."""
+        """Whether timm has put nothing between a convolution, its norm, and the residual."""
         between = (getattr(module, name, None) for name in ("se", "drop_path", "drop_block", "aa"))
         return all(part is None or type(part) is nn.Identity for part in between)
 

@@ -15,11 +15,11 @@ from .devices import (
     use_isa,
 )
 from .rules import RuleVariant, find_variant, foreign_states, rules, state_names, variants
-from .update import Clip, Group, Staging, new_plan, norm_of, update
+from .update import GradientFactor, Group, Staging, new_plan, norm_of, update
 
 __all__ = [
     "_C",
-    "Clip",
+    "GradientFactor",
     "Group",
     "RuleVariant",
     "Staging",

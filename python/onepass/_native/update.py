@@ -18,7 +18,7 @@ _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Staging(Protocol):
-    """Makes tensors that kernels take out of those that they do not take as they are: onepass.optim._staging."""
+    """Turns tensors that kernels cannot use directly into ones they can: onepass.optim._staging."""
 
     def stage(
         self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
@@ -84,7 +84,7 @@ def new_plan() -> _C.Plan:
 
 
 @dataclass
-class Clip:
+class GradientFactor:
     """What happens to the gradients of one step before the rule: see "From gradient to update" in docs/optimizers.md.
 
     Args:
@@ -150,7 +150,9 @@ def norm_of(
     return total if math.isinf(norm_type) or norm_type == 1.0 else total ** (1 / norm_type)
 
 
-def update(plan: _C.Plan, stagings: Sequence[Staging], clip: Clip, norm: Tensor | None = None) -> Tensor | float | None:
+def update(
+    plan: _C.Plan, stagings: Sequence[Staging], factor: GradientFactor, norm: Tensor | None = None
+) -> Tensor | float | None:
     """Run the kernels over everything gathered, then write back copies. Gives the gradient norm if it was needed.
 
     norm: the result of norm_of(plan), where the caller has it already.
@@ -161,10 +163,10 @@ def update(plan: _C.Plan, stagings: Sequence[Staging], clip: Clip, norm: Tensor 
     devices = plan.cuda_devices()
     on_host = not devices or plan.has_cpu()
     # Kernels on a CUDA device skip the step by themselves; for parameters on the CPU the host decides.
-    if on_host and clip.found_inf is not None and bool(clip.found_inf):
+    if on_host and factor.found_inf is not None and bool(factor.found_inf):
         return None
     try:
-        return _run(plan, clip, devices, on_host, norm)
+        return _run(plan, factor, devices, on_host, norm)
     finally:
         if plan.has_run():  # where a launch failed, those before it have written, and that must be visible
             updated = plan.updated()
@@ -175,18 +177,18 @@ def update(plan: _C.Plan, stagings: Sequence[Staging], clip: Clip, norm: Tensor 
 
 
 def _run(
-    plan: _C.Plan, clip: Clip, devices: list[int], on_host: bool, norm: Tensor | float | None
+    plan: _C.Plan, factor: GradientFactor, devices: list[int], on_host: bool, norm: Tensor | float | None
 ) -> Tensor | float | None:
     threads = torch.get_num_threads()
-    if clip.needs_norm and norm is None:
-        if devices or clip.reduce is not None:
-            norm = norm_of(plan, reduce=clip.reduce, weighted=clip.weighted)
+    if factor.needs_norm and norm is None:
+        if devices or factor.reduce is not None:
+            norm = norm_of(plan, reduce=factor.reduce, weighted=factor.weighted)
         else:
-            norm = math.sqrt(plan.cpu_total(2.0, clip.weighted, threads))
-    host_scale = float(clip.grad_scale) if on_host and clip.grad_scale is not None else 1.0
+            norm = math.sqrt(plan.cpu_total(2.0, factor.weighted, threads))
+    host_scale = float(factor.grad_scale) if on_host and factor.grad_scale is not None else 1.0
     host_norm = float(norm) / host_scale if on_host and norm is not None else 0.0
-    buffers = {index: _DeviceBuffers(plan, index, clip, norm) for index in devices}
-    options = clip.max_norm, clip.normalize, clip.epsilon
+    buffers = {index: _DeviceBuffers(plan, index, factor, norm) for index in devices}
+    options = factor.max_norm, factor.normalize, factor.epsilon
     plan.run(threads, options, host_scale, host_norm, {index: buffers[index].addresses for index in devices})
     if norm is None:
         return None
@@ -202,7 +204,7 @@ class _DeviceBuffers:
         addresses: of the stream, the workspace and the numbers, as the extension takes them.
     """
 
-    def __init__(self, plan: _C.Plan, index: int, clip: Clip, scaled_norm: Tensor | float | None) -> None:
+    def __init__(self, plan: _C.Plan, index: int, factor: GradientFactor, scaled_norm: Tensor | float | None) -> None:
         device = torch_device(index)
 
         def on_device(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -214,7 +216,7 @@ class _DeviceBuffers:
             torch.empty(plan.cuda_workspace(index), dtype=torch.uint8, device=device),
             on_device(norm, torch.float64),
             self.norm,
-            on_device(clip.grad_scale, torch.float32),
-            on_device(clip.found_inf, torch.float32),
+            on_device(factor.grad_scale, torch.float32),
+            on_device(factor.found_inf, torch.float32),
         ]
         self.addresses = current_stream(index), *(0 if t is None else t.data_ptr() for t in self._tensors)

@@ -165,9 +165,9 @@ def apply_batch_norm(operands: Operands, running: Running, training: bool, eps: 
         operands = _flatten_affine(operands)
     options = BatchNormOptions(eps, slope, is_channels_last(x))
     if route == FORMULA or x.numel() == 0:
-        written = running if not training or counts_batch() else Running(None, None)
-        y = _formula.batch_norm(operands, written, options, training)
-        count_batch(written.batches)
+        to_update = running if not training or counts_batch() else Running(None, None)
+        y = _formula.batch_norm(operands, to_update, options, training)
+        count_batch(to_update.batches)
         return y
     if x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous():
         # [N, L, C] in memory is channels_last with a width of 1.
@@ -202,20 +202,20 @@ def _flatten_affine(operands: Operands) -> Operands:
 def _normalise_by_batch(route: int, operands: Operands, running: Running, options: BatchNormOptions) -> Tensor:
     y: Tensor
     x = operands.x
-    written = running if counts_batch() else Running(None, None)
-    if route == KERNEL and _is_accessible(written, written=True):
+    to_update = running if counts_batch() else Running(None, None)
+    if route == KERNEL and _is_accessible(to_update, for_writing=True):
         if wants_grad(*operands):
-            y = apply_with_autograd(*operands, written, options, True)
+            y = apply_with_autograd(*operands, to_update, options, True)
         else:
-            y, _ = normalise_and_count(operands, written, options)
-        _compat.increment_version([t for t in (written.mean, written.var) if t is not None])
+            y, _ = normalise_and_count(operands, to_update, options)
+        _compat.increment_version([t for t in (to_update.mean, to_update.var) if t is not None])
         return y
     y, stats = batch_norm_operator(*operands, *options)
     if running.mean is not None:
         with torch.no_grad():
             var = (stats[1].square().reciprocal() - options.eps).clamp(min=0)
-            update_running(running, stats[0], var, x.numel() // x.shape[1], write=written is running)
-    count_batch(written.batches)
+            update_running(running, stats[0], var, x.numel() // x.shape[1], write=to_update is running)
+    count_batch(to_update.batches)
     return y
 
 
@@ -225,7 +225,7 @@ def _normalise_by_running(route: int, operands: Operands, running: Running, opti
     if route != KERNEL:
         y = batch_norm_apply_operator(*operands, _constant_statistics(running, options.eps, dtype), *options)
         return y
-    if not _is_accessible(running, written=False):
+    if not _is_accessible(running, for_writing=False):
         running = Running(_accessible_copy(running.mean, dtype), _accessible_copy(running.var, dtype))
     if wants_grad(*operands):
         y = apply_with_autograd(*operands, running, options, False)
@@ -243,15 +243,15 @@ def _constant_statistics(running: Running, eps: float, dtype: torch.dtype) -> Te
     return torch.stack([t.to(dtype).reshape(-1) for t in (mean, rstd, mean - mean.to(dtype))])
 
 
-def _is_accessible(running: Running, written: bool) -> bool:
-    """Whether the kernel can read the running statistics in place and, if `written`, write them."""
+def _is_accessible(running: Running, for_writing: bool) -> bool:
+    """Whether the kernel can read the running statistics in place and, if `for_writing`, write them."""
     mean, var = running.mean, running.var
     if mean is None or var is None:
         return True
     return (
         mean.dtype == var.dtype
         and mean.dtype in FLOATS
-        and all(t.is_contiguous() and not t.is_neg() and not (written and t.is_inference()) for t in (mean, var))
+        and all(t.is_contiguous() and not t.is_neg() and not (for_writing and t.is_inference()) for t in (mean, var))
     )
 
 

@@ -1,16 +1,15 @@
-"""Chooses the route of a layer's call; no other module decides it.
+"""Chooses the route of a layer's call. (Empty inputs take the formula, whatever the route.)
 
 A call goes straight to the kernel unless something else has to see it. The first condition that holds decides:
 
-1. A torch.func transform is active, also one inside code that torch.compile traces: the formula in torch operations,
-   which every transform and every nesting of transforms understands.
+1. A torch.func transform is active, also one inside code that torch.compile traces, or forward-mode AD with a tangent
+   among the tensors: the formula in torch operations, which every transform and every nesting of transforms understands.
 2. torch.export or torch.jit.trace is tracing: torch's own function, so that the program runs without onepass (ONNX,
    TensorRT, AOTInductor, C++).
 3. torch.compile is tracing: the operator.
-4. Forward-mode AD, with a tangent among the tensors: the formula.
-5. A tensor whose value is not just its memory (subclass, fake, meta), an active dispatch mode, a device without
+4. A tensor whose value is not just its memory (subclass, fake, meta), an active dispatch mode, a device without
    kernels: the operator, which subclasses and modes intercept and which names the device it refuses.
-6. Otherwise: the kernel.
+5. Otherwise: the kernel.
 
 Before all of these, public functions handle __torch_function__, as torch's own functions do.
 """

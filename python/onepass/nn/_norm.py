@@ -122,7 +122,7 @@ def row_norm(
         return _formula.norm(x, weight, bias, options)
     if route == KERNEL:
         x, weight, bias = for_kernel(x), for_kernel_or_none(weight), for_kernel_or_none(bias)
-        rows = x.reshape(-1, size) if weight is None else x  # check_norm_operands makes a bias without a weight [size]
+        rows = x.reshape(-1, size) if weight is None else x  # without a weight, the bias is [size] by now
         shape = (size,) if weight is None else tuple(normalized_shape)
         result = _run_kernel(rows, shape, weight, bias, eps, rms)
         if result is None:
@@ -229,7 +229,7 @@ def _fake_backward(
 
 
 def fake_affine_gradient(x: Tensor, weight: Tensor | None, size: int) -> Tensor:
-    """Like the weight. Without a weight it is that of a bias, in the compute dtype: autograd rounds it."""
+    """An empty gradient like the weight; without one, for the bias, in the compute dtype, which autograd rounds."""
     if weight is None:
         return x.new_empty(size, dtype=compute_dtype(x.dtype))
     return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -120,7 +120,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Restore from a pickle or a copy. load_state_dict() calls it too, without the defaults."""
         loading: dict[str, Any] | None = self.__dict__.get("_loading")
         defaults = state.get("defaults") or self.defaults
-        for option, value in options_of(type(self)).items():  # which a pickle of an older onepass may lack
+        for option, value in options_of(type(self)).items():  # an older pickle may lack some
             defaults.setdefault(option, value)
         old_groups = [{}] * len(state["param_groups"]) if loading is None else self.param_groups
         for group, old in zip(state["param_groups"], old_groups, strict=True):
@@ -151,7 +151,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         loading: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(
             lambda _, loaded: loading.update(loaded)
-        )  # after the user's own
+        )  # runs after the user's hooks
         self._loading = loading
         try:
             super().load_state_dict(state_dict)
@@ -208,20 +208,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self.param_groups:
             return loss
-        clip = self._clip()
-        if not self._found_overflow(clip.found_inf):
-            self._update(clip)
+        factor = self._gradient_factor()
+        if not self._found_overflow(factor.found_inf):
+            self._update(factor)
         return loss
 
     def _found_overflow(self, found_inf: Tensor | None) -> bool:
-        """Whether the host skips the step for an overflow. It leaves that to the kernels where found_inf is on their device."""
+        """Whether the host skips the step for an overflow. If found_inf is on the kernels' device, they decide."""
         if found_inf is None:
             return False
         stepped = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
         kernels_decide = _native.is_on_cuda(found_inf) and any(_native.is_on_cuda(p) for p in stepped)
         return not kernels_decide and bool(found_inf)
 
-    def _clip(self) -> _native.Clip:
+    def _gradient_factor(self) -> _native.GradientFactor:
         options = self.param_groups[0]
         for group in self.param_groups:
             check_shared_options(group, type(self).__name__)
@@ -233,12 +233,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "ignore them"
             )
         max_norm = None if options["max_norm"] is None else float(options["max_norm"])
-        return _native.Clip(max_norm, bool(options["normalize_grads"]), grad_scale, found_inf)
+        return _native.GradientFactor(max_norm, bool(options["normalize_grads"]), grad_scale, found_inf)
 
-    def _update(self, clip: _native.Clip) -> None:
+    def _update(self, factor: _native.GradientFactor) -> None:
         plan, stagings, missing = self._gather(None)
-        if clip.needs_norm and plan.has_subclasses():
-            clip.reduce = reduce_sharded(self.param_groups)
+        if factor.needs_norm and plan.has_subclasses():
+            factor.reduce = reduce_sharded(self.param_groups)
         self._check_capture(plan)
         made: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
@@ -249,7 +249,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 plan, stagings, missing = self._gather(self._fresh_params(missing) or None)
                 if missing:
                     raise RuntimeError("the optimizer's state changed while it was being made")
-            norm = _native.update(plan, stagings, clip)
+            norm = _native.update(plan, stagings, factor)
         except BaseException:
             if not plan.has_run():
                 self._discard(made)

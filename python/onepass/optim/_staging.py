@@ -1,4 +1,4 @@
-"""Copies in, results back: tensors that kernels take, for parameters that they do not take as they are."""
+"""Copies of parameters, gradients and states that kernels cannot use directly, and the results copied back."""
 
 from __future__ import annotations
 

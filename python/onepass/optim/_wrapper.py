@@ -234,4 +234,4 @@ def restore(groups: list[dict[str, Any]], states: State) -> None:
             "the weights from before are gone: the optimizer's state was changed from outside. Load model and optimizer from a "
             "checkpoint"
         )
-    _native.update(plan, [staging], _native.Clip())
+    _native.update(plan, [staging], _native.GradientFactor())

@@ -74,7 +74,7 @@ def clip_grad_norm_(
     norm = _native.norm_of(plan, norm_type)
     _check_finite(norm.to(dtype), norm_type, error_if_nonfinite)
     if plan.cuda_devices() or not max_norm / (float(norm) + 1e-6) >= 1:  # on the CPU skip a factor of 1
-        _native.update(plan, [staging], _native.Clip(max_norm), norm)
+        _native.update(plan, [staging], _native.GradientFactor(max_norm), norm)
     return norm.to(dtype)
 
 
@@ -130,4 +130,4 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
             g.clamp_(-clip_value, clip_value)
     elif gradients:
         plan, staging = _gather(gradients, float(clip_value))
-        _native.update(plan, [staging], _native.Clip())
+        _native.update(plan, [staging], _native.GradientFactor())

@@ -150,7 +150,7 @@ class Lookahead(Wrapper):
     def _synchronise(self, alpha: float | Tensor) -> None:
         plan = _native.new_plan()
         staging = self._gather(self._slow(), plan, alpha)
-        _native.update(plan, [staging], _native.Clip())
+        _native.update(plan, [staging], _native.GradientFactor())
 
     # --- alpha="quadratic" --------------------------------------------------------------------------------------------
 

@@ -244,12 +244,12 @@ class SAM(Wrapper):
             for param in missing:
                 states[param][self.kept] = torch.zeros_like(param, dtype=state_dtype(param))
             plan, stagings, _ = self._gather(states)
-        clip = _native.Clip(normalize=True, epsilon=1e-12, weighted=True in adaptive)
+        factor = _native.GradientFactor(normalize=True, epsilon=1e-12, weighted=True in adaptive)
         if plan.has_subclasses():
-            clip.reduce = reduce_sharded(self.param_groups, "SAM needs")
+            factor.reduce = reduce_sharded(self.param_groups, "SAM needs")
         self._perturbing, self._perturbed = plan, states
         try:
-            _native.update(plan, stagings, clip)
+            _native.update(plan, stagings, factor)
         finally:
             if not plan.has_run():
                 self._perturbed = None
