@@ -9,78 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import nn as fused
-from .._compat import has_hooks
-from ..nn import functional as F
-from ..nn.batch_norm_modules import normalise
 from .activations import slope_of
-from .norms import RowNorm
+from .neighbours import dropout_add_norm, is_batch_norm, norm_act
 from .probe import Inputs
-from .swap import original_class, replaced_forward
-
-
-def _is_batch_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return type(module) in (fused.BatchNorm1d, fused.BatchNorm2d, fused.BatchNorm3d)
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but its class's forward."""
-    return not has_hooks(module) and "forward" not in vars(module)
-
-
-def _are_alike(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether one kernel takes both: tensors (no proxies of torch.fx) of one shape and dtype."""
-    if not isinstance(x, Tensor) or x.is_nested:
-        return False
-    return residual is None or (not residual.is_nested and x.shape == residual.shape and x.dtype == residual.dtype)
-
-
-def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """activation(norm(x) + residual)."""
-    slope = slope_of(activation)
-    if slope is not None and _is_batch_norm(norm) and _is_bare(norm) and _are_alike(x, residual):
-        return normalise(norm, x, residual, slope)
-    y = norm(x)
-    if residual is not None:
-        y = y + residual
-    return activation(y)  # type: ignore[no-any-return]
-
-
-def dropout_add_norm(dropout: nn.Module | None, norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(x); (norm(sum), sum)."""
-    p, training = 0.0, False
-    if dropout is not None:
-        if type(dropout) is not fused.Dropout or not dropout.inverted or not _is_bare(dropout):
-            x, dropout = dropout(x), None
-        else:
-            p, training = dropout.p, dropout.training
-    if _are_alike(x, residual) and _is_bare(norm):
-        if type(norm) is fused.LayerNorm:
-            options = norm.normalized_shape, norm.weight, norm.bias, norm.eps, p, training
-            return F.dropout_add_layer_norm(x, residual, *options)
-        if type(norm) is fused.RMSNorm:
-            return F.dropout_add_rms_norm(x, residual, norm.normalized_shape, norm.weight, norm.eps, p, training)
-        forward = replaced_forward(norm)
-        if (
-            isinstance(forward, RowNorm)
-            and not forward.offset
-            and not forward.channels_first
-            and norm.weight.dtype == x.dtype
-        ):
-            weight: Any = norm.weight
-            shape, eps = tuple(weight.shape), getattr(norm, forward.eps)
-            if forward.rms:
-                return F.dropout_add_rms_norm(x, residual, shape, weight, eps, p, training)
-            bias: Any = norm.bias
-            return F.dropout_add_layer_norm(x, residual, shape, weight, bias, eps, p, training)
-    total = residual + (x if dropout is None else dropout(x))
-    return norm(total), total
+from .swap import original_class
 
 
 @dataclass(frozen=True)
@@ -95,7 +32,7 @@ class Sequential:
         at = 0
         while at < len(layers):
             following = layers[at + 1] if at + 1 < len(layers) else None
-            if _is_batch_norm(layers[at]) and following is not None and slope_of(following) is not None:
+            if is_batch_norm(layers[at]) and following is not None and slope_of(following) is not None:
                 input = norm_act(layers[at], following, input)
                 at += 2
             else:
@@ -107,7 +44,7 @@ class Sequential:
     def candidates(module: Any) -> Iterator[Sequential]:
         layers = list(module)
         for norm, activation in itertools.pairwise(layers):
-            if _is_batch_norm(norm) and slope_of(activation) is not None:
+            if is_batch_norm(norm) and slope_of(activation) is not None:
                 yield Sequential()
                 return
 
