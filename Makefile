@@ -11,8 +11,8 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 # Installed before what depends on it, so that pip does not choose another.
 TORCH ?= torch==2.13.0
-# Extras of pyproject.toml to install; all without one.
-EXTRAS ?=
+# Extras of pyproject.toml to install. "models", for BENCH=training, is large.
+EXTRAS ?= demo bench test lint
 PYTEST_ARGS ?=
 # CUDA kernels: AUTO where nvcc is found, ON, OFF.
 ONEPASS_CUDA ?= AUTO

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report_training
+
 Json = Mapping[str, Any]
 
 # A result goes between two comments of the page that name its benchmark.
@@ -259,11 +261,17 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="write the tables between their markers, the plots beside the page")
     args = parser.parse_args()
     for result in (json.loads(path.read_text()) for path in args.results):
-        if args.page:
-            args.page.write_text(insert(args.page.read_text(), result["benchmark"], markdown(result)))
-            plot(result, args.page.with_name(f"{args.page.stem}-{result['benchmark']}.png"))
+        is_training = result["benchmark"] == "training"
+        text = report_training.markdown(result, describe(result)) if is_training else markdown(result)
+        if not args.page:
+            print(text, end="\n\n")
+            continue
+        args.page.write_text(insert(args.page.read_text(), result["benchmark"], text))
+        picture = args.page.with_name(f"{args.page.stem}-{result['benchmark']}.png")
+        if is_training:
+            report_training.plot(result, describe(result), picture)
         else:
-            print(markdown(result), end="\n\n")
+            plot(result, picture)
     return 0
 
 

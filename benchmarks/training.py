@@ -5,7 +5,7 @@
 
 A step is forward, loss, backward, clipping to a global norm and AdamW (SGD with momentum for the ResNets). Beside torch:
 torch.optim (fused) and clip_grad_norm_. Beside onepass: convert(model), patch(), and the same optimizer with max_norm. Rows
-without their package (timm, transformers, torchvision: the extra "bench") are left out and named.
+without their package (timm, transformers, torchvision: the extra "models") are left out and named.
 
 The variants take turns, step by step. Columns: the median step in ms; the ratio torch / onepass with its quartiles over the
 rounds; the share of torch's step outside of matrix products and convolutions, which is all that onepass can change, and how
@@ -254,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         return 1
     print(f"geometric mean: {statistics.geometric_mean(row['ratios']['torch'][1] for row in rows):.3f}")
-    harness.save({"environment": harness.environment(device), "rows": rows}, args.out, "training")
+    harness.save(
+        {"benchmark": "training", "environment": harness.environment(device), "rows": rows}, args.out, "training"
+    )
     return 0
 
 
