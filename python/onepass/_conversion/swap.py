@@ -61,13 +61,19 @@ def _class_with(original: type[nn.Module], forward: Forward) -> type[nn.Module]:
 
 def _make_class(original: Any, forward: Forward) -> type[nn.Module]:
     own = original.forward
-    arity = getattr(forward, "arity", None)
+    arity, takes_options = getattr(forward, "arity", None), getattr(forward, "takes_options", False)
+    signature = inspect.signature(own)
 
     @functools.wraps(own)  # tools read its signature
     def run(self: Any, *inputs: Any, **options: Any) -> Any:
-        if arity is None or (len(inputs) == arity and not options and isinstance(inputs[0], Tensor)):
+        is_usual = len(inputs) == arity and (takes_options or not options) and isinstance(inputs[0], Tensor)
+        if is_usual or arity is None:
             return forward(self, *inputs, **options)
-        return _bound(own, forward, self, inputs, options)
+        bound = _bind(signature, forward, self, inputs, options)
+        if bound is None:
+            return own(self, *inputs, **options)
+        values, rest = bound
+        return forward(self, *values, **rest)
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *state = super(kind, self).__reduce_ex__(protocol)
@@ -92,24 +98,24 @@ def _make_class(original: Any, forward: Forward) -> type[nn.Module]:
     return kind
 
 
-def _bound(own: Any, forward: Any, module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """A call with names or with more inputs than usual, by the signature of the module's own forward."""
+def _bind(
+    signature: inspect.Signature, forward: Any, module: Any, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]] | None:
+    """The arguments of `forward` for a call by the signature of a module's own forward; None where it does not take them."""
     try:
-        arguments = inspect.signature(own).bind(module, *inputs, **options).arguments
+        arguments = signature.bind(module, *inputs, **options).arguments
     except TypeError:
-        return own(module, *inputs, **options)  # raises its own error
+        return None
     _, *names = arguments
     values = [arguments[name] for name in names[: forward.arity]]
     rest: dict[str, Any] = {}
     for name in names[forward.arity :]:
-        kind = inspect.signature(own).parameters[name].kind
+        kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            return own(module, *inputs, **options)
+            return None
         rest.update(arguments[name] if kind is inspect.Parameter.VAR_KEYWORD else {name: arguments[name]})
     is_usual = len(values) == forward.arity and isinstance(values[0], Tensor)
-    if not is_usual or (rest and not forward.takes_options):
-        return own(module, *inputs, **options)
-    return forward(module, *values, **rest)
+    return (values, rest) if is_usual and (forward.takes_options or not rest) else None
 
 
 def _undo_for_script(module: nn.Module) -> nn.Module:
