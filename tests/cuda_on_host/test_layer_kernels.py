@@ -101,7 +101,7 @@ def written_mask(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A mask from a call that writes y and the mask together, which the package does on the CPU only."""
     x = random(n, dtype=dtype)
     y, mask = torch.empty_like(x), torch.full(((n + 7) // 8,), 255, dtype=torch.uint8, device=DEVICE)
-    layers._C.dropout(x, y, n, (seed_tensor(), P, True, mask, False), layers.stream_of(x))
+    layers._C.dropout(x, y, n, (seed_tensor(), P, True, mask, False), layers.resources_for(x))
     assert torch.equal(y != 0, keep(n))
     return x, mask
 
@@ -270,6 +270,6 @@ def test_dropout_add_norm_writes_a_mask(size):
     outputs = [torch.empty_like(x), torch.empty_like(x), torch.empty(3, 5, device=DEVICE)]
     mask, seed = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8, device=DEVICE), seed_tensor()
     dropout = seed, P, True, mask, False
-    norm, place = (size, EPS, False), layers.stream_of(x)
+    norm, place = (size, EPS, False), layers.resources_for(x)
     layers._C.row_norm((x, residual, None, None), (outputs[1], outputs[0], outputs[2]), norm, dropout, place)
     assert torch.equal(mask, layers.dropout_mask(x.shape, DropoutOptions(seed, P, True), packed=True))

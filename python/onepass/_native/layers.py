@@ -95,8 +95,8 @@ def try_norm(
     """
     y = torch.empty_like(x)
     if is_on_cuda(x):
-        if stats is None:  # the CUDA kernel always writes them
-            stats = row_statistics(x, row_size(x, normalized_shape))
+        if stats is None and (row := row_size(x, normalized_shape)):  # the CUDA kernel always writes them
+            stats = row_statistics(x, row)
         resources = resources_for(x)
     else:
         resources = torch.get_num_threads(), 0, None
@@ -105,14 +105,14 @@ def try_norm(
 
 def row_size(x: Tensor, normalized_shape: object) -> int:
     """Elements per row; 0 if normalized_shape cannot be the last dimensions of x."""
-    if not isinstance(normalized_shape, tuple) or not 0 < len(normalized_shape) <= x.dim():
+    if x.is_nested or not isinstance(normalized_shape, tuple) or not 0 < len(normalized_shape) <= x.dim():
         return 0
     return x.shape[-1] if len(normalized_shape) == 1 else math.prod(x.shape[-len(normalized_shape) :])
 
 
 def row_statistics(x: Tensor, size: int) -> Tensor:
-    """An uninitialised [3, rows] of F; empty for rows of size 0."""
-    shape = 3, x.numel() // size if size else 0
+    """An uninitialised [3, rows] of F."""
+    shape = 3, x.numel() // size
     if x.dtype is torch.float32:  # faster without a dtype argument: allocations take most of a tiny norm's time
         return x.new_empty(shape)
     return x.new_empty(shape, dtype=compute_dtype(x.dtype))

@@ -160,8 +160,8 @@ class _Norm(torch.autograd.Function):
         rms: bool,
     ) -> Tensor | None:
         stats = None
-        if x.numel() > native.TINY or not x.is_cpu:  # see TINY
-            stats = native.row_statistics(x, native.row_size(x, normalized_shape))
+        if (x.numel() > native.TINY or not x.is_cpu) and (row := native.row_size(x, normalized_shape)):  # see TINY
+            stats = native.row_statistics(x, row)
         y, size = native.try_norm(x, normalized_shape, weight, bias, eps, rms, stats)
         if not size:
             return None
