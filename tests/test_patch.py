@@ -322,6 +322,8 @@ def test_attention_with_dropout(name, options, sizes, dtype, calls, monkeypatch)
         expected = F.scaled_dot_product_attention(*inputs, dropout_p=0.0, **options)
     except (TypeError, RuntimeError) as error:
         pytest.skip(f"this torch refuses it: {error}")
+    if expected.isnan().any():
+        pytest.skip("this torch gives NaN for a row without keys")
     with onepass.patch():
         y = F.scaled_dot_product_attention(*inputs, dropout_p=0.5, **options)
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5

@@ -95,7 +95,11 @@ class ResidualBlock:
 
 
 # Methods of torch's layers that some replace on the instance, to see what attention computes.
-_PARTS = frozenset(("_sa_block", "_mha_block", "_ff_block"))
+_PARTS = "_sa_block", "_mha_block", "_ff_block"
+
+
+def _has_own_parts(module: nn.Module) -> bool:
+    return any(part in module.__dict__ for part in _PARTS)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class EncoderLayer:
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if not module.training or not vars(module).keys().isdisjoint(_PARTS):
+        if not module.training or _has_own_parts(module):
             own: Tensor = original_class(module).forward(module, src, src_mask, src_key_padding_mask, is_causal)
             return own
         attention = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
@@ -151,7 +155,7 @@ class DecoderLayer:
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        if not vars(module).keys().isdisjoint(_PARTS):
+        if _has_own_parts(module):
             masks = (
                 tgt_mask,
                 memory_mask,

@@ -197,7 +197,7 @@ def _convert_by(
 
 
 def _reason_to_keep_forward(module: nn.Module) -> str | None:
-    if "forward" in vars(module):
+    if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return "its parameters are parametrized" if parametrize.is_parametrized(module) else None
 

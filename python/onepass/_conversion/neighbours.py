@@ -22,7 +22,7 @@ def is_batch_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether calling the module does nothing but its class's forward."""
-    return not has_hooks(module) and "forward" not in vars(module)
+    return not has_hooks(module) and "forward" not in module.__dict__
 
 
 def _are_alike(x: Tensor, residual: Tensor | None) -> bool:

@@ -202,7 +202,8 @@ def _flatten_affine(operands: Operands) -> Operands:
 def _normalise_by_batch(route: int, operands: Operands, running: Running, options: BatchNormOptions) -> Tensor:
     y: Tensor
     x = operands.x
-    to_update = running if counts_batch() else Running(None, None)
+    counts = counts_batch()
+    to_update = running if counts else Running(None, None)
     if route == KERNEL and _is_accessible(to_update, for_writing=True):
         if wants_grad(*operands):
             y = apply_with_autograd(*operands, to_update, options, True)
@@ -214,7 +215,7 @@ def _normalise_by_batch(route: int, operands: Operands, running: Running, option
     if running.mean is not None:
         with torch.no_grad():
             var = (stats[1].square().reciprocal() - options.eps).clamp(min=0)
-            update_running(running, stats[0], var, x.numel() // x.shape[1], write=to_update is running)
+            update_running(running, stats[0], var, x.numel() // x.shape[1], write=counts)
     count_batch(to_update.batches)
     return y
 
