@@ -15,15 +15,14 @@ BLUE, GREY = "#0072b2", "#999999"
 def markdown(result: Json, description: str) -> str:
     """One row per model and peer."""
     lines = [
-        "| model | peer | peer ms | onepass ms | ratio | quartiles | outside of products | there | peak memory |",
-        "| --- | --- | ---: | ---: | ---: | :---: | ---: | ---: | ---: |",
+        "| model | peer | peer ms | onepass ms | ratio | quartiles | outside of products | there |",
+        "| --- | --- | ---: | ---: | ---: | :---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         ours = row["variants"]["onepass"]
         for name, (low, median, high) in row["ratios"].items():
             peer = row["variants"][name]
             less = peer["outside_ms"] / ours["outside_ms"]
-            memory = ours["peak_mib"] / peer["peak_mib"] if ours["peak_mib"] and peer["peak_mib"] else None
             quartiles = f"{low:.2f} to {high:.2f}" + (", straddles 1" if low < 1 < high else "")
             cells = [
                 row["row"],
@@ -34,14 +33,12 @@ def markdown(result: Json, description: str) -> str:
                 quartiles,
             ]
             cells += [f"{peer['outside_ms'] / peer['median_ms']:.0%}", f"{less:.2f}x"]
-            cells.append("-" if memory is None else f"{memory:.2f}x")
             lines.append("| " + " | ".join(cells) + " |")
     mean = statistics.geometric_mean(row["ratios"]["torch"][1] for row in result["rows"])
     notes = [
         f"Geometric mean of the ratios to torch: {mean:.2f}x. A ratio is the median over interleaved rounds of one step each.",
         "Outside of products: the share of the peer's step that is not in matrix products and convolutions, which is all that",
-        "onepass can shorten; there: how many times less time onepass spends in it. Peak memory: of a step, onepass's share of",
-        "the peer's.",
+        "onepass can shorten; there: how many times less time onepass spends in it.",
     ]
     return "\n".join([description + ".", "", *lines, "", "\n".join(notes)])
 

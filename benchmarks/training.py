@@ -9,7 +9,7 @@ without their package (timm, transformers, torchvision: the extra "models") are 
 
 The variants take turns, step by step. Columns: the median step in ms; the ratio torch / onepass with its quartiles over the
 rounds; the share of torch's step outside of matrix products and convolutions, which is all that onepass can change, and how
-many times less of it is left; the peak memory of a step beyond what was there before. Saves
+many times less of it is left. Saves
 <out>/training-<date>-<machine>.json.
 """
 
@@ -177,14 +177,11 @@ def measure(name: str, model: Model, device: torch.device, seconds: float, compi
     times = rounds_of(variants, seconds)
     row: Json = {"row": name, "rounds": len(times["onepass"]), "variants": {}, "ratios": {}}
     for variant in variants:
-        with harness.PeakMemory(device) as peak:
-            variant.run()
         median = statistics.median(times[variant.name])
         products = statistics.median(share_of_products(variant) for _ in range(5))
         row["variants"][variant.name] = {
             "median_ms": 1e3 * median,
             "outside_ms": 1e3 * median * (1 - products),
-            "peak_mib": None if peak.extra is None else peak.extra / 2**20,
         }
         if variant.name != "onepass":
             ratios = [t / ours for t, ours in zip(times[variant.name], times["onepass"], strict=True)]
@@ -228,8 +225,6 @@ def line(row: Json) -> str:
             f"{name} {peer['median_ms']:8.1f} ms = {median:.2f}x ({low:.2f} to {high:.2f}){straddles}, outside of products "
             f"{peer['outside_ms'] / peer['median_ms']:.0%}, {outside:.2f}x less"
         )
-        if ours["peak_mib"] is not None and peer["peak_mib"]:
-            cells.append(f"peak memory {ours['peak_mib']:.0f} of {peer['peak_mib']:.0f} MiB")
     return "  ".join(cells)
 
 
