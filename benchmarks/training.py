@@ -19,6 +19,7 @@ import argparse
 import copy
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import re
 import statistics
@@ -249,9 +250,10 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         return 1
     print(f"geometric mean: {statistics.geometric_mean(row['ratios']['torch'][1] for row in rows):.3f}")
-    harness.save(
-        {"benchmark": "training", "environment": harness.environment(device), "rows": rows}, args.out, "training"
-    )
+    environment = harness.environment(device)
+    packages = {MODELS[row["row"]].package for row in rows}
+    environment["versions"] |= {name: importlib.metadata.version(name) for name in sorted(packages)}
+    harness.save({"benchmark": "training", "environment": environment, "rows": rows}, args.out, "training")
     return 0
 
 
