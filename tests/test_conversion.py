@@ -1,6 +1,7 @@
 """onepass.convert beyond torch's classes: norms of other packages, fused blocks, registration, the probe, the way back."""
 
 import copy
+import functools
 import io
 import logging
 import pickle
@@ -691,6 +692,26 @@ def test_registered_conversions(registry):
     assert row.now is None
     onepass.register_conversion(Scaled, lambda module: None)
     assert onepass.convert(model, report=True) == []
+
+
+def group_norm_forward(module, x):
+    return nn.functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
+
+
+def test_a_class_of_torch_can_be_registered(registry):
+    """Also one that convert would leave."""
+    onepass.register_conversion(nn.GroupNorm, lambda module: group_norm_forward, example=lambda _: torch.empty(2, C, 3))
+    (row,) = onepass.convert(nn.Sequential(nn.GroupNorm(3, C)), report=True)
+    assert row.now.endswith("group_norm_forward")
+
+
+def test_a_forward_without_a_name(registry):
+    forward = functools.partial(scaled_forward)
+    model = nn.Sequential(Scaled())
+    onepass.register_conversion(Scaled, lambda module: forward, example=lambda module: torch.empty(3, C))
+    (row,) = onepass.convert(model, report=True)
+    assert "partial" in row.now
+    assert replaced_forward(model[0]) is forward
 
 
 def test_registration_errors(registry):

@@ -32,7 +32,8 @@ ONEPASS_HD constexpr std::int64_t batch_norm_units(const BatchShape& s) {
 ONEPASS_HD constexpr std::int64_t batch_norm_constants_bytes(std::int64_t channels) { return 4 * 8 * channels; }
 
 // With less memory traffic per thread, another thread costs more than it gains: starting threads takes 1 us if they
-// spin, 75 us if they sleep, and milliseconds if another process has taken their core.
+// spin, 75 us if they sleep, and milliseconds if another process has taken their core. Within a training step they
+// spin: the operation before has used them.
 constexpr std::int64_t bytes_per_thread = 1 << 19;
 
 ONEPASS_HD constexpr int threads_for(std::int64_t bytes, int max_threads) {

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _every_module
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -291,17 +292,15 @@ def register_vmap(operator: str, rule: Callable[..., Any]) -> None:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling the module does more than its forward: hooks of its own, or those for every module."""
-    from torch.nn.modules import module as every
-
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
+        or _every_module._global_forward_hooks
+        or _every_module._global_forward_pre_hooks
+        or _every_module._global_backward_hooks
+        or _every_module._global_backward_pre_hooks
     )
 
 

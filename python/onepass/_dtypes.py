@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
+FLOATS = frozenset((torch.float32, torch.float64)) | SIXTEEN_BITS
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

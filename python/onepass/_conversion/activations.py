@@ -1,4 +1,4 @@
-"""What a BatchNorm can apply to its own result."""
+"""Modules whose call is nothing but their forward, and the activations among them that a BatchNorm can apply itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from torch import nn
 from .._compat import has_hooks
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but its class's forward."""
+    return not has_hooks(module) and "forward" not in module.__dict__
+
+
 def slope_of(activation: nn.Module) -> float | None:
     """The slope of the leaky ReLU that a module is (0: ReLU); None where it is something else or its call is observed."""
-    if has_hooks(activation) or "forward" in activation.__dict__:
+    if not is_bare(activation):
         return None
     if type(activation) is nn.ReLU:
         return 0.0

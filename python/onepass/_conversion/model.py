@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .. import nn as fused
 from .._registries import enter_into_registries
 from .probe import Probe
-from .registry import Candidate, block_candidates, layer_candidates
+from .registry import Candidate, block_candidates, is_registered, layer_candidates
 from .report import Report, Row
 from .swap import can_restore, original_class, replace_forward, replaced_forward
 
@@ -151,6 +151,9 @@ def _convert_layer(name: str, module: nn.Module, probe: Probe) -> Iterator[Row]:
         _set_class(module, swap)
         yield Row(name, f"torch.nn.{kind.__name__}", f"onepass.nn.{swap.__name__}", None)
         return
+    if is_registered(module):
+        yield from _convert_by(name, module, layer_candidates, probe)
+        return
     is_related = isinstance(module, _RELATED) and not isinstance(module, _OURS)
     reason = _reason_to_leave(module, kind) if is_related else None
     if reason is not None:
@@ -186,8 +189,9 @@ def _convert_by(
             if reason is None and inputs is not None:
                 reason = probe.difference(module, forward, inputs, mixed_dtypes=is_norm)
             if reason is None:
+                row = Row(name, was, _describe(forward), None)
                 replace_forward(module, forward)
-                yield Row(name, was, _describe(forward), None)
+                yield row
                 return
             reasons.append(reason)
     except Exception as error:  # of a module's own code, or of what a user registered
@@ -203,7 +207,7 @@ def _reason_to_keep_forward(module: nn.Module) -> str | None:
 
 
 def _describe(forward: Any) -> str:
-    return repr(forward) if hasattr(forward, "inputs") or hasattr(forward, "candidates") else _path(forward)
+    return _path(forward) if hasattr(forward, "__qualname__") else repr(forward)
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

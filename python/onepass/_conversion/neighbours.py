@@ -8,21 +8,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import nn as fused
-from .._compat import has_hooks
 from ..nn import functional as F
 from ..nn.batch_norm_modules import normalise
-from .activations import slope_of
+from .activations import is_bare, slope_of
 from .norms import RowNorm
 from .swap import replaced_forward
 
 
 def is_batch_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return type(module) in (fused.BatchNorm1d, fused.BatchNorm2d, fused.BatchNorm3d)
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but its class's forward."""
-    return not has_hooks(module) and "forward" not in module.__dict__
 
 
 def _are_alike(x: Tensor, residual: Tensor | None) -> bool:
@@ -35,7 +29,7 @@ def _are_alike(x: Tensor, residual: Tensor | None) -> bool:
 def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """activation(norm(x) + residual)."""
     slope = slope_of(activation)
-    if slope is not None and is_batch_norm(norm) and _is_bare(norm) and _are_alike(x, residual):
+    if slope is not None and is_batch_norm(norm) and is_bare(norm) and _are_alike(x, residual):
         return normalise(norm, x, residual, slope)
     y = norm(x)
     if residual is not None:
@@ -47,11 +41,11 @@ def dropout_add_norm(dropout: nn.Module | None, norm: nn.Module, x: Tensor, resi
     """sum = residual + dropout(x); (norm(sum), sum)."""
     p, training = 0.0, False
     if dropout is not None:
-        if type(dropout) is not fused.Dropout or not dropout.inverted or not _is_bare(dropout):
+        if type(dropout) is not fused.Dropout or not dropout.inverted or not is_bare(dropout):
             x, dropout = dropout(x), None
         else:
             p, training = dropout.p, dropout.training
-    if _are_alike(x, residual) and _is_bare(norm):
+    if _are_alike(x, residual) and is_bare(norm):
         if type(norm) is fused.LayerNorm:
             options = norm.normalized_shape, norm.weight, norm.bias, norm.eps, p, training
             return F.dropout_add_layer_norm(x, residual, *options)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import SIXTEEN_BITS
 from ..nn import functional as F
 from ..nn.batch_norm_modules import normalise
 from .activations import slope_of
@@ -16,7 +17,6 @@ from .probe import Inputs
 from .swap import original_class
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
-_16_BITS = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RowNorm:
         weight, bias = module.weight, getattr(module, "bias", None)
         dtype = x.dtype if weight is None else weight.dtype
         if self.offset and weight is not None:
-            weight = self.offset + (weight.float() if dtype in _16_BITS else weight)
+            weight = self.offset + (weight.float() if dtype in SIXTEEN_BITS else weight)
         if self.result == "promoted" and dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, dtype))
         if self.channels_first:

@@ -67,10 +67,15 @@ def register_conversion(cls: type[nn.Module], make: Make, *, example: Example | 
     _REGISTERED[cls] = make, example
 
 
+def is_registered(module: nn.Module) -> bool:
+    """Whether register_conversion() was called for the class whose forward a module runs."""
+    return _owner(module) in _REGISTERED
+
+
 def layer_candidates(module: nn.Module) -> Iterator[Candidate]:
     """Forwards of one layer, in the order in which to try them."""
     kind = _owner(module)
-    if kind in _REGISTERED:
+    if is_registered(module):
         make, example = _REGISTERED[kind]
         forward = make(module)
         if forward is not None:

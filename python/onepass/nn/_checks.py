@@ -14,11 +14,10 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from .._dtypes import FLOATS, compute_dtype
+from .._dtypes import FLOATS, SIXTEEN_BITS, compute_dtype
 from ._nested import refuse_nested
 
 _FLOAT_EPS, _DOUBLE_EPS = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
-_HALF = frozenset((torch.bfloat16, torch.float16))
 _SCALAR_NAMES = {
     torch.float32: "Float",
     torch.float64: "Double",
@@ -96,7 +95,7 @@ def check_affine_dtypes(input: Tensor, weight: Tensor | None, bias: Tensor | Non
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None or tensor.dtype == input.dtype:
             continue
-        if tensor.dtype != torch.float32 or input.dtype not in _HALF:
+        if tensor.dtype != torch.float32 or input.dtype not in SIXTEEN_BITS:
             raise RuntimeError(
                 f"mixed dtype (CPU): expect parameter to have scalar type of Float. {name} has dtype {tensor.dtype} with "
                 f"an input of {input.dtype}; it must have the input's dtype, or float32 with a 16-bit input."
@@ -208,7 +207,7 @@ def _check_norm(
     if function == "rms_norm" and weight is not None:  # of any floating dtype
         if not weight.is_floating_point():
             not_implemented("rms_norm", weight.dtype)
-        if weight.dtype != input.dtype and (weight.dtype != torch.float32 or input.dtype not in _HALF):
+        if weight.dtype != input.dtype and (weight.dtype != torch.float32 or input.dtype not in SIXTEEN_BITS):
             weight = weight.to(compute_dtype(input.dtype))
     check_affine_dtypes(input, weight, bias)
     if bias is not None and (weight is None or weight.shape != bias.shape):  # one of them is 0-d: expand both
