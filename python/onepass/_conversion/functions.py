@@ -121,7 +121,7 @@ def _wrap(own: Function, ours: Function) -> Function:
         if is_compiling():
             return own(*args, **kwargs)
         tensors = (*args, *kwargs.values())
-        if has_torch_function(tensors) and is_public:  # subclasses, modes and torch.fx see torch's function
+        if is_public and has_torch_function(tensors):  # subclasses, modes and torch.fx see torch's function
             return handle_torch_function(own, tensors, *args, **kwargs)
         return ours(own, *args, **kwargs) if _is_active() else own(*args, **kwargs)
 
@@ -130,16 +130,14 @@ def _wrap(own: Function, ours: Function) -> Function:
     return function
 
 
-def _takes(*tensors: Any) -> bool:
-    """Whether the kernels, or inside transforms the formulas, take a call with these tensors."""
-    for tensor in tensors:
-        if tensor is None and tensor is not tensors[0]:
-            continue
+def _takes(first: Any, *others: Any) -> bool:
+    """Whether the kernels, or inside transforms the formulas, take a call with these tensors; the others may be None."""
+    for tensor in (first, *(other for other in others if other is not None)):
         if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not torch.strided:
             return False
         if tensor.dtype not in FLOATS:
             return False
-    return _dispatch.choose_route(*tensors) in (_dispatch.KERNEL, _dispatch.FORMULA)
+    return _dispatch.choose_route(first, *others) in (_dispatch.KERNEL, _dispatch.FORMULA)
 
 
 def _dropout(own: Function, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
