@@ -322,3 +322,18 @@ def forget_function_table() -> None:
     clear = getattr(_function_table(), "cache_clear", None)
     if clear is not None:
         clear()
+
+
+_jit_builtins: Any = torch.jit._builtins
+
+
+def stand_in_for_builtin(function: Callable[..., Any], builtin: Callable[..., Any]) -> None:
+    """Let torch.jit.script take `function` for one of torch's built-in functions; see forget_stand_in."""
+    table: dict[int, str] = _jit_builtins._get_builtin_table()
+    if id(builtin) in table:
+        table[id(function)] = table[id(builtin)]
+
+
+def forget_stand_in(function: Callable[..., Any]) -> None:
+    """Undo stand_in_for_builtin, before the function's id may become another's."""
+    _jit_builtins._get_builtin_table().pop(id(function), None)

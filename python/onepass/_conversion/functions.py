@@ -110,6 +110,8 @@ def _uninstall() -> None:
         if _users == 0:
             while _originals:
                 namespace, name, own = _originals.pop()
+                if not inspect.isfunction(own):
+                    _compat.forget_stand_in(getattr(namespace, name))
                 setattr(namespace, name, own)
             if not _dynamo_was_loaded:
                 _compat.forget_function_table()
@@ -126,7 +128,10 @@ def _wrap(own: Function, ours: Function) -> Function:
         return ours(own, *args, **kwargs) if _is_active() else own(*args, **kwargs)
 
     is_public = inspect.isfunction(own)  # others ask for themselves
-    function.__prepare_scriptable__ = lambda: own  # type: ignore[attr-defined] # for torch.jit.script
+    if is_public:  # for torch.jit.script
+        function.__prepare_scriptable__ = lambda: own  # type: ignore[attr-defined]
+    else:
+        _compat.stand_in_for_builtin(function, own)
     return function
 
 
