@@ -234,26 +234,27 @@ def normalised(text: str) -> str:
     return " ".join(text.split())
 
 
-def source_texts() -> str:
-    """The messages of the sources, with the parts of a literal joined and what is inserted replaced by an ellipsis."""
+def source_messages() -> list[str]:
+    """Every text in the sources that may be a message: literals, with what is inserted left out."""
     found = []
     for path in (ROOT / "python").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
-    for path in (ROOT / "cmake" / "cuda.cmake", ROOT / "cmake" / "rules.cmake"):
-        found.append(re.sub(r'"\s*"', "", path.read_text()))
-    return normalised("\n".join(found))
+                found.append("".join(str(v.value) for v in node.values if isinstance(v, ast.Constant)))
+    for path in (ROOT / "cmake").glob("*.cmake"):
+        found += re.findall(r'FATAL_ERROR "([^)]*)"\)', re.sub(r'"\s+"', "", path.read_text()))
+    return [normalised(text) for text in found]
 
 
 def test_troubleshooting_has_the_real_texts() -> None:
-    """Every quoted message of ours is in the sources; `...` stands for what is inserted."""
+    """Every quoted message of ours is in the sources; `...` stands for what differs. Those of others are ```console."""
     page = (DOCS / "troubleshooting.md").read_text()
-    messages = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
-    assert len(messages) >= 10, "troubleshooting.md quotes too few messages"
-    sources = source_texts()
-    for message in messages:
+    quoted = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
+    assert len(quoted) >= 10, "troubleshooting.md quotes too few messages"
+    messages = source_messages()
+    for message in quoted:
         text = normalised(re.sub(r"^\w+Error: ", "", message))
-        assert text in sources, f"troubleshooting.md quotes a message that onepass does not have: {text}"
+        pattern = re.compile(".*?".join(re.escape(part.strip()) for part in text.split("...")))
+        assert any(map(pattern.search, messages)), f"troubleshooting.md quotes a message that onepass does not have: {text}"
