@@ -19,6 +19,7 @@ A block that imports a package which is not installed here is skipped, if the pa
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -230,6 +231,27 @@ def test_links_lead_somewhere(page: Path) -> None:
 # ---- what the pages say ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=name_of)
+def test_the_names_exist(page: Path) -> None:
+    """onepass.optim.AdamW and the like, in prose, tables and code; X stands for any. CONTRIBUTING.md has an example."""
+    for name in re.findall(r"(?<![\w./])onepass(?:\.(?!X\b)[A-Za-z]\w*)+", page.read_text()):
+        found = onepass
+        for part in name.split(".")[1:]:
+            assert hasattr(found, part), f"{name_of(page)} names {name}, which does not exist"
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("name", [name for name in onepass.nn.__all__ if name != "functional"])
+def test_every_layer_has_a_page(name: str) -> None:
+    """With each of its own arguments, and with torch's, as the signature or `...` on the page says."""
+    family = re.sub(r"[123]d$", "1d", name)
+    text = "\n".join(page.read_text() for page in sorted((DOCS / "layers").glob("*.md")))
+    assert re.search(rf"`(?:onepass\.nn\.)?{family}\b", text), f"docs/layers has no page with {name}"
+    own = inspect.signature(getattr(onepass.nn, name)).parameters.keys() - {"args", "kwargs", "arguments", "options"}
+    missing = [argument for argument in own - {"process_group"} if argument not in text]
+    assert not missing, f"docs/layers lacks the arguments {missing} of {name}"
+
+
 def normalised(text: str) -> str:
     return " ".join(text.split())
 
@@ -257,4 +279,6 @@ def test_troubleshooting_has_the_real_texts() -> None:
     for message in quoted:
         text = normalised(re.sub(r"^\w+Error: ", "", message))
         pattern = re.compile(".*?".join(re.escape(part.strip()) for part in text.split("...")))
-        assert any(map(pattern.search, messages)), f"troubleshooting.md quotes a message that onepass does not have: {text}"
+        assert any(map(pattern.search, messages)), (
+            f"troubleshooting.md quotes a message that onepass does not have: {text}"
+        )
