@@ -228,6 +228,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             )
 
 
+def test_the_pictures_of_rules_are_those_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/paths.py draws them with the shipped optimizers. A new rule may have one."""
+    monkeypatch.syspath_prepend(DOCS)
+    pictures = importlib.import_module("paths").pictures()
+    assert pictures.keys() >= {path.stem for path in (DOCS / "rules").glob("*.svg")}, "a picture that the script lacks"
+    for rule, text in pictures.items():
+        assert f"({rule}.svg)" in (DOCS / "rules" / f"{rule}.md").read_text(), f"docs/rules/{rule}.md shows no picture"
+        message = f"docs/rules/{rule}.svg is not what docs/paths.py draws: run it"
+        assert (DOCS / "rules" / f"{rule}.svg").read_text() == text, message
+
+
 # ---- what the pages say ----------------------------------------------------------------------------------------------
 
 
