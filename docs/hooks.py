@@ -19,18 +19,18 @@ def on_config(config: Any) -> Any:
 
 
 def expand(nav: list[Any]) -> list[Any]:
-    """nav with every pattern replaced by its pages, in alphabetical order: a new rule's page needs no line there."""
+    """nav with every pattern replaced by its pages, in alphabetical order: a new rule's page needs no line there.
+
+    Sections without a page are left out.
+    """
     expanded: list[Any] = []
     for entry in nav:
-        title, target = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
-        if isinstance(target, list):
-            expanded.append({title: expand(target)})
-        elif "*" in target:
-            pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob(target))
-            if title is None:
-                expanded += pages
-            elif pages:
-                expanded.append({title: pages})
+        if isinstance(entry, dict):
+            title, target = next(iter(entry.items()))
+            target = expand(target) if isinstance(target, list) else target
+            expanded += [{title: target}] if target else []
+        elif "*" in entry:
+            expanded += sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob(entry))
         else:
             expanded.append(entry)
     return expanded
