@@ -40,7 +40,7 @@ def plot_ratios(
 
     for i, ((label, quartiles), (colour, marker)) in enumerate(zip(series.items(), STYLES, strict=False)):
         shift = 0.18 * (2 * i - 1) if len(series) > 1 else 0.0
-        column = 1.08 + 0.13 * i  # in widths of the axes
+        column = 45 + 60 * i  # its right edge, in points from the axes
         measured = [(place, q) for place, q in enumerate(quartiles) if q]
         axes.hlines(
             [place + shift for place, _ in measured],
@@ -53,11 +53,20 @@ def plot_ratios(
         axes.plot(
             [q[1] for _, q in measured], [place + shift for place, _ in measured], marker, color=colour, markersize=5
         )
-        transform = axes.get_yaxis_transform()
-        axes.text(column, -1.0, label, color=colour, size=8, ha="right", transform=transform)
-        for place, q in enumerate(quartiles):
-            text = "-" if q is None else f"{q[1]:.2f}x"
-            axes.text(column, place, text, color=colour, size=8, va="center", ha="right", transform=transform)
+        texts = [(-1, label), *((place, f"{q[1]:.2f}x" if q else "-") for place, q in enumerate(quartiles))]
+        for place, text in texts:
+            axes.annotate(
+                text,
+                (1, place),
+                (column, 0),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points",
+                color=colour,
+                size=8,
+                ha="right",
+                va="center",
+                annotation_clip=False,
+            )
 
     axes.set_yticks(range(len(names)), names, size=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
