@@ -112,7 +112,7 @@ gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
 	part 30 $(PY) -m onepass; \
 	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -m cuda_kernels -k 'not compute_sanitizer' \
 	  --continue-on-collection-errors $(PYTEST_ARGS); \
-	part $$(($(GPU_BENCH_SECONDS) + 10)) $(PY) benchmarks/optimizers.py --device cuda --seconds 1 \
+	part $$(($(GPU_BENCH_SECONDS) + 10)) $(PY) benchmarks/optimizers.py --device cuda --no-compile --seconds 1 \
 	  --budget $(GPU_BENCH_SECONDS) --out $(RESULTS) $(BENCH_ARGS); \
 	part 70 $(PY) -m pytest -q -k compute_sanitizer tests/test_gpu.py; \
 	exit $$result

@@ -8,7 +8,8 @@ path, once with onepass. The change is two lines, the second only for networks w
     optimizer = onepass.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model = onepass.convert(model)
 
-Prints a table, checks that the losses agree, and plots both in one figure.
+Matrix products and convolutions stay torch's. So the table says what share of a step the rest is, which is all that can be
+won, and how much of it is won. Prints the table, checks that the losses agree, and plots both in one figure.
 
     python examples/demo.py [--quick] [--out demo.png]
 """
@@ -16,16 +17,14 @@ Prints a table, checks that the losses agree, and plots both in one figure.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
 import math
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import matplotlib
 
@@ -33,13 +32,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import onepass
-import sklearn.datasets  # type: ignore[import-untyped]
 import torch
+from demo_data import Data, Digits, HelpText
 from demo_networks import CharacterGPT, cnn, mlp
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-BATCH = 64
 MAX_NORM = 1.0
 # Two float32 programs that round differently drift apart, because training amplifies the last bit of a weight: here to
 # about 1e-6 in the loss, also between torch's own paths. Another seed changes the loss by 1e-1.
@@ -47,8 +45,9 @@ LOSS_TOLERANCE = 1e-4
 # With dropout the two draw different masks, as two seeds of torch would: the curves agree on average only.
 MASK_TOLERANCE = 0.1
 
+PRODUCTS = re.compile(r"^aten::(addmm|mm|bmm|baddbmm|_convolution|mkldnn_convolution|convolution_backward)$|^mkldnn_")
+
 Step = Callable[[], object]
-Batch = tuple[Tensor, Tensor]
 
 
 def sgd_torch(model: nn.Module) -> Step:
@@ -86,6 +85,7 @@ class Run:
     optimizer_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
+    products: float = 0.0  # share of a step that is spent in matrix products and convolutions
 
     def learn(self, inputs: Tensor, targets: Tensor) -> None:
         begin = time.perf_counter()
@@ -104,6 +104,17 @@ class Run:
         self.model.eval()
         self.accuracy = (self.model(inputs).argmax(1) == targets).double().mean().item()
 
+    def profile(self, inputs: Tensor, targets: Tensor) -> None:
+        """Finds ``products``, the median of some further steps, which do not count otherwise."""
+        twin = Run(self.model, self.step)
+        shares = []
+        for _ in range(5):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                twin.learn(inputs, targets)
+            times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+            shares.append(sum(t for key, t in times.items() if PRODUCTS.search(key)) / sum(times.values()))
+        self.products = statistics.median(shares)
+
     # The median over the steps, because other processes on the machine distort the mean.
     @property
     def optimizer_ms(self) -> float:
@@ -113,13 +124,10 @@ class Run:
     def step_ms(self) -> float:
         return 1e3 * statistics.median(self.step_seconds)
 
-
-class Data(Protocol):
-    def batches(self, quick: bool) -> Iterator[Batch]: ...
-
-    def steps(self, quick: bool) -> int: ...
-
-    def test(self) -> Batch: ...
+    @property
+    def rest_ms(self) -> float:
+        """Outside of matrix products and convolutions."""
+        return self.step_ms * (1 - self.products)
 
 
 @dataclass
@@ -134,8 +142,18 @@ class Comparison:
     dropout: bool = False
 
     @property
-    def ratio(self) -> float:
+    def optimizer_ratio(self) -> float:
         return self.torch.optimizer_ms / self.onepass.optimizer_ms
+
+    @property
+    def rest_ratio(self) -> float:
+        return self.torch.rest_ms / self.onepass.rest_ms
+
+    @property
+    def step_quartiles(self) -> list[float]:
+        """How many times as long as onepass torch takes for the same batch: quartiles over the batches."""
+        ratios = [t / ours for t, ours in zip(self.torch.step_seconds, self.onepass.step_seconds, strict=True)]
+        return statistics.quantiles(ratios, n=4)
 
     @property
     def loss_difference(self) -> float:
@@ -149,66 +167,6 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         return self.loss_difference <= (MASK_TOLERANCE if self.dropout else LOSS_TOLERANCE)
-
-
-class Digits:
-    """8 x 8 images of handwritten digits; a fifth is held out for the test."""
-
-    def __init__(self) -> None:
-        pixels, digits = sklearn.datasets.load_digits(return_X_y=True)
-        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
-        images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(digits)[order]
-        test = len(labels) // 5
-        self.train_images, self.train_labels = images[test:], labels[test:]
-        self.test_images, self.test_labels = images[:test], labels[:test]
-
-    def batches(self, quick: bool) -> Iterator[Batch]:
-        shuffle = torch.Generator().manual_seed(1)
-        for _ in range(3 if quick else 40):
-            order = torch.randperm(len(self.train_labels), generator=shuffle)
-            for batch in order.tensor_split(len(order) // BATCH):
-                yield self.train_images[batch], self.train_labels[batch]
-
-    def steps(self, quick: bool) -> int:
-        return (3 if quick else 40) * (len(self.train_labels) // BATCH)
-
-    def test(self) -> Batch:
-        return self.test_images, self.test_labels
-
-
-class HelpText:
-    """The text of Python's help, which depends on the Python version; its last twentieth is held out for the test."""
-
-    context = 64
-
-    def __init__(self) -> None:
-        try:
-            from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
-
-            text = "\n".join(topics[name] for name in sorted(topics))
-        except ImportError:  # some distributions leave it out
-            text = inspect.getsource(argparse)
-        self.name = f"{len(text)} characters of help, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        characters = sorted(set(text))
-        self.characters = len(characters)
-        number = {character: i for i, character in enumerate(characters)}
-        numbers = torch.tensor([number[character] for character in text])
-        self.train, self.held_out = numbers[: -len(text) // 20], numbers[-len(text) // 20 :]
-
-    def _cut(self, text: Tensor, starts: Tensor) -> Batch:
-        pieces = text[starts.unsqueeze(1) + torch.arange(self.context + 1)]
-        return pieces[:, :-1], pieces[:, 1:].flatten()
-
-    def batches(self, quick: bool) -> Iterator[Batch]:
-        shuffle = torch.Generator().manual_seed(1)
-        for _ in range(self.steps(quick)):
-            yield self._cut(self.train, torch.randint(len(self.train) - self.context, (16,), generator=shuffle))
-
-    def steps(self, quick: bool) -> int:
-        return 40 if quick else 400
-
-    def test(self) -> Batch:
-        return self._cut(self.held_out, torch.arange(0, len(self.held_out) - self.context - 1, self.context))
 
 
 def train(comparison: Comparison, quick: bool) -> None:
@@ -225,6 +183,8 @@ def train(comparison: Comparison, quick: bool) -> None:
         turns.reverse()
     for run in turns:
         run.test(*comparison.data.test())
+        run.model.train()
+        run.profile(inputs, targets)
 
 
 def comparisons() -> list[Comparison]:
@@ -250,34 +210,55 @@ def comparisons() -> list[Comparison]:
 
 
 def table(results: list[Comparison]) -> str:
-    titles = ["model", "optimizer", "loss", "", "test accuracy", "", "optimizer ms", "", "ratio", "whole step ms", ""]
-    below = ["", "", *["torch", "onepass"] * 3, "", "torch", "onepass"]
-    lines = [
-        [
-            result.network,
-            result.optimizer,
-            *(f"{smooth(run.losses)[-1]:.6f}" for run in (result.torch, result.onepass)),
-            *(f"{run.accuracy:.2%}" for run in (result.torch, result.onepass)),
-            *(f"{run.optimizer_ms:.4f}" for run in (result.torch, result.onepass)),
-            f"{result.ratio:.1f}x",
-            *(f"{run.step_ms:.3f}" for run in (result.torch, result.onepass)),
-        ]
-        for result in results
+    titles = ["", "", "loss", "", "test accuracy", "", "optimizer", "whole step", "", "", "outside of", "there"]
+    below = [
+        "model",
+        "optimizer",
+        *["torch", "onepass"] * 2,
+        "ratio",
+        "torch ms",
+        "ratio",
+        "quartiles",
+        "products",
+        "ratio",
     ]
-    widths = [5, 15, 10, 10, 13, 8, 12, 8, 6, 13, 8]
-    rows = [titles, below, ["-" * width for width in widths], *lines]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = []
+    for result in results:
+        runs = (result.torch, result.onepass)
+        low, median, high = result.step_quartiles
+        lines.append(
+            [
+                result.network,
+                result.optimizer,
+                *(f"{smooth(run.losses)[-1]:.6f}" for run in runs),
+                *(f"{run.accuracy:.2%}" for run in runs),
+                f"{result.optimizer_ratio:.1f}x",
+                f"{result.torch.step_ms:.2f}",
+                f"{median:.2f}x",
+                f"{low:.2f} to {high:.2f}",
+                f"{1 - result.torch.products:.0%}",
+                f"{result.rest_ratio:.2f}x",
+            ]
+        )
+    rows = [titles, below, *lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(2, ["-" * width for width in widths])
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(
+        [*text, "outside of products: the share of torch's step that is not in matrix products and convolutions"]
+    )
 
 
 def draw(results: list[Comparison], path: Path) -> None:
-    """Left: the loss curves on top of each other. Right: the time in the optimizer."""
-    torch_colour, onepass_colour = "#e69f00", "#0072b2"  # distinguishable for colour-blind readers
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
+    """Left: the loss curves on top of each other. Right: where the time of a step goes."""
+    torch_colour, onepass_colour, grey = "#e69f00", "#0072b2", "#bbbbbb"  # distinguishable for colour-blind readers
+    plt.rcParams["font.size"] = 11
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", width_ratios=(1, 1))
 
     for result in results:
         steps = range(1, len(result.torch.losses) + 1)
         torch_curve, onepass_curve = smooth(result.torch.losses), smooth(result.onepass.losses)
-        left.plot(steps, torch_curve, color=torch_colour, linewidth=5, label="torch.optim")
+        left.plot(steps, torch_curve, color=torch_colour, linewidth=5, label="torch")
         left.plot(steps, onepass_curve, color=onepass_colour, linewidth=1.5, label="onepass, on top of it")
         end = (steps[-1], torch_curve[-1])
         left.annotate(result.network, end, (6, 0), textcoords="offset points", va="center", fontweight="bold")
@@ -287,18 +268,26 @@ def draw(results: list[Comparison], path: Path) -> None:
     left.set_title("The same losses", loc="left", fontweight="bold")
     left.legend(*(entries[:2] for entries in left.get_legend_handles_labels()), frameon=False)
 
-    for side, label, colour, offset in (
-        ("torch", "torch.optim", torch_colour, -0.2),
-        ("onepass", "onepass", onepass_colour, 0.2),
-    ):
-        times = [1e3 * getattr(result, side).optimizer_ms for result in results]
-        places = [place + offset for place in range(len(results))]
-        bars = right.bar(places, times, width=0.38, color=colour, label=label)
-        right.bar_label(bars, fmt="%.0f", padding=2)
-    right.set_xticks(range(len(results)), [f"{r.network}: {r.optimizer}\n{r.ratio:.1f}x" for r in results], fontsize=8)
-    right.set_ylabel("microseconds per step (median)")
-    right.set_title("Time in the optimizer", loc="left", fontweight="bold")
-    right.legend(frameon=False)
+    ticks = []
+    for i, result in enumerate(results):
+        for run, label, colour, place in (
+            (result.torch, "torch", torch_colour, 2.6 * i),
+            (result.onepass, "onepass", onepass_colour, 2.6 * i + 1),
+        ):
+            products = 100 * (run.step_ms - run.rest_ms) / result.torch.step_ms
+            rest = 100 * run.rest_ms / result.torch.step_ms
+            right.barh(place, products, color=grey, height=0.9)
+            right.barh(place, rest, left=products, color=colour, height=0.9)
+            ratio = f"  {result.step_quartiles[1]:.2f}x as fast" if run is result.onepass else ""
+            right.text(products + rest + 1, place, f"{run.step_ms:.2f} ms{ratio}", va="center", size=10)
+            ticks.append((place, f"{result.network}, {label}"))
+    right.set_yticks(*zip(*ticks, strict=True))
+    right.invert_yaxis()
+    right.set_xlim(0, 50 + max(100, *(100 * r.onepass.step_ms / r.torch.step_ms for r in results)))
+    right.set_xticks([0, 50, 100], ["0 %", "50 %", "100 %"])
+    right.set_xlabel("of torch's step; grey: matrix products and convolutions")
+    right.tick_params(axis="y", length=0)
+    right.set_title("Less time for everything else", loc="left", fontweight="bold")
 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
