@@ -1,0 +1,48 @@
+"""Presents the JSON of formats.py as markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phrases import describe, milliseconds
+
+Json = Mapping[str, Any]
+
+
+def markdown(result: Json) -> str:
+    steps = [row for row in result["rows"] if row["kind"] == "step"]
+    losses = [row for row in result["rows"] if row["kind"] == "loss"]
+    times = [["AdamW", "bytes of states per parameter", "ms", "time of full states' step", "quartiles"]]
+    times.append(["---", *["---:"] * 4])
+    for row in steps:
+        low, middle, high = row["times_of_full"]
+        spread = f"{low:.2f} to {high:.2f}" + (", busy machine" if row["busy"] else "")
+        times.append([row["name"], f"{row['bytes']:.3g}", milliseconds(row["median_ms"]), f"{middle:.2f}x", spread])
+    trained = [["network, rule, states", "training loss", "test error"], ["---", "---:", "---:"]]
+    for row in losses:
+        (loss, loss_spread), (error, error_spread) = row["loss"], row["error"]
+        trained.append([row["name"], f"{loss:.4f} ± {loss_spread:.4f}", f"{error:.2%} ± {error_spread:.2%}"])
+    elements = steps[0]["elements"] / 1e6
+    return "\n".join(
+        [
+            describe(result) + ".",
+            "",
+            *_lines(times),
+            "",
+            f"One tensor of {elements:.3g}M elements, interleaved rounds.",
+            "",
+            *_lines(trained),
+            "",
+            "Digits of scikit-learn, 600 steps of 64 images; mean and standard deviation over five seeds.",
+        ]
+    )
+
+
+def _lines(table: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in table]
+
+
+def plot(result: Json, path: Path) -> None:
+    """The tables say it all."""
