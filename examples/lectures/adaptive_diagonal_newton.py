@@ -14,7 +14,6 @@ import torch
 from common import BLUE, GREEN, ORANGE, Array, Figure, Loss, Make, along, descend, level_lines, main
 from onepass.optim import SGD, Adagrad
 from torch import nn
-from torch.optim import Optimizer
 
 FLAT, STEEP, STEPS, REACHED = 1.0, 30.0, 150, 0.05
 METHODS = {"gradient descent": ORANGE, "diagonal Newton": GREEN, "Adagrad": BLUE}
@@ -30,8 +29,8 @@ def diagonal_newton(angle: float) -> Make:
     c, s = math.cos(angle) ** 2, math.sin(angle) ** 2
     curvature = (FLAT * c + STEEP * s, FLAT * s + STEEP * c)
 
-    def make(w: list[nn.Parameter]) -> Optimizer:
-        w[0].register_hook(lambda gradient: gradient / torch.tensor(curvature))
+    def make(w: list[nn.Parameter]) -> SGD:
+        w[0].register_hook(lambda gradient: gradient / torch.tensor(curvature))  # type: ignore[no-untyped-call]
         return SGD(w, lr=1)
 
     return make
@@ -42,15 +41,13 @@ class Result:
     paths: dict[float, dict[str, Array]]  # angle -> method -> path
 
     def steps_needed(self, angle: float, name: str) -> int:
-        losses = along(turned(angle), self.paths[angle][name])
-        return int((losses > REACHED).sum())
+        return int((along(turned(angle), self.paths[angle][name]) > REACHED).sum())
 
 
 def compute(quick: bool) -> Result:
     paths = {}
     for angle in (0.0, math.pi / 4):
-        surface = turned(angle)
-        c, s = math.cos(angle), math.sin(angle)
+        surface, c, s = turned(angle), math.cos(angle), math.sin(angle)
         start = (-3 * c - 0.5 * s, -3 * s + 0.5 * c)  # the same point of the ravine
         paths[angle] = {
             "gradient descent": descend(surface, start, lambda w: SGD(w, lr=1.9 / STEEP), STEPS),
@@ -75,9 +72,8 @@ def draw(result: Result, figure: Figure) -> None:
         for name, path in paths.items():
             label = f"{name}: {result.steps_needed(angle, name)} steps"
             axes.plot(*path.T, "o-", color=METHODS[name], markersize=3, linewidth=1.1, label=label)
-        axes.set(title=title, xlabel="first weight", aspect="equal")
+        axes.set(title=title, xlabel="first weight", ylabel="second weight", aspect="equal")
         axes.legend(loc="upper left" if angle else "lower right", fontsize=9.5, title=f"to a loss of {REACHED}")
-    figure.axes[0].set_ylabel("second weight")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ a warm-up, which raises the rate over the first third of the steps, it is the be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from common import BLUE, GREEN, GREY, ORANGE, SKY, Figure, batches, digits, evaluate, main, mlp, train
 from onepass.optim import SGD
@@ -26,6 +27,11 @@ class Result:
     lr: dict[str, float]
 
 
+def rising(steps: float, t: int) -> float:
+    """The factor of the learning rate in a warm-up."""
+    return min(1, (t + 1) / steps)
+
+
 def compute(quick: bool) -> Result:
     data, epochs, seeds = digits(), 30, 4 if quick else 10
     rows = {
@@ -42,7 +48,7 @@ def compute(quick: bool) -> Result:
             model = mlp(64, 64, 64, 10, act=nn.Tanh, seed=seed)
             optimizer = SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
             steps = max(1, warm_up * epochs * (len(data.y) // size))
-            scheduler = LambdaLR(optimizer, lambda t, steps=steps: min(1, (t + 1) / steps))
+            scheduler = LambdaLR(optimizer, partial(rising, steps))
             train(model, optimizer, batches(data, size, epochs, seed), scheduler)
             losses.append(evaluate(model, data.x, data.y)[0])
             errors.append(evaluate(model, data.test_x, data.test_y)[1])

@@ -37,7 +37,7 @@ from numpy.typing import NDArray  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]  # a list of parameters -> their optimizer
 Result = TypeVar("Result")
 Compute = Callable[[bool], Result]
@@ -126,7 +126,7 @@ def save(result: Result, draw: Draw[Result], path: Path) -> None:
 Loss = Callable[[Tensor], Tensor]
 
 
-def descend(loss: Loss, start: Sequence[Any] | Array, make: Make, steps: int, schedule: Any = None) -> Array:
+def descend(loss: Loss, start: float | Sequence[Any] | Array, make: Make, steps: int, schedule: Any = None) -> Array:
     """The points that an optimizer visits, [steps + 1, ...]; it steps by closure, as Lookahead and SAM need it.
 
     A start of several rows is several runs at once; the loss is then their sum. `schedule` makes a learning-rate

@@ -8,6 +8,7 @@ larger than beside it. One step from there throws plain gradient descent far awa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Result:
 def compute(quick: bool) -> Result:
     paths, largest = {}, {}
     for name, max_norm, steps in (("plain", None, 100), ("clipped", MAX_NORM, 400)):
-        path = descend(loss, START, lambda w, m=max_norm: SGD(w, lr=LR, max_norm=m), steps)
+        path = descend(loss, START, partial(SGD, lr=LR, max_norm=max_norm), steps)
         points = torch.tensor(path, requires_grad=True)
         loss(points.T).sum().backward()  # type: ignore[no-untyped-call]
         assert points.grad is not None
@@ -54,9 +55,10 @@ def check(result: Result) -> None:
 def draw(result: Result, figure: Figure) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     level_lines(left, loss, (3.5, 8.5), (-3.5, 1.0), log=False)
-    for (name, path), color in zip(result.paths.items(), (RED, BLUE), strict=True):
+    for name, color in (("clipped", BLUE), ("plain", RED)):
+        path = result.paths[name]
         left.plot(*path.T, "o-", color=color, markersize=4, linewidth=1.2, label=name)
-        right.semilogy(along(loss, path), color=color, label=name)
+        right.semilogy(along(loss, path), color=color, linewidth=3.0 if name == "plain" else 0.7, label=name)
     left.set(title="The cliff, and two walks from the same start", xlabel="w", ylabel="b")
     left.legend()
     right.set(title="Loss", xlabel="step")

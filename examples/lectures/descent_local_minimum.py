@@ -43,7 +43,7 @@ def compute(quick: bool) -> Result:
         def batch(w: Tensor, size: int = size, draws: torch.Generator = draws) -> Tensor:
             """Example i adds xi_i w to the loss; the xi have mean 0, so the mean of all examples is the loss above."""
             xi = NOISE / size**0.5 * torch.randn(w.shape, generator=draws, dtype=w.dtype)
-            return (loss(w) + xi * w).sum()
+            return torch.sum(loss(w) + xi * w)
 
         sgd[size] = descend(batch, np.full(runs, START), lambda w: SGD(w, lr=STEP), steps)
     return Result(gd, sgd)

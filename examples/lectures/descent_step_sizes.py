@@ -8,6 +8,7 @@ the floor. The step 0.1 / t^0.3 begins like the large one and ends below both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,9 +42,7 @@ def compute(quick: bool) -> Result:
             xi = NOISE * torch.randn(w.shape, generator=noise, dtype=w.dtype)
             return (MU * w**2 / 2 + xi * w).sum()
 
-        path = descend(
-            loss, np.full(runs, START), lambda w, lr=lr: SGD(w, lr=lr), steps, lambda o, f=factor: LambdaLR(o, f)
-        )
+        path = descend(loss, np.full(runs, START), partial(SGD, lr=lr), steps, partial(LambdaLR, lr_lambda=factor))
         distance[name] = (path**2).mean(1)
         if name.startswith("constant"):
             squared_gradient = MU**2 * distance[name][steps // 2 :].mean() + NOISE**2

@@ -15,7 +15,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from common import Parser, save, suffix, torch
+import torch
+from common import Parser, save, suffix
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

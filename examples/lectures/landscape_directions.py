@@ -57,10 +57,9 @@ def compute(quick: bool) -> Result:
 def check(result: Result) -> None:
     middle = len(result.distance) // 2
     for line in result.lines["trained"]:
-        assert line.argmin() == middle
         assert (np.diff(line[middle:]) > 0).all()
         assert (np.diff(line[: middle + 1]) < 0).all()
-    assert np.unravel_index(result.plane.argmin(), result.plane.shape) == (middle, middle)
+    assert result.plane.argmin() == middle * len(result.plane) + middle
     rise = {name: (lines[:, -1] - lines[:, middle]).mean() for name, lines in result.lines.items()}
     assert rise["trained"] > 3 * rise["untrained"], rise
 
@@ -72,8 +71,7 @@ def draw(result: Result, figure: Figure) -> None:
     left.set(title="Loss along eight random directions", xlabel="distance, in sizes of the weights", ylabel="loss")
     first = {label: line for line, label in zip(*left.get_legend_handles_labels(), strict=True)}
     left.legend(first.values(), first.keys())
-    lines_ = right.contour(result.distance, result.distance, result.plane, 12, cmap="cividis")
-    right.clabel(lines_, fontsize=8)
+    right.clabel(right.contour(result.distance, result.distance, result.plane, 12, cmap="cividis"), fontsize=8)
     right.plot(0, 0, "*", color=GREY, markersize=12)
     right.set(title="Over two of them", xlabel="first direction", ylabel="second direction", aspect="equal")
 

@@ -59,8 +59,8 @@ def draw(result: Result, figure: Figure) -> None:
     right.loglog([*SIZES], [c.std() for c in result.cosines.values()], "o", color=BLUE, label="two random directions")
     label = f"a random one and the gradient\nof a network, {result.weights:,} weights"
     right.loglog(result.weights, result.to_gradient.std(), "*", color=RED, markersize=13, label=label)
-    dims = np.array([1.5, 2e4])
-    right.loglog(dims, dims**-0.5, "--", color=BLACK, linewidth=1, label=r"$1/\sqrt{d}$")
+    line = np.array([1.5, 2e4])
+    right.loglog(line, line**-0.5, "--", color=BLACK, linewidth=1, label=r"$1/\sqrt{d}$")
     right.set(title="Deviation of the cosine", xlabel="dimensions d", ylim=(3e-3, 12))
     right.legend(loc="upper right", fontsize=9)
 

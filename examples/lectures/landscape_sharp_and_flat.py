@@ -7,14 +7,15 @@ uphill, the loss rises less around the weights that SAM found.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from common import BLUE, ORANGE, Array, Figure, batches, digits, evaluate, main, mlp, train
 from onepass.optim import SAM, SGD
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 RHO, RADII = 0.3, np.linspace(0, 1, 11)
 WEIGHTS = torch.linspace(-2.4, 2.4, 961, dtype=torch.float64)
@@ -34,37 +35,31 @@ class Result:
 
 
 def uphill(model: nn.Module) -> Array:
-    """The loss over the training images, up to RADII from the weights along its own gradient."""
+    """The loss over the training images, up to RADII from the weights along its own gradient; the model is moved."""
     data, values = digits(), []
-    model.zero_grad()
-    nn.functional.cross_entropy(model(data.x), data.y).backward()  # type: ignore[no-untyped-call]
-    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    loss = nn.functional.cross_entropy(model(data.x), data.y)
+    gradient = parameters_to_vector(torch.autograd.grad(loss, [*model.parameters()]))
+    weights = parameters_to_vector(model.parameters()).detach()
     for radius in RADII:
-        moved = copy.deepcopy(model)
-        with torch.no_grad():
-            for p, q in zip(moved.parameters(), model.parameters(), strict=True):
-                p += float(radius) * q.grad / norm  # type: ignore[operator]
-        values.append(evaluate(moved, data.x, data.y)[0])
+        vector_to_parameters(weights + float(radius) * gradient / gradient.norm(), model.parameters())
+        values.append(evaluate(model, data.x, data.y)[0])
     return np.array(values)
 
 
 def compute(quick: bool) -> Result:
-    within = torch.linspace(-RHO, RHO, 121, dtype=torch.float64)
-    worst = loss(WEIGHTS.unsqueeze(1) + within).amax(1).numpy()
+    worst = loss(WEIGHTS.unsqueeze(1) + torch.linspace(-RHO, RHO, 121)).amax(1).numpy()
     around, test_error, data = {}, {}, digits()
     for name in ("SGD", "SAM"):
         model = mlp(64, 64, 10)
-        kwargs = {"lr": 0.1, "momentum": 0.9}
-        optimizer = SGD(model.parameters(), **kwargs) if name == "SGD" else SAM(model.parameters(), SGD, 0.2, **kwargs)
+        base = partial(SGD, lr=0.1, momentum=0.9)
+        optimizer = base(model.parameters()) if name == "SGD" else SAM(model.parameters(), base, rho=0.2)
         train(model, optimizer, batches(data, 64, 5 if quick else 40))
-        test_error[name] = evaluate(model, data.test_x, data.test_y)[1]
-        around[name] = uphill(model)
+        test_error[name], around[name] = evaluate(model, data.test_x, data.test_y)[1], uphill(model)
     return Result(loss(WEIGHTS).numpy(), worst, around, test_error)
 
 
 def check(result: Result) -> None:
-    assert abs(WEIGHTS[result.loss.argmin()] + 1) < 0.1
-    assert abs(WEIGHTS[result.worst.argmin()] - 1) < 0.1
+    assert abs(WEIGHTS[result.loss.argmin()] + 1) < 0.1 > abs(WEIGHTS[result.worst.argmin()] - 1)
     assert result.around["SAM"][-1] < 0.7 * result.around["SGD"][-1], result.around
 
 
@@ -76,8 +71,7 @@ def draw(result: Result, figure: Figure) -> None:
     left.set(title="Sharp and flat, and the best of each", xlabel="weight", ylim=(0.2, 1.6))
     left.legend(loc="upper center")
     for (name, around), color in zip(result.around.items(), (ORANGE, BLUE), strict=True):
-        error = f"{name}, test error {result.test_error[name]:.1%}"
-        right.plot(RADII, around, "o-", color=color, markersize=4, label=error)
+        right.plot(RADII, around, "o-", color=color, label=f"{name}, test error {result.test_error[name]:.1%}")
     right.set(title="A network's loss, uphill from its weights", xlabel="distance", ylabel="loss")
     right.legend()
 

@@ -7,13 +7,15 @@ differ: ReLU passes nothing, the others a little.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from common import BLUE, GREY, ORANGE, Array, Figure, main
+from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "ReLU": F.relu,

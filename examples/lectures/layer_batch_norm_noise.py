@@ -39,7 +39,8 @@ def compute(quick: bool) -> Result:
     data, losses, drift = digits(), {}, {}
     norms = {"without a norm": None, "BatchNorm": BatchNorm1d, "BatchNorm and noise": NoisyBatchNorm}
     for name, norm in norms.items():
-        model, means = mlp(64, *LAYERS * [48], 10, norm=norm), []
+        means: list[Tensor] = []
+        model = mlp(64, *LAYERS * [48], 10, norm=norm)
         inputs: list[nn.Module] = [m for m in model if isinstance(m, nn.Linear)]
 
         def note(module: nn.Module, x: tuple[Tensor], seen: list[Tensor] = means) -> None:
@@ -67,7 +68,7 @@ def draw(result: Result, figure: Figure) -> None:
         right.semilogy(smooth(result.drift[name], 10), color=color, label=name)
     left.set(title="Training loss", xlabel="step", ylim=(0, None))
     left.legend()
-    right.set(title="Change per step of what a layer receives", xlabel="step", ylabel="in deviations")
+    right.set(title="How far a layer's input drifts", xlabel="step", ylabel="mean, in deviations per step")
 
 
 if __name__ == "__main__":

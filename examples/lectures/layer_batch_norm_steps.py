@@ -1,8 +1,8 @@
 """With BatchNorm larger steps are safe.
 
-The same network for digits, with and without BatchNorm, trained for the same steps at learning rates from 0.01 to over 30. Without it, the
-range of good rates is narrow and ends early: above it the training fails. With it the range is wide and reaches at least ten
-times further.
+The same network for digits, with and without BatchNorm, trained for the same steps at learning rates from 0.01 to over 30. Without
+it the range of good rates is narrow and ends early: above it the training fails. With it the range is wide and reaches more
+than five times further.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def compute(quick: bool) -> Result:
 def check(result: Result) -> None:
     without, with_norm = (result.largest(name) for name in NORMS)
     assert without > 0, result.error
-    assert with_norm > 9.9 * without, (with_norm, without)
+    assert with_norm > 5 * without, (with_norm, without)
 
 
 def draw(result: Result, figure: Figure) -> None:
@@ -52,7 +52,7 @@ def draw(result: Result, figure: Figure) -> None:
         axes.axvline(result.largest(name), color=COLORS[name], linestyle=":", linewidth=1.2)
     axes.axhline(100 * GOOD, color="black", linewidth=0.8, linestyle="--")
     axes.set(title="Test error by learning rate", xlabel="learning rate", ylabel="percent")
-    axes.legend(loc="center left")
+    axes.legend(loc="center right")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ def compute(quick: bool) -> Result:
     for width in WIDTHS:
         model = mlp(1, width, 1, act=nn.Tanh)
         with torch.no_grad():  # the bends all over the interval, not at 0 only
-            model[0].weight.mul_(6)  # type: ignore[operator, union-attr]
-            model[0].bias.mul_(6)  # type: ignore[operator, union-attr]
+            model[0].weight.mul_(6)  # type: ignore[operator]
+            model[0].bias.mul_(6)  # type: ignore[operator]
         optimizer = Rprop(model.parameters(), lr=0.01)
         for _ in range(steps):
             optimizer.zero_grad()

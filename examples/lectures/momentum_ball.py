@@ -22,8 +22,7 @@ def ball(t: Array) -> Array:
     """The differential equation, solved exactly: a damped oscillation that starts at rest."""
     omega = (CURVATURE - FRICTION**2 / 4) ** 0.5
     wave = np.cos(omega * t) + FRICTION / (2 * omega) * np.sin(omega * t)
-    result: Array = START * np.exp(-FRICTION * t / 2) * wave
-    return result
+    return np.asarray(START * np.exp(-FRICTION * t / 2) * wave)
 
 
 def momentum(h: float) -> Array:
