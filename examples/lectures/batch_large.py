@@ -33,7 +33,7 @@ def rising(steps: float, t: int) -> float:
 
 
 def compute(quick: bool) -> Result:
-    data, epochs, seeds = digits(), 30, 4 if quick else 10
+    data, epochs, seeds = digits(), 30, 2 if quick else 10
     rows = {
         f"batch {SMALL}": (SMALL, LR, 0.0),
         "none": (LARGE, LR, 0.0),

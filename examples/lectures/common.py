@@ -20,7 +20,8 @@ def need(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(str(error.name), error.name)
+        missing = str(error.name).partition(".")[0]
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(missing, missing)
         print(f"the lectures need {package}, which is not installed: pip install {package}", file=sys.stderr)
         raise SystemExit(2) from None
 
