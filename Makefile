@@ -50,7 +50,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD_DIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compat test-sanitized test-cuda-host gate lint docs bench gpu wheel clean
+.PHONY: help demo test compat test-sanitized test-cuda-host gate lint docs bench gpu wheel clean lectures
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -58,6 +58,9 @@ help: ## This list
 
 demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and demo.png
 	$(PY) examples/demo.py
+
+lectures: $(PACKAGE) ## The pictures of docs/lectures.md, each computed and checked
+	$(PY) examples/lectures/gallery.py
 
 test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
 	$(PY) -m pytest --ignore=tests/cuda_on_host $(PYTEST_ARGS)
