@@ -2,6 +2,7 @@
 
 python benchmarks/report.py benchmarks/results/optimizers-*.json             # markdown to the terminal
 python benchmarks/report.py benchmarks/results/*.json --page docs/speed.md   # into the page, with plots beside it
+python benchmarks/report.py benchmarks/results/*.json --headline README.md   # the few numbers that a reader sees first
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import report_formats
+import report_headline
 import report_rows
 import report_training
 
@@ -42,7 +44,12 @@ def load(path: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON files saved by benchmarks")
-    parser.add_argument("--page", type=Path, help="write the tables between their markers, the plots beside the page")
+    parser.add_argument(
+        "--page", type=Path, help="write the tables that the page has markers for between them, the plots beside it"
+    )
+    parser.add_argument(
+        "--headline", type=Path, metavar="PAGE", help="write the first numbers between the page's markers"
+    )
     args = parser.parse_args(argv)
     results = []
     for path in args.results:
@@ -50,19 +57,30 @@ def main(argv: list[str] | None = None) -> int:
             results.append(load(path))
         except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
-    texts = [(result["benchmark"], module(result).markdown(result)) for result in results]
-    if not args.page:
-        print("\n\n".join(text for _, text in texts))
-        return 0
+    by_benchmark = {result["benchmark"]: result for result in results}
     try:
-        page = args.page.read_text()
-        for benchmark, text in texts:
-            page = insert(page, benchmark, text)
+        if args.headline:
+            missing = sorted(set(report_headline.needed()) - by_benchmark.keys())
+            if missing:
+                raise ValueError(f"results of {', '.join(missing)} are needed")
+            text = report_headline.markdown(by_benchmark)
+            args.headline.write_text(insert(args.headline.read_text(), "headline", text))
+        if args.page:
+            page = args.page.read_text()
+            shown = {name: result for name, result in by_benchmark.items() if BEGIN.format(name) in page}
+            if not shown:
+                raise ValueError(
+                    f"the page has no markers for {', '.join(by_benchmark)}, such as {BEGIN.format('layers')}"
+                )
+            for name, result in shown.items():
+                page = insert(page, name, module(result).markdown(result))
+            args.page.write_text(page)
+            for name, result in shown.items():
+                module(result).plot(result, args.page.with_name(f"{args.page.stem}-{name}.png"))
     except (OSError, ValueError) as error:
-        parser.error(f"--page {args.page}: {error}")
-    args.page.write_text(page)
-    for result in results:
-        module(result).plot(result, args.page.with_name(f"{args.page.stem}-{result['benchmark']}.png"))
+        parser.error(f"{args.headline if args.headline and not args.page else args.page}: {error}")
+    if not args.page and not args.headline:
+        print("\n\n".join(module(result).markdown(result) for result in results))
     return 0
 
 

@@ -45,4 +45,27 @@ def _lines(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(result: Json, path: Path) -> None:
-    """The tables say it all."""
+    """Bytes per parameter of weights, gradients and states, one bar per kind of parameter and format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row["kind"] == "step"][::-1]
+    weights = [2.0 if row["name"].startswith("bfloat16") else 4.0 for row in rows]
+    parts = [("weights", weights, "#0072b2"), ("gradients", weights, "#e69f00")]
+    parts.append(("states of AdamW", [row["bytes"] for row in rows], "#999999"))
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    left = [0.0] * len(rows)
+    for label, sizes, colour in parts:
+        axes.barh(range(len(rows)), sizes, left=left, color=colour, label=label, height=0.7)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    for place, total in enumerate(left):
+        axes.annotate(f"{total:.3g}", (total, place), (4, 0), textcoords="offset points", va="center", size=9)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], size=9)
+    axes.set_xlabel("bytes per parameter", size=9)
+    axes.set_title("Memory of weights, gradients and states", loc="left", size=11, weight="bold")
+    axes.legend(frameon=False, size=9, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

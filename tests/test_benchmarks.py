@@ -20,6 +20,7 @@ import compiled  # noqa: E402
 import harness  # noqa: E402
 import limit  # noqa: E402
 import report  # noqa: E402
+import report_headline  # noqa: E402
 import report_rows  # noqa: E402
 import report_training  # noqa: E402
 import training  # noqa: E402
@@ -312,3 +313,28 @@ def test_formats_run(tmp_path: Path) -> None:
     assert bytes_of_states["float32 parameters, bfloat16"] == 4
     assert bytes_of_states["float32 parameters, 8bit"] < 2.2
     assert all(len(row["loss"]) == 2 for row in rows if row["kind"] == "loss")
+
+
+def test_the_headline_is_written_from_all_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def result(benchmark: str, names: list[str], peer: str) -> Path:
+        rows = [row(name, ratios={peer: [1.1, 1.2, 1.3]}) for name in names]
+        for made in rows:
+            made["variants"][peer] = {"p20_ms": 2.2, "median_ms": 2.2}  # type: ignore[index]
+            made["variants"] = {name: made["variants"][name] for name in ("onepass", peer)}  # type: ignore[index]
+        path = tmp_path / f"{benchmark}.json"
+        path.write_text(json.dumps({"benchmark": benchmark, "environment": ENVIRONMENT, "compile": True, "rows": rows}))
+        return path
+
+    names = {
+        b: [name for benchmark, name, _ in report_headline.ROWS if benchmark == b] for b in ("optimizers", "layers")
+    }
+    paths = [result("training", ["BERT"], "torch"), result("optimizers", names["optimizers"], "fused")]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- headline: begin -->\n<!-- headline: end -->\n")
+    with pytest.raises(SystemExit):
+        report.main([*map(str, paths), "--headline", str(readme)])
+    assert "results of layers are needed" in capsys.readouterr().err
+    paths.append(result("layers", names["layers"], "torch"))
+    assert report.main([*map(str, paths), "--headline", str(readme)]) == 0
+    assert "| training step of BERT | 1.20x | 1.10 to 1.30 |" in readme.read_text()
+    assert "geometric mean of these 1 training steps** | **1.20x**" in readme.read_text()
