@@ -6,7 +6,6 @@ const Engine engine = {
     &reduce,
     &reduce_partials,
     &join_partials,
-    nullptr,
     &dropout,
     &row_norm,
     &row_norm_backward,
