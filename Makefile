@@ -51,7 +51,7 @@ help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and demo.png
-	$(PY) examples/demo.py
+	$(PY) -m onepass demo --plot demo.png
 
 test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
 	$(PY) -m pytest --ignore=tests/cuda_on_host $(PYTEST_ARGS)
