@@ -124,7 +124,7 @@ BAD = {
     "bench --like {tmp}/model.py:fails": "fails\\(\\) of .*/model.py failed: ValueError: two lines",
     "bench --like {tmp}/model.py:leaves": "leaves\\(\\) of .*/model.py failed: SystemExit: gone",
     "bench --json {tmp}": "argument --json: .* is a folder: name a file",
-    "bench --json /dev/full": "argument --json: /dev/full is not a regular file: name a file",
+    "bench --json {tmp}/pipe": "argument --json: .*/pipe is not a regular file: name a file",
     "bench --json {tmp}/a --html {tmp}/x/../a": "two outputs are to be written to .*/a: name two files",
     "bench --html {tmp}/{long}": "argument --html: cannot write .*: File name too long",
     "report": "the following arguments are required: RESULTS.json, --html",
@@ -158,6 +158,7 @@ def files(tmp_path: Path, model_file: Path) -> Path:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken.py").write_text("def f(:")
     (tmp_path / "x").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 

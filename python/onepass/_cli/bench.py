@@ -90,7 +90,13 @@ def run(args: argparse.Namespace) -> int:
             )
     seconds, rounds = (0.1, 3) if args.quick else (2.0, 5)
     measured = [_measure_row(row, device, seconds, rounds) for row in progress(rows, len(rows), lambda row: row.name)]
-    result = {"benchmark": "bench", "format": FORMAT, "environment": _environment(device), "rows": measured}
+    result = {
+        "benchmark": "bench",
+        "format": FORMAT,
+        "environment": _environment(device),
+        "quick": args.quick,
+        "rows": measured,
+    }
 
     print(_table(result))
     if args.json:
