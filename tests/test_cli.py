@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from onepass import _native
-from onepass._cli import bench, check, demo, output, workload
+from onepass._cli import bench, check, demo, output, timing, workload
 from onepass._cli.main import main
 
 MODEL = """
@@ -307,23 +307,42 @@ def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round starts with another one, after two rounds that are not timed."""
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in "abc"}
-    samples = bench.measure(steps, torch.device("cpu"), 0.0, min_rounds=4)
+    samples = timing.measure(steps, torch.device("cpu"), 0.0, min_rounds=4)
     assert "".join(calls) == "abcabc" + "abcbcacababc"
-    assert [len(times) for times in samples.values()] == [4, 4, 4]
+    assert [len(sample.seconds) for sample in samples.values()] == [4, 4, 4]
 
 
 def test_quartiles_are_of_the_ratios_of_rounds() -> None:
-    # A slow second round affects both: the ratio of the medians would be 4.
-    assert bench.quartiles_of_ratio([2.0, 40.0, 4.0], [1.0, 10.0, 1.0]) == [3.0, 4.0, 4.0]
+    # A slow second round affects both: the ratio of the means would be 3.8.
+    ours = timing.Samples([1.0, 10.0, 1.0], [False] * 3)
+    assert timing.Samples([2.0, 40.0, 4.0], [False] * 3).times(ours) == ([3.0, 4.0, 4.0], True)
+
+
+def test_disturbed_rounds_count_only_where_too_few_others_do() -> None:
+    ours = timing.Samples([1.0] * 5, [False] * 5)
+    theirs = timing.Samples([2.0, 2.0, 9.0, 9.0, 2.0], [False, False, True, True, False])
+    assert theirs.times(ours) == ([2.0, 2.0, 2.0], True)
+    assert theirs.median() == 2.0
+    ours.disturbed[0] = True
+    assert theirs.times(ours) == ([2.0, 2.0, 9.0], False)
+
+
+def test_waiting_for_a_core_disturbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([0.0, 0.0, 0.0, 60.0])
+    monkeypatch.setattr(timing, "_waited", lambda: next(waited))
+    samples = timing.measure({"a": lambda: None}, torch.device("cpu"), 0.0, min_rounds=2)
+    assert samples["a"].disturbed == [False, True]
 
 
 def test_unreliable_rows_are_named() -> None:
-    def row(name: str, low: float, high: float) -> dict[str, object]:
+    def row(name: str, low: float, high: float, busy: tuple[str, ...] = ()) -> dict[str, object]:
         times = {variant: {"median_ms": 1.0} for variant in ("onepass", "fused", "foreach", "loop")}
-        return {"name": name, "variants": times, "ratios": {p: [low, 1.0, high] for p in ("fused", "foreach", "loop")}}
+        ratios = {path: [low, 1.0, high] for path in ("fused", "foreach", "loop")}
+        return {"name": name, "variants": times, "ratios": ratios, "busy": busy}
 
-    text = bench._table({"rows": [row("calm", 0.9, 1.1), row("wild", 0.5, 1.5)]})
-    assert re.search(r"^Unreliable.*: wild\.$", text, re.MULTILINE)
+    rows = [row("calm", 0.9, 1.1), row("wild", 0.5, 1.5), row("busy", 0.9, 1.1, ("fused",))]
+    text = bench._table({"rows": rows})
+    assert re.search(r"^Unreliable.*: wild, busy\.$", text, re.MULTILINE)
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo

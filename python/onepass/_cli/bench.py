@@ -9,9 +9,7 @@ import gc
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from .. import __version__, optim, show_config
 from .output import OutputFile, PictureFile, UsageError, distinct_files, milliseconds, progress, text_table
 from .results import FORMAT, OURS, best_peer, page
+from .timing import measure
 from .workload import Workload, like, usual
 
 Json = dict[str, Any]
@@ -35,7 +34,6 @@ _TORCH_PATHS: dict[str, Json] = {
 # Larger lists share parameters and gradients between the variants, to fit a small machine's memory. Smaller ones must
 # not: a variant would find the parameters in the cache, left there by the previous one.
 _SHARED_ABOVE = 64_000_000
-_MAX_ROUNDS = 1000
 # A ratio is reported as unreliable if its upper quartile is this many times the lower one.
 _WIDE = 1.5
 
@@ -115,16 +113,17 @@ def _measure_row(row: _Row, device: torch.device, seconds: float, min_rounds: in
     torch.manual_seed(0)
     samples = measure(_steps(row, device), device, seconds, min_rounds)
     gc.collect()  # before the next row allocates
-    ours = samples[OURS]
+    ratios = {name: sample.times(samples[OURS]) for name, sample in samples.items() if name != OURS}
     return {
         "name": row.name,
         "rule": row.optimizer,
         "dtype": row.workload.dtypes,
         "tensors": len(row.workload.tensors),
         "elements": row.workload.elements,
-        "rounds": len(ours),
-        "variants": {name: {"median_ms": 1e3 * statistics.median(times)} for name, times in samples.items()},
-        "ratios": {name: quartiles_of_ratio(times, ours) for name, times in samples.items() if name != OURS},
+        "rounds": len(samples[OURS].seconds),
+        "variants": {name: {"median_ms": 1e3 * sample.median()} for name, sample in samples.items()},
+        "ratios": {name: quartiles for name, (quartiles, _) in ratios.items()},
+        "busy": [name for name, (_, quiet) in ratios.items() if not quiet],  # other processes took a core
     }
 
 
@@ -141,49 +140,6 @@ def _steps(row: _Row, device: torch.device) -> dict[str, Callable[[], object]]:
     return steps
 
 
-def measure(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, min_rounds: int
-) -> dict[str, list[float]]:
-    """Seconds per call of each, for about `seconds` in all and at least `min_rounds`; entry i is from round i.
-
-    A round calls each once, each round another one first (A B C, B C A, ...), so that a slow minute of the machine affects
-    all of them.
-    """
-    names = list(steps)
-    for _ in range(2):  # the first step creates the states
-        for name in names:
-            steps[name]()
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
-    for round_ in range(_MAX_ROUNDS):
-        if round_ >= min_rounds and time.perf_counter() > end:
-            break
-        for i in range(len(names)):
-            name = names[(round_ + i) % len(names)]
-            samples[name].append(_time(steps[name], device))
-    return samples
-
-
-def _time(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        return 1e-3 * float(begin.elapsed_time(end))
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def quartiles_of_ratio(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile, over the rounds, of their time divided by ours."""
-    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive")
-
-
 def _table(result: Json) -> str:
     variants = [OURS, *_TORCH_PATHS]
     rows = []
@@ -193,18 +149,18 @@ def _table(result: Json) -> str:
         times = [milliseconds(row["variants"][name]["median_ms"]) for name in variants]
         rows.append([row["name"], *times, best, f"{median:.2f}x", f"{low:.2f} to {high:.2f}"])
     header = ["step", "onepass ms", *(f"{path} ms" for path in _TORCH_PATHS), "best of torch", "ratio", "quartiles"]
-    unreliable = [row["name"] for row in result["rows"] if _is_unreliable(row["ratios"][best_peer(row)])]
+    unreliable = [row["name"] for row in result["rows"] if _is_unreliable(row)]
     notes = ["", "Milliseconds: medians. Ratio: the median over interleaved rounds of best of torch / onepass."]
     if unreliable:
-        notes.append(
-            f"Unreliable, the ratio changed much between rounds (is the machine busy?): {', '.join(unreliable)}."
-        )
+        why = "other processes took a core, or the ratio varied"
+        notes.append(f"Unreliable, because {why}: {', '.join(unreliable)}.")
     return "\n".join([text_table(header, rows), *notes])
 
 
-def _is_unreliable(quartiles: Sequence[float]) -> bool:
-    low, _, high = quartiles
-    return high > _WIDE * low
+def _is_unreliable(row: Json) -> bool:
+    best = best_peer(row)
+    low, _, high = row["ratios"][best]
+    return best in row["busy"] or high > _WIDE * low
 
 
 def _environment(device: torch.device) -> Json:
