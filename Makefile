@@ -8,6 +8,8 @@
 # Needs python3 >= 3.10, a C++17 compiler and make. pip's own settings (an index with CPU-only torch, say) are honoured.
 
 VENV ?= .venv
+# The site's generator imports neither torch nor onepass, and stays out of their environment.
+DOCS_VENV ?= .venv-docs
 BASE_PYTHON ?= python3
 # Installed before what depends on it, so that pip does not choose another.
 TORCH ?= torch==2.13.0
@@ -29,12 +31,16 @@ ifdef PYTHON
   SITE := build/site
   ENVIRONMENT :=
   PACKAGE := $(SITE)/.installed
+  DOCS_PY := $(PYTHON)
+  DOCS_ENVIRONMENT :=
   INSTALL := --upgrade --target $(SITE)
   export PYTHONPATH := $(abspath $(SITE))
 else
   PY := $(VENV)/bin/python
   ENVIRONMENT := $(VENV)/.dependencies-installed
   PACKAGE := $(VENV)/.onepass-installed
+  DOCS_PY := $(DOCS_VENV)/bin/python
+  DOCS_ENVIRONMENT := $(DOCS_VENV)/.dependencies-installed
   INSTALL := --force-reinstall
 endif
 
@@ -44,7 +50,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD_DIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compat test-sanitized test-cuda-host gate lint bench gpu wheel clean
+.PHONY: help demo test compat test-sanitized test-cuda-host gate lint docs bench gpu wheel clean lectures
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -52,6 +58,9 @@ help: ## This list
 
 demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and demo.png
 	$(PY) -m onepass demo --plot demo.png
+
+lectures: $(PACKAGE) ## The pictures of docs/lectures.md, each computed and checked
+	$(PY) examples/lectures/gallery.py
 
 test: $(PACKAGE) ## Tests of the package; PYTEST_ARGS="-k adam" for some
 	$(PY) -m pytest --ignore=tests/cuda_on_host $(PYTEST_ARGS)
@@ -70,11 +79,15 @@ gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-by
 	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
 	  --budget 'double|Adam<true>|RMSprop|Sgd<true>|(float|half|bfloat16), true>|row_norm|batch_=128'
 
-lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA
+lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA, spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(if $(PYTHON),,$(VENV)/bin/)clang-format --dry-run -Werror $(NATIVE)
+	$(if $(PYTHON),,$(VENV)/bin/)codespell
+
+docs: $(DOCS_ENVIRONMENT) ## The site, in site/: open site/index.html, no server needed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict --quiet
 
 bench: $(PACKAGE) ## Against torch and the memory's limit; BENCH=layers BENCH_ARGS="--filter LayerNorm" for some
 	set -e; for benchmark in $(BENCH); do $(PY) benchmarks/$$benchmark.py --out $(RESULTS) $(BENCH_ARGS); done
@@ -83,7 +96,7 @@ wheel: $(ENVIRONMENT) ## A wheel in dist/
 	$(PIP) wheel $(BUILD_FLAGS) --wheel-dir dist .
 
 clean: ## Remove what was built; the virtual environment stays
-	rm -rf build dist demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis python/onepass/_C*.so
+	rm -rf build dist site demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis python/onepass/_C*.so
 	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # On a machine with a GPU, torch with CUDA, nvcc, pybind11, scikit-build-core, CMake and pytest; no network is used. Ends
@@ -102,14 +115,15 @@ gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
 	part 30 $(PY) -m onepass; \
 	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -m cuda_kernels -k 'not compute_sanitizer' \
 	  --continue-on-collection-errors $(PYTEST_ARGS); \
-	part $$(($(GPU_BENCH_SECONDS) + 10)) $(PY) benchmarks/optimizers.py --device cuda --seconds 1 \
+	part $$(($(GPU_BENCH_SECONDS) + 10)) $(PY) benchmarks/optimizers.py --device cuda --no-compile --seconds 1 \
 	  --budget $(GPU_BENCH_SECONDS) --out $(RESULTS) $(BENCH_ARGS); \
 	part 70 $(PY) -m pytest -q -k compute_sanitizer tests/test_gpu.py; \
 	exit $$result
 
 # ---------------------------------------------------------------------------------------------------- the environment
 
-# What pyproject.toml asks for at build and run time and in every extra, without building the package.
+# What pyproject.toml asks for at build and run time and in every extra, without building the package; --only EXTRA: in that
+# extra alone.
 define REQUIREMENTS
 import importlib, shutil, sys
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
@@ -117,9 +131,9 @@ with open("pyproject.toml", "rb") as file:
     pyproject = toml.load(file)
 project, extras = pyproject["project"], pyproject["project"]["optional-dependencies"]
 chosen = [extra for name, extra in extras.items() if name in (sys.argv[1:] or extras)]
-groups = [pyproject["build-system"]["requires"], project["dependencies"], *chosen]
 tools = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
-print(*(need for group in [*groups, tools] for need in group if not need.startswith("onepass")), sep="\n")
+groups = [pyproject["build-system"]["requires"], project["dependencies"], tools] if "--only" not in sys.argv else []
+print(*(need for group in [*groups, *chosen] for need in group if not need.startswith("onepass")), sep="\n")
 endef
 export REQUIREMENTS
 
@@ -130,6 +144,12 @@ $(VENV)/.dependencies-installed: pyproject.toml Makefile | $(VENV)/bin/python
 	$(PIP) install '$(TORCH)'
 	$(PY) -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
 	$(PIP) install '$(TORCH)' -r $(VENV)/requirements.txt
+	touch $@
+
+$(DOCS_VENV)/.dependencies-installed: pyproject.toml Makefile
+	$(BASE_PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_PY) -c "$$REQUIREMENTS" --only docs > $(DOCS_VENV)/requirements.txt
+	$(DOCS_PY) -m pip --disable-pip-version-check --quiet install -r $(DOCS_VENV)/requirements.txt
 	touch $@
 
 $(PACKAGE): $(SOURCES) $(ENVIRONMENT)

@@ -1,46 +1,57 @@
 """How every benchmark here measures.
 
-Variants run in turn (A B C A B C ...), so that a slow minute of the machine affects all of them. A sample in which another
-process took a core away (an involuntary context switch) is discarded. A low percentile says what the code costs, the
-median what a user sees. Results are plain dictionaries, saved as JSON with the versions and the machine; report.py presents
-them.
+Variants run in rounds, one run of each per round (A B C, B C A, ...), so that a slow minute of the machine affects all of
+them. A ratio is the median over the rounds of the ratio within a round, and its quartiles say how far to trust it. A round
+in which threads had to wait for a core counts only where there are too few others: a program that synchronises its threads
+a hundred times loses a hundred times as much then as one that does it once, which says nothing about either. Results are
+plain dictionaries, saved as JSON with the versions and the machine; report.py presents them.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib
-import importlib.util
+import contextlib
+import gc
 import json
 import math
 import os
-import platform
-import re
-import resource
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start and stop otherwise
+
+import machine
 import torch
 
+OURS, LIMIT = "onepass", "limit"
+# A low percentile says what the code costs when nothing else runs; a median would include the other processes.
 LOW_PERCENTILE = 20
-# With fewer undisturbed samples than this, the disturbed ones are kept as well, and the result says so.
-MIN_CLEAN = 3
+# A run is quiet if its threads, ready to run, waited for a core for less than this share of its time, all together.
+QUIET_SHARE = 0.05
+# As many quiet rounds are needed. While there are fewer, a row goes on for up to PATIENCE times its time; then it takes as
+# many of the least disturbed ones, and the result says so.
+MIN_QUIET = 5
+PATIENCE = 3
+_TASKS = Path("/proc/self/task")
 
 Json = dict[str, Any]
 
-# None if it is not installed: torch can be measured alone.
-onepass: Any = importlib.import_module("onepass") if importlib.util.find_spec("onepass") else None
+
+@dataclass(frozen=True)
+class Timed:
+    """What a run returns that measures its own time: seconds, and for how many its threads had to wait for a core."""
+
+    seconds: float
+    waited: float = 0.0
 
 
 @dataclass
 class Variant:
-    """Something to measure: ``run`` is timed; ``prepare``, called before each run, is not.
-
-    A ``run`` that returns a float has measured its own time, in seconds.
-    """
+    """Something to measure: ``run`` is timed, unless it returns ``Timed``; ``prepare``, called before each run, is not."""
 
     name: str
     run: Callable[[], object]
@@ -49,28 +60,53 @@ class Variant:
 
 @dataclass
 class Samples:
-    """Seconds per run of one variant. On a GPU they are the GPU's time, and ``cpu`` is the time until the call returned."""
+    """Seconds per run of one variant; entry i is from round i.
 
-    clean: list[float] = field(default_factory=list)
-    disturbed: list[float] = field(default_factory=list)
+    On a GPU they are the GPU's time, and ``cpu`` is the time until the call returned. ``waited`` is how long threads of this
+    process waited for a core meanwhile.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     @property
-    def kept(self) -> list[float]:
-        return self.clean if len(self.clean) >= MIN_CLEAN else self.clean + self.disturbed
+    def disturbance(self) -> list[float]:
+        return [waited / seconds for waited, seconds in zip(self.waited, self.seconds, strict=True)]
 
     def summary(self) -> Json:
+        rounds, _ = calmest(self.disturbance)
+        seconds = [self.seconds[i] for i in rounds]
         result: Json = {
-            "p20_ms": 1e3 * percentile(self.kept, LOW_PERCENTILE),
-            "median_ms": 1e3 * percentile(self.kept, 50),
-            "samples": len(self.kept),
-            "discarded": len(self.clean) + len(self.disturbed) - len(self.kept),
+            "p20_ms": 1e3 * percentile(seconds, LOW_PERCENTILE),
+            "median_ms": 1e3 * statistics.median(seconds),
         }
-        if self.kept is not self.clean:
-            result["disturbed"] = True
         if self.cpu:
             result["cpu_p20_ms"] = 1e3 * percentile(self.cpu, LOW_PERCENTILE)
         return result
+
+    def times(self, other: Samples) -> Ratio:
+        """How many times as long as ``other`` this variant takes."""
+        worse = [max(pair) for pair in zip(self.disturbance, other.disturbance, strict=True)]
+        rounds, quiet = calmest(worse)
+        ratios = [self.seconds[i] / other.seconds[i] for i in rounds]
+        return Ratio(statistics.quantiles(ratios, n=4, method="inclusive"), quiet)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Lower quartile, median and upper quartile over rounds, and whether these were quiet."""
+
+    quartiles: list[float]
+    quiet: bool
+
+
+def calmest(disturbance: Sequence[float]) -> tuple[list[int], bool]:
+    """The rounds that count, and whether they are quiet."""
+    quiet = [i for i, share in enumerate(disturbance) if share <= QUIET_SHARE]
+    if len(quiet) >= MIN_QUIET:
+        return quiet, True
+    return sorted(range(len(disturbance)), key=disturbance.__getitem__)[:MIN_QUIET], False
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -85,7 +121,7 @@ def measure(
     *,
     seconds: float,
     min_rounds: int = 5,
-    max_rounds: int = 200,
+    max_rounds: int = 1000,
     warm_up: int = 2,
 ) -> dict[str, Samples]:
     """Run the variants in turn for about ``seconds``, preparations included, after ``warm_up`` unrecorded rounds."""
@@ -95,24 +131,59 @@ def measure(
             variant.run()
     sample = _sample_cuda if device.type == "cuda" else _sample_cpu
     samples = {variant.name: Samples() for variant in variants}
-    end = time.perf_counter() + seconds
+    start, quiet_rounds = time.perf_counter(), 0
     for round_ in range(max_rounds):
-        if round_ >= min_rounds and time.perf_counter() > end:
+        patience = 1 if quiet_rounds >= min(min_rounds, MIN_QUIET) else PATIENCE
+        if round_ >= min_rounds and time.perf_counter() - start > patience * seconds:
             break
-        for variant in variants:
+        first = round_ % len(variants)
+        for variant in [*variants[first:], *variants[:first]]:
             sample(variant, samples[variant.name])
+        quiet_rounds += all(sample.disturbance[-1] <= QUIET_SHARE for sample in samples.values())
     return samples
+
+
+def results(samples: Mapping[str, Samples]) -> Json:
+    """What a row says about its variants: milliseconds of each, ratios, and the share of the limit that onepass reaches.
+
+    The limit is measured in several ways (see limit.py); that of a round is the fastest: the memory was able to do it.
+    """
+    peers = {name: sample for name, sample in samples.items() if not name.startswith(LIMIT)}
+    result: Json = {
+        "rounds": len(next(iter(samples.values())).seconds),
+        "variants": {name: sample.summary() for name, sample in peers.items()},
+        "ratios": {},
+        "busy": [],  # peers whose ratio is from rounds in which other processes took a core
+        "of_limit": None,
+    }
+    ours = peers.pop(OURS, None)
+    if ours is None:
+        return result
+    for name, peer in peers.items():
+        ratio = peer.times(ours)
+        result["ratios"][name] = ratio.quartiles
+        result["busy"] += [] if ratio.quiet else [name]
+    limits = [list(zip(s.seconds, s.waited, strict=True)) for name, s in samples.items() if name.startswith(LIMIT)]
+    if limits:
+        fastest = [min(ways) for ways in zip(*limits, strict=True)]
+        limit = Samples([seconds for seconds, _ in fastest], [waited for _, waited in fastest])
+        share = limit.times(ours)
+        if share.quiet:
+            result["of_limit"] = share.quartiles
+        else:  # it would be the limit of what others leave, not of the machine
+            result["busy"].append(LIMIT)
+    return result
 
 
 def _sample_cpu(variant: Variant, samples: Samples) -> None:
     variant.prepare()
-    switches = _involuntary_switches()
+    waited = _waited()
     start = time.perf_counter()
-    timed_itself = variant.run()
+    result = variant.run()
     elapsed = time.perf_counter() - start
-    disturbed = _involuntary_switches() != switches
-    elapsed = timed_itself if isinstance(timed_itself, float) else elapsed
-    (samples.disturbed if disturbed else samples.clean).append(elapsed)
+    timed = result if isinstance(result, Timed) else Timed(elapsed, _waited() - waited)
+    samples.seconds.append(timed.seconds)
+    samples.waited.append(timed.waited)
 
 
 def _sample_cuda(variant: Variant, samples: Samples) -> None:
@@ -121,107 +192,84 @@ def _sample_cuda(variant: Variant, samples: Samples) -> None:
     torch.cuda.synchronize()
     begin.record()
     start = time.perf_counter()
-    timed_itself = variant.run()
+    result = variant.run()
     cpu = time.perf_counter() - start
     end.record()
     end.synchronize()
     elapsed = float(begin.elapsed_time(end)) * 1e-3
-    samples.clean.append(timed_itself if isinstance(timed_itself, float) else elapsed)
+    samples.seconds.append(result.seconds if isinstance(result, Timed) else elapsed)
+    samples.waited.append(0.0)
     samples.cpu.append(cpu)
 
 
-def _involuntary_switches() -> int:
-    # RUSAGE_SELF, not RUSAGE_THREAD: torch's worker threads count too, since the slowest one ends the step.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def _waited() -> float:
+    """Seconds that the threads of this process have been ready to run without a core; 0 if the system does not count it."""
+    total = 0
+    for thread in _TASKS.iterdir() if _TASKS.exists() else ():
+        with contextlib.suppress(OSError, IndexError):  # a thread that ends, a kernel without these numbers
+            total += int((thread / "schedstat").read_text().split()[1])
+    return 1e-9 * total
 
 
-def environment(device: torch.device) -> Json:
-    """What a reader needs to judge a number: date, machine and versions."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if onepass is not None:
-        versions["onepass"] = onepass.__version__
-    machine: Json = {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "arch": platform.machine(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
-    }
+def cache_eviction(device: torch.device) -> Callable[[], object]:
+    """A function that leaves nothing of the variants in the caches: memory-bound runs should all start from memory."""
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["gpu"] = properties.name
-        machine["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
-        versions["cuda"] = str(torch.version.cuda)
-        versions["driver"] = _driver_version()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "machine": machine,
-        "versions": versions,
-        "onepass_config": onepass.show_config() if onepass is not None else None,
-    }
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        size = 2 * _last_level_cache()
+    filler = torch.zeros(size // 4, device=device)
+    return lambda: filler.add_(1)
 
 
-def slug(environment: Mapping[str, Any]) -> str:
-    """The machine as part of a file name, such as ``amd-epyc-9354-2c`` or ``nvidia-h200``."""
-    machine = environment["machine"]
-    name = machine.get("gpu") or f"{machine['cpu']} {machine['cores']}c"
-    name = re.sub(r"\((r|tm)\)|processor|cpu|@.*?ghz|\d+-core", " ", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+def _last_level_cache() -> int:
+    """Bytes of a core's largest cache; 32 MiB if the system does not say."""
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.strip().removesuffix("K")) * 1024 for size in sizes), default=32 * 2**20)
 
 
 def save(result: Mapping[str, Any], folder: Path, benchmark: str) -> Path:
     """Write ``<folder>/<benchmark>-<date>-<machine>.json`` atomically and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = result["environment"]
-    path = folder / f"{benchmark}-{environment['date'][:10]}-{slug(environment)}.json"
+    path = folder / f"{benchmark}-{environment['date'][:10]}-{machine.slug(environment)}.json"
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(_rounded(result), indent=1) + "\n")
     unfinished.replace(path)
     return path
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _meminfo("MemAvailable")
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """The most that ``run`` has allocated at any one time, in bytes. What was there before counts neither way.
 
-
-class PeakMemory:
-    """``with PeakMemory(device) as peak``: ``peak.extra`` is the block's peak memory in bytes beyond that at its start.
-
-    On a CPU it is the process's resident memory, so that native allocations count as well; ``extra`` is None if the
-    system cannot reset its high-water mark (only Linux can).
+    On a CPU torch's profiler lists every allocation of torch's allocator, from which onepass takes its memory as well. So
+    the number is exact, other than the process's resident memory, which the C library does not give back.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before: int | None = None
-        self.extra: int | None = None
-
-    def __enter__(self) -> PeakMemory:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
-            return self
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: see proc_pid_clear_refs(5)
-            self._before = _status("VmRSS")
-        except OSError:
-            self._before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            self.extra = torch.cuda.max_memory_allocated(self._device) - self._before
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: float(event["ts"]))
+    held: dict[int, int] = {}
+    total = peak = 0
+    for event in events:
+        address, size = event["args"]["Addr"], int(event["args"]["Bytes"])
+        if size > 0:
+            held[address] = size
         else:
-            self.extra = max(0, _status("VmHWM") - self._before)
+            size = -held.pop(address, 0)  # 0: it was there before
+        total += size
+        peak = max(peak, total)
+    return peak
 
 
 def _rounded(value: Any) -> Any:
@@ -231,36 +279,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _cpu_model() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
-def _driver_version() -> str:
-    try:
-        match = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        match = None
-    return match.group(1) if match else "unknown"
-
-
-def _meminfo(key: str) -> int:
-    return _kilobytes(Path("/proc/meminfo"), key)
-
-
-def _status(key: str) -> int:
-    return _kilobytes(Path("/proc/self/status"), key)
-
-
-def _kilobytes(path: Path, key: str) -> int:
-    """The bytes of a line ``key:  1234 kB``; 0 if the system has no such file."""
-    try:
-        match = re.search(rf"^{key}:\s+(\d+) kB$", path.read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return int(match.group(1)) * 1024 if match else 0

@@ -1,8 +1,9 @@
 """How long the layers take, forward and backward: onepass against torch.nn.functional and the memory's limit.
 
 The timed call is the user's, including the allocation of outputs: forward without gradients, backward as autograd runs it
-after a new forward, and for tiny inputs both together in grad mode. The columns are those of optimizers.py; the limit
-is a sweep that reads the inputs once and writes the outputs once, into memory that is already allocated.
+after a new forward, and for tiny inputs both together in grad mode. Inputs larger than the caches are read from memory: the
+caches are emptied before each run. The limit is a sweep that reads the inputs once and writes the outputs once, into memory
+that is already allocated. docs/speed.md explains the columns.
 
     python benchmarks/layers.py --filter 'LayerNorm.*backward'
 
@@ -11,20 +12,19 @@ Saves <out>/layers-<date>-<machine>.json after every row, and a plot of it at th
 
 from __future__ import annotations
 
-import argparse
-import gc
-import re
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import compiled
 import harness
 import limit
-import report
+import runner
 import torch
-from harness import Json, Variant, onepass
+from harness import OURS, Json, Variant
+from machine import onepass
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +44,7 @@ class Case:
     layers: dict[str, Layer]
     activations: int = 1  # operands as large as the input, read in forward
     outputs: int = 1
+    reads_back: bool = True  # whether backward reads the input (or its normalised form) as well
 
 
 def norm_case(rows: int, size: int, dtype: torch.dtype, rms: bool) -> Case:
@@ -86,6 +87,7 @@ def dropout_case(rows: int, size: int, dtype: torch.dtype) -> Case:
         f"Dropout {rows}x{size}{suffix(dtype)}",
         lambda device: [torch.randn(rows, size, device=device).to(dtype)],
         implementations(lambda functional: lambda x: functional.dropout(x, P)),
+        reads_back=False,
     )
 
 
@@ -105,7 +107,7 @@ def fused_case(rows: int, size: int, dtype: torch.dtype) -> Case:
     if onepass is not None:
         ours = onepass.nn.functional
         layers = {
-            "onepass": lambda x, residual, w, b: ours.dropout_add_layer_norm(x, residual, (size,), w, b, p=P),
+            OURS: lambda x, residual, w, b: ours.dropout_add_layer_norm(x, residual, (size,), w, b, p=P),
             "onepass, three calls": separate(ours),
             **layers,
         }
@@ -113,7 +115,7 @@ def fused_case(rows: int, size: int, dtype: torch.dtype) -> Case:
 
 
 def implementations(layer: Callable[[Any], Layer]) -> dict[str, Layer]:
-    ours = {"onepass": layer(onepass.nn.functional)} if onepass is not None else {}
+    ours = {OURS: layer(onepass.nn.functional)} if onepass is not None else {}
     return {**ours, "torch": layer(F)}
 
 
@@ -148,31 +150,13 @@ def first(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def variants(case: Case, what: str, device: torch.device) -> list[Variant]:
-    """One per implementation, each on its own operands and gradients."""
-    result = []
-    for name, layer in case.layers.items():
-        operands = case.operands(device)
-        if what == "forward":
-            result.append(Variant(name, forward(layer, operands)))
-            continue
-        for operand in operands:
-            operand.requires_grad_()
-        gradients = [torch.randn_like(output) for output in first(layer(*operands))]
-        both = Both(layer, operands, gradients)
-        if what == "backward":
-            result.append(Variant(name, both.backward, prepare=both.forward))
-        else:
-            result.append(Variant(name, both.both))
-    return result
+class Forward:
+    def __init__(self, layer: Layer, operands: list[Tensor]) -> None:
+        self.layer, self.operands = layer, operands
 
-
-def forward(layer: Layer, operands: list[Tensor]) -> Callable[[], object]:
-    def call() -> object:
-        with torch.no_grad():
-            return layer(*operands)
-
-    return call
+    @torch.no_grad()
+    def __call__(self) -> object:
+        return self.layer(*self.operands)
 
 
 class Both:
@@ -209,80 +193,84 @@ def kept_bytes(case: Case, layer: Layer, device: torch.device) -> int:
     return sum(kept.values())
 
 
-def bytes_moved(case: Case, what: str, x: Tensor) -> int:
-    """Bytes if inputs are read once and outputs written once; backward reads the gradients and the normalised input."""
-    size = x.numel() * x.element_size()
-    there = (case.activations + case.outputs) * size
-    # Dropout's backward needs no input.
-    back = (2 if case.name.startswith("Dropout") else 1 + case.outputs + case.activations) * size
-    return {"forward": there, "backward": back, "both": there + back}[what]
+def variants(case: Case, what: str, settings: runner.Settings) -> tuple[list[Variant], Json]:
+    """One per implementation, each on its own operands and gradients, and what was found out about torch.compile."""
+    result = []
+    compilation = compiled.left_out(settings.no_compile)
+    layers = dict(case.layers)
+    if not settings.no_compile:
+        layers[compiled.NAME] = compiled.compile_(case.layers["torch"])
+    for name, layer in layers.items():
+        operands = case.operands(settings.device)
+        if what == "forward":
+            everything: Callable[[], object] = Forward(layer, operands)
+            variant = Variant(name, everything)
+        else:
+            gradients = [torch.randn_like(output) for output in first(case.layers["torch"](*operands))]
+            both = Both(layer, [operand.requires_grad_() for operand in operands], gradients)
+            everything = both.both
+            variant = Variant(name, both.backward, both.forward) if what == "backward" else Variant(name, both.both)
+        if name == compiled.NAME:
+            compilation = compiled.first_call(everything)
+            if "left_out" in compilation:
+                continue
+        result.append(variant)
+    return result, compilation
 
 
-def measure(case: Case, what: str, device: torch.device, seconds: float, rounds: int) -> Json:
-    torch.manual_seed(0)
+def after(variant: Variant, action: Callable[[], object]) -> Variant:
+    """The variant with ``action`` between its preparation and its run."""
+
+    def prepare() -> None:
+        variant.prepare()
+        action()
+
+    return Variant(variant.name, variant.run, prepare)
+
+
+def pattern_of(case: Case, what: str, width: int) -> limit.Pattern:
+    """Inputs are read once and outputs written once; backward reads the gradients and the input."""
+    if what == "forward":
+        return limit.Pattern(read=(width,) * case.activations, overwrite=(width,) * case.outputs)
+    return limit.Pattern(read=(width,) * (case.outputs + case.reads_back), overwrite=(width,) * case.activations)
+
+
+def measure(case: Case, what: str, settings: runner.Settings) -> Json:
+    device = settings.device
     x = case.operands(device)[0]
-    moved = bytes_moved(case, what, x)
-    ceiling: list[Variant] = []
+    passes = ["forward", "backward"] if what == "both" else [what]
+    patterns = [pattern_of(case, one, x.element_size()) for one in passes]
+    moved = x.numel() * sum(pattern.bytes_per_element for pattern in patterns)
+    ours_and_theirs, compilation = variants(case, what, settings)
+    limits: list[Variant] = []
     if moved >= MEMORY_BOUND_BYTES:
-        passes, elements = [limit.RESTORE], moved // limit.RESTORE.bytes_per_element
-        if device.type == "cuda":
-            ceiling = [Variant("limit", limit.CopyLimit(passes, elements, device).seconds)]
-        elif limit.available():
-            ceiling = [Variant("limit", limit.StreamLimit(passes, elements).seconds)]
-    samples = harness.measure(
-        [*variants(case, what, device), *ceiling], device, seconds=seconds, min_rounds=rounds, max_rounds=1000
-    )
-    summaries = {name: sample.summary() for name, sample in samples.items()}
-    result: Json = {
+        evict = harness.cache_eviction(device)
+        limits = [after(variant, evict) for variant in limit.variants(patterns, x.numel(), device)]
+        ours_and_theirs = [after(variant, evict) for variant in ours_and_theirs]
+    description: Json = {
         "case": case.name,
-        "name": f"{case.name} {'forward + backward' if what == 'both' else what}",
+        "name": row_name(case, what),
         "rule": case.name.split()[0],
         "dtype": str(x.dtype).removeprefix("torch."),
         "clip": False,
         "elements": x.numel(),
         "bytes_moved": moved,
-        "limit": summaries.pop("limit", None),
-        "variants": summaries,
     }
     if what == "backward":
-        result["kept_bytes"] = {name: kept_bytes(case, layer, device) for name, layer in case.layers.items()}
-    return result
+        description["kept_bytes"] = {name: kept_bytes(case, layer, device) for name, layer in case.layers.items()}
+    return runner.row(description, ours_and_theirs, limits, compilation, settings)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few samples, to show that it works")
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches")
-    parser.add_argument("--seconds", type=float, help="time per row (default 2, quick 0.1)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    result: Json = {
-        "benchmark": "layers",
-        "environment": harness.environment(device),
-        "quick": args.quick,
-        "rows": [],
-    }
-    print(report.heading(result))
-    for case in cases(args.quick):
+def row_name(case: Case, what: str) -> str:
+    return f"{case.name} {'forward + backward' if what == 'both' else what}"
+
+
+def jobs(quick: bool) -> Iterator[runner.Job]:
+    for case in cases(quick):
         tiny = case.name.endswith("32x64")
         for what in ("both",) if tiny else ("forward", "backward"):
-            if not re.search(args.filter, f"{case.name} {what}", re.IGNORECASE):
-                continue
-            seconds = args.seconds or (0.1 if args.quick else 2.0)
-            result["rows"].append(measure(case, what, device, seconds, 3 if args.quick else 5))
-            gc.collect()
-            print(report.line(result["rows"][-1]), flush=True)
-            path = harness.save(result, args.out, "layers-quick" if args.quick else "layers")
-    if not result["rows"]:
-        print("no row matches", file=sys.stderr)
-        return 1
-    print(report.footnotes(result))
-    report.plot(result, path.with_suffix(".png"))
-    print(f"saved {path} and its plot {path.with_suffix('.png').name}")
-    return 0
+            yield runner.Job(row_name(case, what), functools.partial(measure, case, what))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main("layers", __doc__ or "", jobs))

@@ -1,34 +1,32 @@
 """How long a step takes: onepass against every path of torch.optim, on lists of tensors from one large to many tiny.
 
 The timed call is the user's whole ``step()``, including checks and bookkeeping (and, with clipping, the code a user writes
-for it). Lists small enough for the caches get new gradient tensors before each step, as after a backward pass. The columns:
-milliseconds (20th percentile) of onepass and of the fastest torch path, their ratio, onepass's throughput (the bytes a step
-has to move per second), and its share of the memory's limit (see limit.py).
+for it). Lists small enough for the caches get new gradient tensors before each step, as after a backward pass. docs/speed.md
+explains the columns.
 
     python benchmarks/optimizers.py --filter 'adamw'     # rows whose name matches a regular expression
     python benchmarks/optimizers.py --device cuda
 
-Saves <out>/optimizers-<date>-<machine>.json after every row, and a plot of it at the end; report.py reads them.
+Saves <out>/optimizers-<date>-<machine>.json after every row, and a plot of it at the end; report.py reads them. Most of the
+time goes into torch.compile: --no-compile takes a tenth of it.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
+import functools
 import inspect
 import math
-import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import compiled
 import harness
 import limit
-import report
+import runner
 import torch
-from harness import Json, Variant, onepass
+from harness import OURS, Json, Variant
+from machine import onepass
 from networks import Shapes, gpt2_small, resnet50
 
 MAX_NORM = 1.0
@@ -56,7 +54,14 @@ RULES = {
 }
 USUAL_RULES = ("SGD", "Adam", "AdamW")  # those measured on whole networks
 SPARSE_RULES = ("Adagrad", "SparseAdam")  # on an embedding
-TORCH_PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+TORCH_PATHS: dict[str, dict[str, bool]] = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "loop": {"foreach": False, "fused": False},
+    compiled.NAME: {},  # what torch chooses
+}
+# torch.compile takes about half a second per tensor.
+MAX_COMPILED_TENSORS, MANY_TENSORS, COMPILED_RULES = 200, 32, ("SGD", "AdamW")
 
 # A step that moves fewer bytes runs in the caches, and the memory's limit does not apply.
 MEMORY_BOUND_BYTES = 64 * 2**20
@@ -140,19 +145,19 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
     """The optimizer of a path ("onepass" or one of TORCH_PATHS) and the step that is timed."""
     rule = RULES[row.rule]
-    if path == "onepass":
+    if path == OURS:
         ours = getattr(onepass.optim, rule.optimizer)(params, **rule.options, max_norm=MAX_NORM if row.clip else None)
         return ours, ours.step
     hints = {key: hint for key, hint in TORCH_PATHS[path].items() if key in arguments_of(rule)}
     theirs = getattr(torch.optim, rule.optimizer)(params, **rule.options, **hints)
-    if not row.clip:
-        return theirs, theirs.step
 
     def clip_and_step() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
         theirs.step()
 
-    return theirs, clip_and_step
+    step = clip_and_step if row.clip else theirs.step
+    # In a lambda, because torch would not compile the method of an optimizer as a whole.
+    return theirs, compiled.compile_(lambda: step()) if path == compiled.NAME else step
 
 
 def make_params(row: Row, device: torch.device) -> list[torch.Tensor]:
@@ -194,60 +199,57 @@ def fresh_gradients(params: Sequence[torch.Tensor]) -> Callable[[], None]:
 
 def first_steps(optimizer: torch.optim.Optimizer, step: Callable[[], object], device: torch.device) -> Json:
     """The peak memory of the first step beyond the states it creates, and of a later step."""
-    with harness.PeakMemory(device) as first:
-        step()
-    with harness.PeakMemory(device) as later:
-        step()
+    first, later = (harness.peak_memory(step, device) for _ in range(2))
     states = sum(
         value.untyped_storage().nbytes()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.device.type == device.type
     )
-    return {
-        "state_bytes": states,
-        "first_step_extra_bytes": None if first.extra is None else max(0, first.extra - states),
-        "step_extra_bytes": later.extra,
-    }
+    return {"state_bytes": states, "first_step_extra_bytes": max(0, first - states), "step_extra_bytes": later}
 
 
-def make_variants(row: Row, paths: Sequence[str], device: torch.device) -> tuple[list[Variant], dict[str, Json]]:
-    """The variants of a row after two steps each, and the memory that these steps needed."""
-    torch.manual_seed(0)
+def paths_of(row: Row) -> list[str]:
+    paths = [OURS] * (onepass is not None) + list(TORCH_PATHS)
+    if row.rows or "fused" not in arguments_of(RULES[row.rule]):
+        paths.remove("fused")
+    return paths
+
+
+def why_not_compiled(row: Row, settings: runner.Settings) -> str:
+    if row.rows:
+        return "it does not take sparse gradients"
+    if len(row.shapes) > MAX_COMPILED_TENSORS:
+        return f"compilation takes minutes for more than {MAX_COMPILED_TENSORS} tensors"
+    if len(row.shapes) > MANY_TENSORS and row.rule not in COMPILED_RULES:
+        return f"compilation is slow for more than {MANY_TENSORS} tensors, so only {' and '.join(COMPILED_RULES)} are compiled"
+    return settings.no_compile
+
+
+def measure(row: Row, settings: runner.Settings) -> Json:
+    """The numbers of one row, as they go into the JSON file."""
+    device = settings.device
+    in_caches = row.bytes_moved < MEMORY_BOUND_BYTES
+    reason = why_not_compiled(row, settings)
+    compilation = compiled.left_out(reason)
     variants: list[Variant] = []
     memory: dict[str, Json] = {}
     params = make_params(row, device)
-    for path in paths:
-        if path == "fused" and ("fused" not in arguments_of(RULES[row.rule]) or row.rows):
+    for path in paths_of(row):
+        if path == compiled.NAME and reason:
             continue
         if variants and row.elements <= SHARED_ABOVE:
             params = copies(params)
         optimizer, step = make_optimizer(row, path, params)
-        memory[path] = first_steps(optimizer, step, device)
-        if row.bytes_moved < MEMORY_BOUND_BYTES:
-            variants.append(Variant(path, step, prepare=fresh_gradients(params)))
+        prepare = fresh_gradients(params) if in_caches else lambda: None
+        if path == compiled.NAME:
+            compilation = compiled.first_call(step, prepare)
+            if "left_out" in compilation:
+                continue
         else:
-            variants.append(Variant(path, step))
-    return variants, memory
-
-
-def limit_variant(row: Row, device: torch.device) -> Variant | None:
-    if row.bytes_moved < MEMORY_BOUND_BYTES:
-        return None
-    if device.type == "cuda":
-        return Variant("limit", limit.CopyLimit(row.passes, row.elements, device).seconds)
-    return Variant("limit", limit.StreamLimit(row.passes, row.elements).seconds) if limit.available() else None
-
-
-def measure_row(row: Row, paths: Sequence[str], device: torch.device, seconds: float, rounds: int) -> Json:
-    """The numbers of one row, as they go into the JSON file."""
-    variants, memory = make_variants(row, paths, device)
-    ceiling = limit_variant(row, device)
-    samples = harness.measure(
-        [*variants, ceiling] if ceiling else variants, device, seconds=seconds, min_rounds=rounds, warm_up=1
-    )
-    summaries = {name: sample.summary() | memory.get(name, {}) for name, sample in samples.items()}
-    return {
+            memory[path] = first_steps(optimizer, step, device)
+        variants.append(Variant(path, step, prepare))
+    description = {
         "case": row.case,
         "name": row.name,
         "rule": row.rule,
@@ -256,65 +258,17 @@ def measure_row(row: Row, paths: Sequence[str], device: torch.device, seconds: f
         "tensors": len(row.shapes),
         "elements": row.elements,
         "bytes_moved": row.bytes_moved,
-        "limit": summaries.pop("limit", None),
-        "variants": summaries,
+        "memory": memory,
     }
+    limits = [] if in_caches else limit.variants(row.passes, row.elements, device)
+    return runner.row(description, variants, limits, compilation, settings)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small lists and few samples, to show that it works")
-    parser.add_argument(
-        "--filter", default="", metavar="REGEX", help="only rows whose name matches, such as 'x 25M adamw'"
-    )
-    parser.add_argument("--seconds", type=float, help="time per row (default 4, quick 0.1)")
-    parser.add_argument("--budget", type=float, default=math.inf, help="start no row after this many seconds")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    return args
-
-
-def main() -> int:
-    args = arguments()
-    device = torch.device(args.device)
-    paths = (["onepass"] if onepass is not None else []) + list(TORCH_PATHS)
-    if onepass is None:
-        print("onepass is not installed: only torch is measured", file=sys.stderr)
-    seconds, rounds = args.seconds or (0.1 if args.quick else 4.0), 3 if args.quick else 5
-    end = time.monotonic() + args.budget
-    result: Json = {
-        "benchmark": "optimizers",
-        "environment": harness.environment(device),
-        "quick": args.quick,
-        "rows": [],
-    }
-    benchmark = "optimizers-quick" if args.quick else "optimizers"
-
-    print(report.heading(result))
-    for row in rows(args.quick):
-        if not re.search(args.filter, row.name, re.IGNORECASE):
-            continue
-        if time.monotonic() > end:
-            print(f"the budget of {args.budget:g} s is used up before {row.name}", file=sys.stderr)
-            break
-        if row.bytes_needed(len(paths)) > 0.8 * harness.available_memory(device):
-            print(f"{row.name}: skipped, needs {row.bytes_needed(len(paths)) / 2**30:.1f} GiB", file=sys.stderr)
-            continue
-        result["rows"].append(measure_row(row, paths, device, seconds, rounds))
-        gc.collect()
-        print(report.line(result["rows"][-1]), flush=True)
-        path = harness.save(result, args.out, benchmark)
-    if not result["rows"]:
-        print("no row matches", file=sys.stderr)
-        return 1
-    print(report.footnotes(result))
-    report.plot(result, path.with_suffix(".png"))
-    print(f"saved {path} and its plot {path.with_suffix('.png').name}")
-    return 0
+def jobs(quick: bool) -> Iterator[runner.Job]:
+    for row in rows(quick):
+        needed = row.bytes_needed(len(paths_of(row)))
+        yield runner.Job(row.name, functools.partial(measure, row), needed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main("optimizers", __doc__, jobs))

@@ -1,16 +1,15 @@
-"""How long whole training steps of real models take: torch eager and, on request, torch.compile, against onepass.
+"""How long whole training steps of real models take: torch eager and torch.compile against onepass.
 
     python benchmarks/training.py --filter 'bert|vit'
-    python benchmarks/training.py --compile
+    python benchmarks/training.py --no-compile
 
 A step is forward, loss, backward, clipping to a global norm and AdamW (SGD with momentum for the ResNets). Beside torch:
 torch.optim (fused) and clip_grad_norm_. Beside onepass: convert(model), patch(), and the same optimizer with max_norm. Rows
 without their package (timm, transformers, torchvision: the extra "models") are left out and named.
 
-The variants take turns, step by step. Columns: the median step in ms; the ratio torch / onepass with its quartiles over the
-rounds; the share of torch's step outside of matrix products and convolutions, which is all that onepass can change, and how
-many times less of it is left. Saves
-<out>/training-<date>-<machine>.json.
+Columns: the median step in ms; the ratio torch / onepass with its quartiles over interleaved rounds of one step each; the
+share of torch's step outside of matrix products and convolutions, which is all that onepass can change, and how many times
+less of it is left; the peak memory of a step. Saves <out>/training-<date>-<machine>.json.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ import importlib.util
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import compiled
 import harness
+import machine
+import report_training
 import torch
-from harness import Json, Variant, onepass
+from harness import OURS, Json, Variant
+from machine import onepass
 from torch import Tensor, nn
 
 MAX_NORM = 1.0
@@ -120,7 +122,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().mean()  # type: ignore[no-any-return]
 
 
-def steps(model: Model, device: torch.device, compiled: bool) -> list[Variant]:
+def steps(model: Model, device: torch.device, compiles: bool) -> list[Variant]:
     """A training step of each variant; the models are equal."""
     torch.manual_seed(0)
     theirs = model.make().to(device).train()
@@ -152,58 +154,33 @@ def steps(model: Model, device: torch.device, compiled: bool) -> list[Variant]:
                 loss_of(module, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-        return Variant("onepass", step)
+        return Variant(OURS, step)
 
     variants = [of_onepass(copy.deepcopy(theirs))]
-    if compiled:
+    if compiles:
         twin = copy.deepcopy(theirs)
-        variants.append(of_torch("compile", twin, torch.compile(lambda batch: loss_of(twin, batch))))
+        variants.append(of_torch(compiled.NAME, twin, compiled.compile_(lambda batch: loss_of(twin, batch))))
     return [of_torch("torch", theirs, lambda batch: loss_of(theirs, batch)), *variants]
 
 
 _PRODUCTS = re.compile(r"aten::(addmm|mm|bmm|baddbmm|mkldnn_convolution|convolution_backward|_convolution)$|^mkldnn_")
 
 
-def time_outside_of_products(variant: Variant) -> tuple[float, float]:
-    """Seconds of one step, and how many of them are spent outside of matrix products and convolutions."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        variant.run()
-    events = profile.key_averages()
-    products = sum(e.self_cpu_time_total for e in events if _PRODUCTS.search(e.key))
-    return products * 1e-6, sum(e.self_cpu_time_total for e in events) * 1e-6
-
-
-def measure(name: str, model: Model, device: torch.device, seconds: float, compiled: bool) -> Json:
-    variants = steps(model, device, compiled)
-    times = rounds_of(variants, seconds)
-    row: Json = {"row": name, "rounds": len(times["onepass"]), "variants": {}, "ratios": {}}
+def measure(name: str, model: Model, device: torch.device, seconds: float, no_compile: str) -> Json:
+    """The numbers of one model; ``no_compile``: why torch.compile is left out, if it is."""
+    variants = steps(model, device, not no_compile)
+    compilation = compiled.left_out(no_compile)
+    if not no_compile:
+        compilation = compiled.first_call(variants[-1].run)
+        variants = variants[: -1 if "left_out" in compilation else None]
+    results = harness.measure(variants, device, seconds=seconds, min_rounds=6, warm_up=3)
+    row: Json = {"name": name, "compile": compilation} | harness.results(results)
     for variant in variants:
-        median = statistics.median(times[variant.name])
+        numbers = row["variants"][variant.name]
         products = statistics.median(share_of_products(variant) for _ in range(5))
-        row["variants"][variant.name] = {
-            "median_ms": 1e3 * median,
-            "outside_ms": 1e3 * median * (1 - products),
-        }
-        if variant.name != "onepass":
-            ratios = [t / ours for t, ours in zip(times[variant.name], times["onepass"], strict=True)]
-            row["ratios"][variant.name] = statistics.quantiles(ratios, n=4)
+        numbers["outside_ms"] = numbers["median_ms"] * (1 - products)
+        numbers["peak_bytes"] = harness.peak_memory(variant.run, device)
     return row
-
-
-def rounds_of(variants: list[Variant], seconds: float) -> dict[str, list[float]]:
-    """Seconds of the steps of each variant; entry i of each list is from round i. The order changes from round to round."""
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    end = time.perf_counter() + seconds
-    warm_up = 3
-    for i in range(warm_up + 1000):
-        if i >= warm_up + 6 and time.perf_counter() > end:
-            break
-        for variant in variants if i % 2 else reversed(variants):
-            start = time.perf_counter()
-            variant.run()
-            if i >= warm_up:
-                times[variant.name].append(time.perf_counter() - start)
-    return times
 
 
 def share_of_products(variant: Variant) -> float:
@@ -215,28 +192,17 @@ def share_of_products(variant: Variant) -> float:
     return float(products / sum(e.self_cpu_time_total for e in events))
 
 
-def line(row: Json) -> str:
-    ours = row["variants"]["onepass"]
-    cells = [f"{row['row']:14s} {row['rounds']:4d} rounds  onepass {ours['median_ms']:8.1f} ms"]
-    for name, (low, median, high) in row["ratios"].items():
-        peer = row["variants"][name]
-        outside = peer["outside_ms"] / ours["outside_ms"] if ours["outside_ms"] else float("nan")
-        straddles = " (straddles 1)" if low < 1 < high else ""
-        cells.append(
-            f"{name} {peer['median_ms']:8.1f} ms = {median:.2f}x ({low:.2f} to {high:.2f}){straddles}, outside of products "
-            f"{peer['outside_ms'] / peer['median_ms']:.0%}, {outside:.2f}x less"
-        )
-    return "  ".join(cells)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", help="regular expression on the model's name")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="per model")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and onepass.has_cuda else "cpu")
+    no_compile = "--no-compile" if args.no_compile else compiled.unavailable()
     rows = []
     for name, model in MODELS.items():
         if not re.search(args.filter, name, re.IGNORECASE):
@@ -244,14 +210,15 @@ def main(argv: list[str] | None = None) -> int:
         if importlib.util.find_spec(model.package) is None:
             print(f"{name}: left out, {model.package} is not installed", file=sys.stderr)
             continue
-        rows.append(measure(name, model, device, args.seconds, args.compile))
-        print(line(rows[-1]), flush=True)
+        rows.append(measure(name, model, device, args.seconds, no_compile))
+        print(report_training.line(rows[-1]), flush=True)
         gc.collect()
     if not rows:
+        print("no model is left to measure", file=sys.stderr)
         return 1
-    print(f"geometric mean: {statistics.geometric_mean(row['ratios']['torch'][1] for row in rows):.3f}")
-    environment = harness.environment(device)
-    packages = {MODELS[row["row"]].package for row in rows}
+    print(f"geometric mean: {report_training.mean(rows):.3f}")
+    environment = machine.environment(device)
+    packages = {MODELS[row["name"]].package for row in rows}
     environment["versions"] |= {name: importlib.metadata.version(name) for name in sorted(packages)}
     harness.save({"benchmark": "training", "environment": environment, "rows": rows}, args.out, "training")
     return 0

@@ -8,25 +8,22 @@ columns and the lists of tensors are those of optimizers.py; saves <out>/wrapper
 
 from __future__ import annotations
 
-import argparse
-import gc
-import re
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import harness
 import limit
 import optimizers
-import report
+import runner
 import torch
-from harness import Json, Variant, onepass
+from harness import OURS, Json, Variant
+from machine import onepass
 
 RHO, ALPHA = 0.05, 0.5
 PATTERNS = {
     "lookahead sync": [limit.SYNCHRONISE],
-    "sam perturb": [limit.READ, limit.PERTURB],
+    "sam perturb": [limit.NORM, limit.PERTURB],
     "sam restore": [limit.RESTORE],
 }
 
@@ -52,7 +49,7 @@ def ours(what: str, params: list[torch.Tensor]) -> Variant:
     if what == "lookahead sync":
         optimizer = onepass.optim.Lookahead(onepass.optim.SGD(params), alpha=ALPHA)
         optimizer._begin_new()
-        return Variant("onepass", lambda: optimizer._synchronise(ALPHA))
+        return Variant(OURS, lambda: optimizer._synchronise(ALPHA))
     optimizer = onepass.optim.SAM(params, onepass.optim.SGD, rho=RHO)
 
     def perturb() -> None:
@@ -64,7 +61,7 @@ def ours(what: str, params: list[torch.Tensor]) -> Variant:
             optimizer._restore()
 
     run, prepare = (optimizer.first_step, restore) if what == "sam perturb" else (optimizer._restore, perturb)
-    return Variant("onepass", run, prepare)
+    return Variant(OURS, run, prepare)
 
 
 def theirs(what: str, params: list[torch.Tensor]) -> Variant:
@@ -93,23 +90,13 @@ def theirs(what: str, params: list[torch.Tensor]) -> Variant:
     return Variant("foreach", steps[what])
 
 
-def measure(line: Pass, device: torch.device, seconds: float, rounds: int) -> Json:
-    torch.manual_seed(0)
-    params = optimizers.make_params(line.row, device)
+def measure(line: Pass, settings: runner.Settings) -> Json:
+    params = optimizers.make_params(line.row, settings.device)
     variants = [ours(line.what, params)] if onepass is not None else []
     variants.append(theirs(line.what, optimizers.copies(params)))
-    for variant in variants:
-        variant.prepare()
-        variant.run()
     bound = line.bytes_moved >= optimizers.MEMORY_BOUND_BYTES
-    ceiling: list[Variant] = []
-    if bound and device.type == "cuda":
-        ceiling = [Variant("limit", limit.CopyLimit(PATTERNS[line.what], line.row.elements, device).seconds)]
-    elif bound and limit.available():
-        ceiling = [Variant("limit", limit.StreamLimit(PATTERNS[line.what], line.row.elements).seconds)]
-    samples = harness.measure(variants + ceiling, device, seconds=seconds, min_rounds=rounds, warm_up=1)
-    summaries = {name: sample.summary() for name, sample in samples.items()}
-    return {
+    limits = limit.variants(PATTERNS[line.what], line.row.elements, settings.device) if bound else []
+    description = {
         "case": line.case,
         "name": line.name,
         "rule": line.what,
@@ -118,45 +105,15 @@ def measure(line: Pass, device: torch.device, seconds: float, rounds: int) -> Js
         "tensors": len(line.row.shapes),
         "elements": line.row.elements,
         "bytes_moved": line.bytes_moved,
-        "limit": summaries.pop("limit", None),
-        "variants": summaries,
     }
+    return runner.row(description, variants, limits, {}, settings)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small lists and few samples, to show that it works")
-    parser.add_argument(
-        "--filter", default="", metavar="REGEX", help="only rows whose name matches, such as 'x 25M sam'"
-    )
-    parser.add_argument("--seconds", type=float, help="time per row (default 4, quick 0.1)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    result: Json = {
-        "benchmark": "wrappers",
-        "environment": harness.environment(device),
-        "quick": args.quick,
-        "rows": [],
-    }
-
-    print(report.heading(result))
-    lists = {row.case: row for row in optimizers.rows(args.quick) if row.rule == "SGD" and row.dtype == torch.float32}
+def jobs(quick: bool) -> Iterator[runner.Job]:
+    lists = {row.case: row for row in optimizers.rows(quick) if row.rule == "SGD" and row.dtype == torch.float32}
     for line in (Pass(case, what, row) for case, row in lists.items() for what in PATTERNS):
-        if not re.search(args.filter, line.name, re.IGNORECASE):
-            continue
-        seconds = args.seconds or (0.1 if args.quick else 4.0)
-        result["rows"].append(measure(line, device, seconds, 3 if args.quick else 5))
-        gc.collect()
-        print(report.line(result["rows"][-1]), flush=True)
-        path = harness.save(result, args.out, "wrappers-quick" if args.quick else "wrappers")
-    if not result["rows"]:
-        print("no row matches", file=sys.stderr)
-        return 1
-    print(f"saved {path}")
-    return 0
+        yield runner.Job(line.name, functools.partial(measure, line))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main("wrappers", __doc__, jobs, compiles=False))

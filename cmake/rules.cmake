@@ -34,7 +34,8 @@ function(onepass_generate)
 #define ONEPASS_ISAS_OF(X, rule)@each_isa_of@
 ")
   set(ONEPASS_GENERATED ${out} PARENT_SCOPE)
-  set(ONEPASS_CPU_SOURCES ${cpu_sources} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/reduce.cpp PARENT_SCOPE)
+  set(ONEPASS_CPU_SOURCES ${cpu_sources} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/reduce.cpp
+      ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/storage.cpp PARENT_SCOPE)
   foreach(source reduce dropout row_norm row_norm_backward batch_norm batch_norm_backward)
     list(APPEND cuda_sources ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/${source}.cu)
   endforeach()

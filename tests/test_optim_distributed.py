@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 
+import onepass
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,6 +70,30 @@ def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
 
 
 # ---- what the processes do -------------------------------------------------------------------------------------------
+
+
+def states_in_other_formats() -> None:
+    """bfloat16 states of shards are those of the whole; 8-bit states of shards are refused before anything is written."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    weights, grads = torch.randn(7, 5), [torch.randn(7, 5) for _ in range(3)]
+    whole_param = torch.nn.Parameter(weights.clone())
+    sharded = torch.nn.Parameter(distribute_tensor(weights.clone(), mesh, [Shard(0)]))
+    pair = [OPTIMIZERS["AdamW"][0]([p], lr=0.01, state_dtype=torch.bfloat16) for p in (whole_param, sharded)]
+    for grad in grads:
+        whole_param.grad, sharded.grad = grad.clone(), distribute_tensor(grad.clone(), mesh, [Shard(0)])
+        for optimizer in pair:
+            optimizer.step()
+    assert torch.equal(whole(sharded.detach()), whole_param)
+    assert pair[1].state[sharded]["exp_avg"].dtype == torch.bfloat16
+    assert torch.equal(whole(pair[1].state[sharded]["exp_avg"]), pair[0].state[whole_param]["exp_avg"])
+
+    before = whole(sharded.detach()).clone()
+    refusing = OPTIMIZERS["AdamW"][0]([sharded], lr=0.01, state_dtype="8bit")
+    with pytest.raises(RuntimeError, match="is a DTensor, for which state_dtype='8bit' is not supported yet"):
+        refusing.step()
+    assert not refusing.state
+    assert torch.equal(whole(sharded.detach()), before)
 
 
 def sharded_and_replicated() -> None:
@@ -217,3 +242,8 @@ def test_hogwild():
         for state in states:
             # Counts are shared without a lock; a single process would reach 101.
             assert 101 < state.get("step", 150) <= 201, f"between 101 and 201 steps expected, came {state['step']}"
+
+
+@pytest.mark.skipif(onepass._native._C.cuda_on_host, reason="the CUDA kernels take no other formats")
+def test_states_in_other_formats():
+    run(2, states_in_other_formats)

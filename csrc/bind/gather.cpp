@@ -40,11 +40,42 @@ void prefetch_tensor(PyObject* object) {
 
 }  // namespace
 
-bool Plan::read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
-                        bool check_negation) {
+StateFormat format_named(const std::string& name) {
+  const std::pair<const char*, StateFormat> known[] = {{"full", StateFormat::full},
+                                                       {"bfloat16", StateFormat::bfloat16},
+                                                       {"signed8", StateFormat::signed8},
+                                                       {"unsigned8", StateFormat::unsigned8}};
+  for (const auto& [known_name, format] : known)
+    if (name == known_name) return format;
+  throw py::value_error("no state format is called '" + name + "'");
+}
+
+bool Plan::read_stored(const TensorView& param, PyObject* state, PyObject* scale, StateFormat format, StateStorage& out,
+                       std::size_t index, void*& data) {
+  TensorView view;
+  if (format == StateFormat::bfloat16) {
+    if (!read(state, view) || !matches(param, view, DType::bfloat16)) return false;
+  } else {
+    const Integers codes = format == StateFormat::signed8 ? Integers::signed_codes : Integers::unsigned_codes;
+    if (!is_exact_tensor(state) || !reader_.read(state, codes, view, layouts_)) return false;
+    view.dtype = param.dtype;
+    TensorView scales;
+    if (!matches(param, view, param.dtype) || scale == nullptr || !read(scale, scales)) return false;
+    if (scales.dtype != DType::float32 || scales.device_type != param.device_type || scales.device != param.device ||
+        scales.size != scale_groups(param.size) || !scales.is_contiguous())
+      return false;
+    out.scale[index] = reinterpret_cast<float*>(scales.data);
+  }
+  out.format[index] = format;
+  data = view.data;
+  return true;
+}
+
+bool Plan::read_tensors(PyObject* param, PyObject* grad, const StateObjects& states, Entry& entry, bool staged) {
   TensorView p, other;
   if (!read(param, p) || !p.is_dense()) return false;
   const DType state_dtype = compute_dtype(p.dtype);
+  const bool stored = !states.formats.empty() && state_dtype == DType::float32 && !runs_on_cuda(p);
   entry.item.param = p.data;
   entry.item.size = p.size;
   entry.item.grad = nullptr;
@@ -52,16 +83,24 @@ bool Plan::read_tensors(PyObject* param, PyObject* grad, PyObject* const* states
     if (!read(grad, other) || !matches(p, other, p.dtype)) return false;
     entry.item.grad = other.data;
   }
-  for (std::size_t s = 0; s < n_states; ++s) {
-    if (!read(states[s], other) || !matches(p, other, state_dtype)) return false;
+  for (std::size_t s = 0; s < states.n; ++s) {
+    const StateFormat format = states.formats.empty() ? StateFormat::full : states.formats[s];
+    PyObject* const scale = states.scales != nullptr ? states.scales[s] : nullptr;
+    if (format != StateFormat::full && stored &&
+        read_stored(p, states.tensors[s], scale, format, entry.storage, s, entry.item.state[s])) {
+      entry.stored = true;
+      continue;
+    }
+    if (format != StateFormat::full && !staged) return false;
+    if (!read(states.tensors[s], other) || !matches(p, other, state_dtype)) return false;
     entry.item.state[s] = other.data;
   }
   // A tensor with the negative bit set (torch.Tensor.is_neg) is a view of the imaginary part of a conjugate. Its stride
   // is 2, so it is not dense unless it has one element. Asking every tensor would cost as much as reading it.
-  if (check_negation && p.size == 1) {
+  if (!staged && p.size == 1) {
     if (is_negated(param) || (grad != nullptr && is_negated(grad))) return false;
-    for (std::size_t s = 0; s < n_states; ++s)
-      if (is_negated(states[s])) return false;
+    for (std::size_t s = 0; s < states.n; ++s)
+      if (is_negated(states.tensors[s])) return false;
   }
   entry.dtype = p.dtype;
   entry.device_type = p.device_type;
@@ -95,7 +134,8 @@ std::vector<Scalar> Plan::read_hyper(const py::tuple& hyper) {
 }
 
 // Finds the gradient and the states of candidate.param; false if it has no gradient.
-bool Plan::find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& c) {
+bool Plan::find_tensors(const RuleVariant& rule, const GroupOptions& options, PyObject* state, Candidate& c) {
+  const bool counts_steps = options.counts_steps;
   static PyObject* const grad_name = interned("grad");
   static PyObject* const step_name = interned("step");
   c.n_states = rule.state_names.size();
@@ -115,7 +155,10 @@ bool Plan::find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* st
     c.complete = out != nullptr && out != Py_None;
     if (c.complete) keep(out);
   };
-  for (std::size_t s = 0; s < c.n_states; ++s) find(rule.state_keys[s], c.states[s]);
+  for (std::size_t s = 0; s < c.n_states; ++s) {
+    find(rule.state_keys[s], c.states[s]);
+    if (!options.formats.empty() && is_8bit(options.formats[s])) find(rule.scale_keys[s], c.scales[s]);
+  }
   if (counts_steps) find(step_name, c.scalars.step);
   if (rule.product_key != nullptr) find(rule.product_key, c.scalars.product);
   if (!c.complete) {
@@ -134,10 +177,13 @@ void Plan::prefetch(const Candidate& c) const {
 
 py::list Plan::gather(const GroupArguments& arguments, const py::object& param_list, const py::dict& state,
                       const py::object& fresh, const py::function& stage) {
-  const auto& [variant, hyper, counts_steps, device_scalars, maximize] = arguments;
+  const auto& [variant, hyper, counts_steps, device_scalars, maximize, formats] = arguments;
   const RuleVariant& rule = rule_variants().at(variant);
   Group& group = groups_.emplace_back();
-  group.options = {variant, read_hyper(hyper), counts_steps, device_scalars, maximize};
+  group.options = {variant, read_hyper(hyper), counts_steps, device_scalars, maximize, {}};
+  for (const std::string& format : formats) group.options.formats.push_back(format_named(format));
+  if (!formats.empty() && formats.size() != rule.state_names.size())
+    throw py::value_error("gather() takes one format per state");
   // Keeps a copy of the list: Python code that runs meanwhile, here or in another thread, may change the caller's.
   const py::list params = py::reinterpret_steal<py::list>(PySequence_List(param_list.ptr()));
   if (!params) throw py::error_already_set();
@@ -157,7 +203,7 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
     c.index = i;
     c.param = PyList_GET_ITEM(params.ptr(), i);
     has_subclasses_ = has_subclasses_ || !is_exact_tensor(c.param);
-    if (!find_tensors(rule, counts_steps, state.ptr(), c)) continue;
+    if (!find_tensors(rule, group.options, state.ptr(), c)) continue;
     if (!c.complete) missing.append(i);
     candidates.push_back(c);
   }
@@ -169,9 +215,9 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
     if (i + ahead < candidates.size()) prefetch(candidates[i + ahead]);
     const Candidate& c = candidates[i];
     Entry entry{};
-    if (!read_tensors(c.param, c.grad, c.states, c.n_states, entry, true) ||
+    if (!read_tensors(c.param, c.grad, {c.states, c.scales, c.n_states, group.options.formats}, entry, false) ||
         !read_scalars(c.scalars, device_scalars, entry))
-      stage_entry(c, rule, device_scalars, stage, entry);
+      stage_entry(c, rule, group.options, stage, entry);
     if (!c.complete) continue;
     if (!fresh.is_none()) {
       const int found = PySequence_Contains(fresh.ptr(), c.param);
@@ -188,15 +234,19 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
   return missing;
 }
 
-void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_scalars, const py::function& stage,
-                       Entry& entry) {
+void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, const GroupOptions& options,
+                       const py::function& stage, Entry& entry) {
+  entry = Entry{};  // what was read before something did not fit
   const auto or_none = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
-  py::list states;
-  for (std::size_t s = 0; s < c.n_states; ++s) states.append(py::handle(c.states[s]));
+  py::list states, scales;
+  for (std::size_t s = 0; s < c.n_states; ++s) {
+    states.append(py::handle(c.states[s]));
+    scales.append(or_none(c.scales[s]));
+  }
   py::dict scalars;
   if (c.scalars.step != nullptr) scalars["step"] = py::handle(c.scalars.step);
   if (c.scalars.product != nullptr) scalars[rule.product_key] = py::handle(c.scalars.product);
-  const py::list stand_ins = stage(c.index, py::handle(c.param), or_none(c.grad), states, scalars);
+  const py::list stand_ins = stage(c.index, py::handle(c.param), or_none(c.grad), states, scalars, scales);
   const auto staged = [&](PyObject* before, const py::handle& name) {  // stage() may have moved it to another device
     return before != nullptr ? keep(scalars[name].ptr()) : nullptr;
   };
@@ -209,8 +259,8 @@ void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_
   if (streams.size() != first_state + c.n_states + by_rows)
     throw py::value_error("stage() returned a wrong number of tensors");
   bool readable = read_tensors(streams[0], c.grad != nullptr && !by_rows ? streams[1] : nullptr,
-                               streams.data() + first_state, c.n_states, entry, false) &&
-                  read_scalars(staged_scalars, device_scalars, entry);
+                               {streams.data() + first_state, nullptr, c.n_states, options.formats}, entry, true) &&
+                  read_scalars(staged_scalars, options.device_scalars, entry);
   if (readable && by_rows) {
     TensorView values;
     readable = read(streams[1], values) && values.dtype == entry.dtype && values.device_type == entry.device_type &&

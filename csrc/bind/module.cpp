@@ -57,9 +57,38 @@ py::list list_rules() {
   py::list out;
   for (const RuleVariant& v : rule_variants())
     out.append(py::make_tuple(v.rule, py::tuple(py::cast(v.hyper_names)), py::tuple(py::cast(v.state_names)),
+                              py::tuple(py::cast(v.state_kinds)),
                               v.product_key != nullptr ? py::handle(v.product_key) : py::handle(Py_None), v.reads_grad,
                               v.takes_rows));
   return out;
+}
+
+// Between a state in another format and float32 values of the same number of elements. scale: None but for 8 bits.
+void convert_state(const std::string& format_name, bool encode, const py::object& values, const py::object& state,
+                   const py::object& scale, int threads) {
+  const StateFormat format = format_named(format_name);
+  Layouts layouts;
+  TensorView value_view, state_view, scale_view;
+  const Integers codes = format == StateFormat::signed8 ? Integers::signed_codes : Integers::unsigned_codes;
+  const bool readable =
+      reader->read(values.ptr(), value_view, layouts) && value_view.dtype == DType::float32 &&
+      (is_8bit(format)
+           ? reader->read(state.ptr(), codes, state_view, layouts) && reader->read(scale.ptr(), scale_view, layouts) &&
+                 scale_view.dtype == DType::float32 && scale_view.device_type == dlpack::cpu &&
+                 scale_view.is_contiguous() && scale_view.size == scale_groups(value_view.size)
+           : reader->read(state.ptr(), state_view, layouts) && state_view.dtype == DType::bfloat16);
+  if (!readable || format == StateFormat::full || value_view.device_type != dlpack::cpu ||
+      state_view.device_type != dlpack::cpu || !value_view.is_dense() || !value_view.same_layout(state_view))
+    throw py::value_error("convert_state() takes dense CPU tensors of one layout, and one scale per group");
+  const ConvertState call{format,
+                          encode,
+                          reinterpret_cast<float*>(value_view.data),
+                          state_view.data,
+                          reinterpret_cast<float*>(scale_view.data),
+                          value_view.size,
+                          {threads, 0, nullptr}};
+  const py::gil_scoped_release release;
+  cpu_engine().convert_state(call);
 }
 
 }  // namespace
@@ -74,12 +103,15 @@ PYBIND11_MODULE(_C, m) {
     return reader->uses_exchange_api();
   });
   m.def("rules", &list_rules,
-        "(rule, hyper names, state names, running product or None, reads gradients, takes rows) per variant; gather() "
+        "(rule, hyper names, state names, state kinds, running product or None, reads gradients, takes rows) per "
+        "variant; gather() "
         "takes the index.");
   m.def("isas", &isas);
   m.def("isa", [] { return isa_names[current_isa]; });
   m.def("use_isa", &use_isa);
   m.def("thread_runtime", &cpu::thread_runtime);
+  m.def("convert_state", &convert_state);
+  m.attr("scale_group") = static_cast<int>(scale_group);
 
   py::class_<Plan>(m, "Plan")
       .def(py::init([](py::tuple types) { return std::make_unique<Plan>(*reader, std::move(types)); }))

@@ -38,10 +38,12 @@ struct GroupOptions {
   bool counts_steps;    // the state has a "step"
   bool device_scalars;  // the 0-d states of parameters on a device are in its memory
   bool maximize;
+  std::vector<StateFormat> formats;  // of the states; empty if all are full
 };
 
-// The same as Python passes it: (variant, hyper-parameters, counts steps, device scalars, maximize).
-using GroupArguments = std::tuple<int, py::tuple, bool, bool, bool>;
+// The same as Python passes it: (variant, hyper-parameters, counts steps, device scalars, maximize, formats).
+using GroupArguments = std::tuple<int, py::tuple, bool, bool, bool, std::vector<std::string>>;
+StateFormat format_named(const std::string& name);
 // Clipping of all gradients: (max_norm, normalize, epsilon).
 using ClipArguments = std::tuple<std::optional<double>, bool, double>;
 // Addresses on one device, 0 if absent: (stream, workspace, scaled_norm, norm, grad_scale, found_inf).
@@ -116,8 +118,9 @@ class Plan {
   };
   struct Entry {
     Item item;
+    StateStorage storage;
     int device_type, device;
-    bool cuda;
+    bool cuda, stored;  // stored: some state is not full
     DType dtype;
     ScalarState step, product;
     bool fresh;
@@ -126,7 +129,7 @@ class Plan {
   // A parameter with a gradient, as Python objects: not yet read or checked.
   struct Candidate {
     Py_ssize_t index;
-    PyObject *param, *grad, *states[max_states];
+    PyObject *param, *grad, *states[max_states], *scales[max_states];
     std::size_t n_states;  // the rule's, or 0 if a state is missing
     ScalarObjects scalars;
     bool complete;  // no state is missing
@@ -157,12 +160,20 @@ class Plan {
            param.same_layout(other);
   }
   std::vector<Scalar> read_hyper(const py::tuple& hyper);
-  bool find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& candidate);
+  bool find_tensors(const RuleVariant& rule, const GroupOptions& options, PyObject* state, Candidate& candidate);
   void prefetch(const Candidate& candidate) const;
-  bool read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
-                    bool check_negation);
-  void stage_entry(const Candidate& candidate, const RuleVariant& rule, bool device_scalars, const py::function& stage,
-                   Entry& entry);
+  // The states as Python objects, and the formats they should have.
+  struct StateObjects {
+    PyObject *const *tensors, *const *scales;  // scales: null if there are none
+    std::size_t n;
+    const std::vector<StateFormat>& formats;
+  };
+  // staged: the tensors are what stage() made of a parameter's, which may be full copies of states in other formats.
+  bool read_tensors(PyObject* param, PyObject* grad, const StateObjects& states, Entry& entry, bool staged);
+  bool read_stored(const TensorView& param, PyObject* state, PyObject* scale, StateFormat format, StateStorage& out,
+                   std::size_t index, void*& data);
+  void stage_entry(const Candidate& candidate, const RuleVariant& rule, const GroupOptions& options,
+                   const py::function& stage, Entry& entry);
   bool read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out);
   bool read_scalars(const ScalarObjects& objects, bool device_scalars, Entry& entry) {
     return (objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step)) &&

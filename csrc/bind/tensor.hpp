@@ -96,8 +96,8 @@ struct TensorView {
 // Keeps shapes and strides at stable addresses. An empty list costs nothing.
 using Layouts = std::forward_list<std::vector<std::int64_t>>;
 
-// The integer tensors that kernels take: seeds of dropout, and its packed masks.
-enum class Integers : std::uint8_t { seed, mask };  // int64, uint8
+// The integer tensors that kernels take: seeds of dropout, its packed masks, and the codes of 8-bit states.
+enum class Integers : std::uint8_t { seed, mask, signed_codes, unsigned_codes };  // int64, uint8, int8, uint8
 
 // Reads a tensor. Returns false if its memory cannot be accessed directly as the expected type (sparse, fake or meta
 // tensors, subclasses without storage ...); the caller then leaves it to Python to stage a copy or to raise an error.
@@ -132,9 +132,12 @@ class TensorReader {
   // The same for integers; out.dtype is not set.
   bool read(PyObject* tensor, Integers expected, TensorView& out, Layouts& layouts) const {
     int kind = 0;
-    return read_any(tensor, out, kind, layouts) &&
-           kind ==
-               (expected == Integers::seed ? dlpack::signed_integer * 256 + 64 : dlpack::unsigned_integer * 256 + 8);
+    if (!read_any(tensor, out, kind, layouts)) return false;
+    switch (expected) {
+      case Integers::seed: return kind == dlpack::signed_integer * 256 + 64;
+      case Integers::signed_codes: return kind == dlpack::signed_integer * 256 + 8;
+      default: return kind == dlpack::unsigned_integer * 256 + 8;
+    }
   }
 
  private:

@@ -2,6 +2,7 @@
 // and functions: no Python, no torch, no STL.
 #pragma once
 #include "core/layers.hpp"
+#include "core/storage.hpp"
 #include "core/types.hpp"
 
 namespace onepass {
@@ -26,6 +27,7 @@ struct Apply {
   DeviceGradScaling device_scaling;  // CUDA only
   void* workspace;                   // apply_workspace(n_keys) bytes; on CUDA null if the host knows every number
   StreamRef where;
+  const StateStorage* storage;  // one per item; null if every state is full, and always on CUDA
 };
 using ApplyFunction = void (*)(const Apply&);  // one per variant of a rule
 
@@ -46,10 +48,22 @@ struct Reduce {
   StreamRef where;
 };
 
+// Between a state in another format and `size` floats. Only on the CPU.
+struct ConvertState {
+  StateFormat format;
+  bool encode;  // else the floats are written
+  float* values;
+  void* state;
+  float* scale;  // of the 8-bit formats
+  std::int64_t size;
+  StreamRef where;
+};
+
 struct Engine {
   void (*reduce)(const Reduce&);
   std::int64_t (*reduce_partials)(std::int64_t size);
   void (*join)(Total, const double* partials, std::int64_t n, double* out, const StreamRef&);
+  void (*convert_state)(const ConvertState&);  // null on CUDA
 
   // The layers. On CUDA backward recomputes the dropout mask, which is cheaper than storing it; only `dropout` reads or
   // writes a mask given in a call.

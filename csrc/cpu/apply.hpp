@@ -5,6 +5,7 @@
 #include "core/rule.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/partition.hpp"
+#include "cpu/storage.hpp"
 #include "cpu/threads.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
@@ -56,15 +57,51 @@ static void update_rows(const Item& item, std::int64_t begin, std::int64_t end, 
   }
 }
 
+// For states in other formats: a tile of elements at a time is loaded as floats, updated and stored. begin is a
+// multiple of scale_group.
+template <class Rule, class T, class Step>
+static void update_stored(const Item& item, const StateStorage& storage, std::int64_t begin, std::int64_t end,
+                          const Step& k) {
+  constexpr std::int64_t tile = 8 * scale_group;  // in the first-level cache with everything else
+  alignas(64) float states[Rule::n_state > 0 ? Rule::n_state : 1][tile];
+  for (std::int64_t i = begin; i < end; i += tile) {
+    const std::int64_t count = end - i < tile ? end - i : tile;
+    Item part = item;
+    part.param = static_cast<T*>(item.param) + i;
+    part.grad = static_cast<const T*>(item.grad) + i;
+    for (int s = 0; s < Rule::n_state; ++s) {
+      if (storage.format[s] == StateFormat::full) {
+        part.state[s] = static_cast<float*>(item.state[s]) + i;
+      } else {
+        part.state[s] = states[s];
+        decode_state(storage.format[s], item.state[s], storage.scale[s], i, count, states[s]);
+      }
+    }
+    update_range<Rule, T>(part, 0, count, k);
+    for (int s = 0; s < Rule::n_state; ++s)
+      if (storage.format[s] != StateFormat::full)
+        encode_state(storage.format[s], states[s], i, count, item.state[s], storage.scale[s]);
+  }
+}
+
 template <class Rule, class T>
 struct ApplyJob {
   using Step = typename Rule::template Step<Compute<T>>;
   static constexpr std::int64_t bytes_per_element =
       (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule> ? 2 : 1) * Rule::n_state * sizeof(Compute<T>);
 
+  // float64 states have no other format.
+  static constexpr bool stores_states = Rule::n_state > 0 && Rule::reads_grad && sizeof(Compute<T>) == sizeof(float);
+
   const Apply& call;
   std::int64_t total;
   const Step* steps;  // one per key
+
+  // The end of a thread's part of an item, where it may not divide a group of elements that share a scale.
+  static std::int64_t whole_groups(std::int64_t end, const Item& item) {
+    const std::int64_t rounded = scale_groups(end) * scale_group;
+    return rounded < item.size ? rounded : item.size;
+  }
 
   static void body(void* context, int thread, int n_threads) {
     const ApplyJob& job = *static_cast<ApplyJob*>(context);
@@ -75,6 +112,14 @@ struct ApplyJob {
       const std::int64_t from = begin > first ? begin - first : 0;
       const std::int64_t to = end - first < item->size ? end - first : item->size;
       if (from >= to) continue;
+      if constexpr (stores_states) {
+        if (job.call.storage != nullptr) {
+          const StateStorage& storage = job.call.storage[item - job.call.items];
+          update_stored<Rule, T>(*item, storage, whole_groups(from, *item), whole_groups(to, *item),
+                                 job.steps[item->key]);
+          continue;
+        }
+      }
       if (takes_rows<Rule> && item->rows != nullptr)
         update_rows<Rule, T>(*item, from, to, job.steps[item->key]);
       else

@@ -8,6 +8,7 @@ namespace onepass::cpu::ONEPASS_ISA {
 
 void reduce(const Reduce& call);
 std::int64_t reduce_partials(std::int64_t size);
+void convert_state(const ConvertState& call);
 void join_partials(Total total, const double* partials, std::int64_t n, double* out, const StreamRef& where);
 
 extern const Engine engine;
@@ -15,6 +16,7 @@ const Engine engine = {
     &reduce,
     &reduce_partials,
     &join_partials,
+    &convert_state,
     &dropout,
     &row_norm,
     &row_norm_backward,

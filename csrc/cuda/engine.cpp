@@ -6,6 +6,7 @@ const Engine engine = {
     &reduce,
     &reduce_partials,
     &join_partials,
+    nullptr,
     &dropout,
     &row_norm,
     &row_norm_backward,

@@ -12,6 +12,9 @@ struct RMSprop {
       centered       ? has_momentum ? "square_avg, grad_avg, momentum_buffer" : "square_avg, grad_avg"
       : has_momentum ? "square_avg, momentum_buffer"
                      : "square_avg";
+  static constexpr const char* state_kinds = centered       ? has_momentum ? "square, signed, signed" : "square, signed"
+                                             : has_momentum ? "square, signed"
+                                                            : "square";
   static constexpr bool reads_grad = true;
 
   ONEPASS_HYPER(lr, alpha, eps, weight_decay, momentum, eps_inside_sqrt);

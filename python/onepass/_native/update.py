@@ -21,7 +21,13 @@ class Staging(Protocol):
     """Turns tensors that kernels cannot use directly into ones they can: onepass.optim._staging."""
 
     def stage(
-        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
+        self,
+        index: int,
+        param: Tensor,
+        grad: Tensor | None,
+        states: list[Tensor],
+        scalars: dict[str, Any],
+        scales: list[Tensor | None],
     ) -> list[Any]: ...
 
     def write_back(self) -> None: ...
@@ -42,6 +48,7 @@ class Group:
         device_scalars: whether "step" lives beside the parameter on CUDA.
         maximize: whether the gradient's sign is flipped.
         fresh: parameters whose states were made for this very step, for rules that treat them differently.
+        formats: how each state is kept in memory, names of csrc/core/storage.hpp; none: all in the dtype of arithmetic.
     """
 
     def __init__(
@@ -58,11 +65,13 @@ class Group:
         device_scalars: bool = False,
         maximize: bool = False,
         fresh: set[Tensor] | None = None,
+        formats: tuple[str, ...] = (),
     ) -> None:
         self.variant_index, variant = find_variant(rule, state_names, reads_grad)
         self.params, self.state, self.staging, self.fresh = params, state, staging, fresh
         self.hyper = tuple(self._scalar(hyper[name]) for name in variant.hyper_names)
         self.counts_steps, self.device_scalars, self.maximize = counts_steps, device_scalars, maximize
+        self.formats = () if set(formats) == {"full"} else formats
 
     def _scalar(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor):
@@ -74,8 +83,22 @@ class Group:
 
     def gather(self, plan: _C.Plan) -> list[int]:
         """Check the tensors and add them to the plan; gives the indices of parameters whose state is still to be made."""
-        options = self.variant_index, self.hyper, self.counts_steps, self.device_scalars, bool(self.maximize)
+        scalars = self.counts_steps, self.device_scalars
+        options = self.variant_index, self.hyper, *scalars, bool(self.maximize), self.formats
         return plan.gather(options, self.params, self.state, self.fresh, self.staging.stage)
+
+
+SCALE_GROUP: int = _C.scale_group  # elements per scale of an 8-bit state
+
+
+def convert_state(format_: str, encode: bool, values: Tensor, state: Tensor, scale: Tensor | None) -> None:
+    """Write a state in a format of csrc/core/storage.hpp from float32 values (encode), or the values from the state.
+
+    values, state: dense CPU tensors with the same strides. scale: float32, one per SCALE_GROUP elements, of 8-bit formats.
+    """
+    _C.convert_state(format_, encode, values, state, scale, torch.get_num_threads())
+    written = [state, *([] if scale is None else [scale])] if encode else [values]
+    _compat.increment_version(written)
 
 
 def new_plan() -> _C.Plan:

@@ -13,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 from .. import _compat, _native
 from ._checks import RequiredStates, check_loaded_states, check_params, name_of
 from ._distributed import reduce_sharded
+from ._formats import convert, formats_of, missing_entries
 from ._options import SHARED, as_python_number, check_agreement, check_scalar, check_shared_options, options_of
-from ._parameter_states import full_state, restore_precision, scalar_tensor
+from ._parameter_states import restore_precision, scalar_tensor
 from ._staging import Staging
 
 _NOT_OPTIONS = ("self", "params", "__class__")  # the rest of locals() in a constructor
@@ -32,6 +33,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_norm: clip the gradients of all groups together to this 2-norm, inside the step; None: no clipping.
         normalize_grads: divide the gradients by their global 2-norm (0 where it is 0). Excludes max_norm.
         fused_unscale: let torch.amp.GradScaler pass its scale to step(), which then unscales, checks and skips by itself.
+        state_dtype: how the states are kept in memory, per group. None: in the dtype of arithmetic. torch.bfloat16: 2 bytes
+            per element. "8bit": 1 byte and a float32 scale per 64 elements; see docs/state-formats.md. On the CPU only, and
+            not for float64, complex and sparse gradients. SparseAdam has no such option.
 
     `.grad` is read, never written: clipping, unscaling and the sign of maximize happen on the way into the rule.
     """
@@ -60,6 +64,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
         check_scalar("lr", group["lr"])
         check_shared_options(group, type(self).__name__)
+        self._formats(group)
+
+    def _formats(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The format of each state, see _formats.py."""
+        return formats_of(type(self).__name__, self.rule, self._state_names(group), group.get("state_dtype"))
 
     def _all_state_names(self) -> tuple[str, ...]:
         """The per-element states under any options."""
@@ -128,6 +137,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(option, value)
             if loading is not None:  # a checkpoint does not decide how this process scales its losses
                 group["fused_unscale"] = old["fused_unscale"]
+                if "state_dtype" in old:  # nor how it keeps the states
+                    group["state_dtype"] = old["state_dtype"]
             self._check_options(group)
             check_agreement(state["param_groups"][0], group)
         if loading is not None:
@@ -173,10 +184,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             _native.foreign_states(self.rule),
             self._may_lack,
         )
+        formats = self._formats(group)
         for index, param in enumerate(group["params"]):
             states = state.get(param)
             if states:
-                check_loaded_states(name_of(group, number, index), param, states, required)
+                label = name_of(group, number, index)
+                check_loaded_states(label, param, states, required)
+                for name, format_ in zip(required.names, formats, strict=True):
+                    convert(label, param, name, states, format_)
                 for name in self.scalar_states:
                     states[name] = self._scalar_tensor(group, param, states[name])
 
@@ -286,7 +301,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         stagings: list[Staging] = []
         missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
-            states = self._state_names(group)
+            states, formats = self._state_names(group), self._formats(group)
             device_scalars = self._counts_on_device(group)
             staging = Staging(
                 partial(name_of, group, number),
@@ -295,6 +310,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 partial(self._replace_state, group),
                 _native.find_variant(self.rule, states)[1].takes_rows,
                 device_scalars,
+                formats,
             )
             stagings.append(staging)
             native = _native.Group(
@@ -308,6 +324,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 device_scalars=device_scalars,
                 maximize=group["maximize"],
                 fresh=fresh,
+                formats=formats,
             )
             missing += [(group, index) for index in native.gather(plan)]
         return plan, stagings, missing
@@ -319,11 +336,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The states that a parameter lacks, as tensors like it: same strides, and a DTensor for a DTensor."""
         known = self.state.get(param, {})
         scalars = [(name, value) for name, value in self.scalar_states.items() if known.get(name) is None]
-        lacking = [name for name in self._state_names(group) if known.get(name) is None]
-        return {
-            **{name: self._scalar_tensor(group, param, value) for name, value in scalars},
-            **{name: full_state(param, self._initial_value(group, name)) for name in lacking},
-        }
+        new = {name: self._scalar_tensor(group, param, value) for name, value in scalars}
+        for name, format_ in zip(self._state_names(group), self._formats(group), strict=True):
+            new.update(missing_entries(param, name, self._initial_value(group, name), format_, known))
+        return new
 
 
 def fused_optimizers() -> dict[str, type[FusedOptimizer]]:

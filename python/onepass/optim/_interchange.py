@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _compat
 from ._base import FusedOptimizer, fused_optimizers
-from ._checks import check_params, state_dtype
+from ._checks import check_params, name_of, state_dtype
+from ._formats import full_value, scale_name
 from ._options import options_of
 from ._wrapper_states import params_of
 
@@ -20,6 +21,7 @@ from ._wrapper_states import params_of
 _ADVICE = {
     "max_norm": "Clip by torch.nn.utils.clip_grad_norm_ before each step and set it to None in the groups.",
     "normalize_grads": "Divide the gradients by their norm before each step and set it to False in the groups.",
+    "state_dtype": "Load full_state_dict() into an optimizer with state_dtype=None first.",
     "fused_unscale": "Set it to False in the groups; a GradScaler then unscales before the step.",
 }
 
@@ -102,6 +104,33 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
                 theirs.state[param][name] = optimizer.state[param][name]
     _hand_over(optimizer, theirs, dropped)
     return theirs
+
+
+def full_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
+    """The optimizer's state_dict() with all states in the dtype of arithmetic (float32), as state_dtype=None keeps them.
+
+    torch.optim's namesake loads it (see docs/optimizers.md for options that torch lacks), and so does an optimizer of this
+    package with any state_dtype.
+    """
+    saved = optimizer.state_dict()
+    params = [
+        (group, number, i) for number, group in enumerate(optimizer.param_groups) for i in range(len(group["params"]))
+    ]
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    for saved_id, (group, number, i) in zip(ids, params, strict=True):
+        states = saved["state"].get(saved_id)
+        if not states:
+            continue
+        label, names = name_of(group, number, i), optimizer._state_names(group)
+        full = {
+            name: full_value(label, group["params"][i], name, states) for name in names if states.get(name) is not None
+        }
+        scales = {scale_name(name) for name in names}
+        saved["state"][saved_id] = {**{name: value for name, value in states.items() if name not in scales}, **full}
+    for group in saved["param_groups"]:
+        if "state_dtype" in group:
+            group["state_dtype"] = None
+    return saved
 
 
 def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], subject: str, module: str) -> Any:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import _compat
+from .. import _compat, _native
 from ._checks import check_dtensors, check_grad, check_param, check_scalar_state, check_state
+from ._formats import check_storable, decode, dtype_in, encode, scale_name
 from ._strides import have_same_strides, is_dense
 
 STRICT = os.environ.get("ONEPASS_STRICT", "").lower() not in ("", "0", "false", "no", "off")
@@ -37,6 +38,7 @@ class Staging:
         replace: stores a state (index, name, tensor) whose strides or device had to change.
         by_rows: update only the rows that a sparse gradient has; else it is made dense.
         device_scalars: whether 0-d states belong beside a parameter on CUDA; else on the CPU.
+        formats: how each state is kept in memory, see _formats.py; empty: in the dtype of arithmetic.
     """
 
     def __init__(
@@ -47,20 +49,30 @@ class Staging:
         replace: Callable[[int, str, Tensor], None] | None = None,
         by_rows: bool = False,
         device_scalars: bool = False,
+        formats: tuple[str, ...] = (),
     ) -> None:
         self.name, self.states, self.device_scalars = name, states, device_scalars
         self.replace, self.sparse_text, self.by_rows = replace, sparse_text, by_rows
+        self.formats = formats or ("full",) * len(states)
         self.copies: dict[Any, _Copy] = {}  # by memory
+        self.decoded: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by address of the codes: values, codes, scales
         self.locals: list[Tensor] = []  # local tensors of DTensors
         self.alive: list[Tensor] = []  # whose addresses the native side has
 
     def stage(
-        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
+        self,
+        index: int,
+        param: Tensor,
+        grad: Tensor | None,
+        states: list[Tensor],
+        scalars: dict[str, Any],
+        scales: list[Tensor | None],
     ) -> list[Any]:
         """[param, grad unless None, *states], all one-dimensional, dense and of the same size. scalars: the 0-d states.
 
         For a sparse gradient the result has its values, and (address of the row numbers, row size) follows the states.
-        A 0-d state that had to be moved is replaced in `scalars`.
+        A 0-d state that had to be moved is replaced in `scalars`. scales: those of states in 8 bits, else None; such states
+        come back as float32.
         """
         label = self.name(index)
         for name, value in scalars.items():
@@ -69,10 +81,18 @@ class Staging:
         check_param(label, param)
         if grad is not None:
             check_grad(label, param, grad, self.sparse_text)
-        for name, state in zip(self.states, states, strict=False):
-            check_state(label, name, param, state)
+        for name, state, format_ in zip(self.states, states, self.formats, strict=False):
+            if format_ != "full":
+                check_storable(label, param, format_)
+                if grad is not None and grad.is_sparse:
+                    raise RuntimeError(
+                        f"{label}: a sparse gradient needs its states in the dtype of arithmetic. Use state_dtype=None for "
+                        f"its group."
+                    )
+            check_state(label, name, param, state, dtype_in(format_, param))
         with torch.no_grad():
             self._move_scalars(index, param, scalars)
+            states = [self._decoded(label, *entry) for entry in zip(self.states, states, scales, strict=False)]
             states = self._align(index, param, states)
             param, *states = (tensor.detach().as_subclass(Tensor) for tensor in (param, *states))
             if grad is not None and grad.is_sparse:
@@ -94,8 +114,36 @@ class Staging:
             for original, copy, write_back in self.copies.values():
                 if write_back:
                     original.copy_(copy)
+            for values, codes, scales in self.decoded.values():
+                encode(values, codes, scales)
         if self.locals:
             _compat.increment_version(self.locals)
+
+    def _decoded(self, label: str, name: str, state: Tensor, scales: Tensor | None) -> Tensor:
+        """A state as kernels that know no 8-bit formats take it."""
+        if state.dtype not in (torch.int8, torch.uint8):
+            return state
+        expected = (-(-state.numel() // _native.SCALE_GROUP),)
+        if scales is None or scales.dtype != torch.float32 or scales.shape != expected or not scales.is_contiguous():
+            came = "none" if scales is None else f"{scales.dtype} of shape {tuple(scales.shape)}"
+            raise RuntimeError(
+                f"{label}: its state '{scale_name(name)}' should be a float32 tensor of shape {expected}; {came} came. Load the "
+                f"optimizer's state_dict() again."
+            )
+        if self.locals:
+            raise RuntimeError(
+                f"{label} is a DTensor, for which state_dtype='8bit' is not supported yet. Use state_dtype=torch.bfloat16."
+            )
+        if STRICT:
+            raise RuntimeError(
+                f"{label}: its strides would need decoded copies of its 8-bit states at every step, and ONEPASS_STRICT=1 "
+                f"forbids slow paths."
+            )
+        if not is_dense(state):
+            raise RuntimeError(f"{label}: its state '{name}' has 8-bit codes that are not dense. Use a clone().")
+        if state.data_ptr() not in self.decoded:
+            self.decoded[state.data_ptr()] = decode(state, scales), state, scales
+        return self.decoded[state.data_ptr()][0]
 
     def _unwrap_dtensors(
         self, label: str, param: Tensor, grad: Tensor | None, states: list[Tensor]
