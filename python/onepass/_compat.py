@@ -54,6 +54,12 @@ def describe(tensor: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple
         return None
 
 
+def process_count() -> int:
+    """Processes that train together, by torch.distributed; 1 without it."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def _increments_lists() -> bool:
     try:
         torch._C._increment_version([])
