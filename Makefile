@@ -57,7 +57,7 @@ help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(PACKAGE) ## Train three networks with torch and with onepass: table and demo.png
-	$(PY) examples/demo.py
+	$(PY) -m onepass demo --plot demo.png
 
 lectures: $(PACKAGE) ## The pictures of docs/lectures.md, each computed and checked
 	$(PY) examples/lectures/gallery.py

@@ -6,6 +6,7 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import onepass
@@ -92,6 +93,25 @@ def test_python_imports_go_one_way(path: Path) -> None:
     imported = {name.split(".")[0] for name in imports_of(path)} | {name.split(".")[-1] for name in imports_of(path)}
     wrong = {"optim", "nn"} if path.parent.name == "_native" else {"_C"}
     assert not imported & wrong, f"{path.name} imports {sorted(imported & wrong)}"
+
+
+def test_only_the_command_line_imports_its_commands() -> None:
+    """And nothing imports the integrations: each is a user's own import."""
+    importers = {path.relative_to(PACKAGE).as_posix() for path in python_sources() if "_cli" in _parts(path)}
+    assert importers == {"__main__.py"}
+    assert not [path for path in python_sources() if "integrations" in _parts(path)]
+
+
+def _parts(path: Path) -> set[str]:
+    return {part for name in imports_of(path) for part in name.split(".")}
+
+
+def test_importing_onepass_imports_neither_commands_nor_integrations() -> None:
+    script = "import onepass, sys; print(*(name for name in sys.modules if name.startswith('onepass.')))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[1] for name in run.stdout.split()}
+    assert {"nn", "optim"} <= loaded
+    assert not loaded & {"_cli", "integrations"}
 
 
 WRAPPERS = {"lookahead", "sam"}  # the passes that have a class

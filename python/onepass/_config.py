@@ -17,8 +17,8 @@ except metadata.PackageNotFoundError:  # run from a source tree
 has_cuda: bool = _native.has_cuda
 
 
-def show_config() -> str:
-    """A report on this build and machine for bug reports, one fact per line."""
+def environment() -> dict[str, str]:
+    """The facts about this build and machine that a bug report needs, by name."""
     if not has_cuda:
         cuda = "not in this build (rebuild where nvcc >= 12.1 is found, with -C cmake.define.ONEPASS_CUDA=ON)"
     else:
@@ -29,7 +29,7 @@ def show_config() -> str:
         "1 (no OpenMP runtime in this process)" if runtime == "none" else f"{torch.get_num_threads()} of {runtime}"
     )
     reader = "DLPack exchange" if _native.fast_reader else "Python attributes (torch >= 2.10 has a faster way)"
-    lines = {
+    return {
         "onepass": __version__,
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -40,5 +40,10 @@ def show_config() -> str:
         "tensor access": reader,
         "rules": ", ".join(_native.rules()),
     }
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def show_config() -> str:
+    """A report on this build and machine for bug reports, one fact per line."""
+    facts = environment()
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())

@@ -1,4 +1,4 @@
-"""The three networks of demo.py, in torch alone."""
+"""The networks of the demo, in torch alone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def cnn() -> nn.Module:
     )
 
 
-def mlp() -> nn.Module:
-    hidden = [layer for _ in range(4) for layer in (nn.Linear(128, 128), nn.Tanh())]
-    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), *hidden, nn.Linear(128, 10))
+def character_mlp(characters: int, context: int, width: int = 128) -> nn.Module:
+    """Predicts the character that follows a text of `context` characters."""
+    hidden = [layer for _ in range(3) for layer in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(
+        *(nn.Embedding(characters, 16), nn.Flatten(), nn.Linear(16 * context, width), nn.Tanh()),
+        *(*hidden, nn.Linear(width, characters)),
+    )
 
 
 class Block(nn.Module):

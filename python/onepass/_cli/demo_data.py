@@ -1,18 +1,15 @@
-"""What the networks of demo.py learn: digits and a text, both already on the machine."""
+"""What the demo's networks learn; all of it is there offline."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from typing import Protocol
 
-import sklearn.datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-
-BATCH = 64
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,7 +25,11 @@ class Data(Protocol):
 class Digits:
     """8 x 8 images of handwritten digits; a fifth is held out for the test."""
 
+    batch = 64
+
     def __init__(self) -> None:
+        import sklearn.datasets  # type: ignore[import-untyped]
+
         pixels, digits = sklearn.datasets.load_digits(return_X_y=True)
         order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
         images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(digits)[order]
@@ -40,28 +41,35 @@ class Digits:
         shuffle = torch.Generator().manual_seed(1)
         for _ in range(3 if quick else 40):
             order = torch.randperm(len(self.train_labels), generator=shuffle)
-            for batch in order.tensor_split(len(order) // BATCH):
+            for batch in order.tensor_split(len(order) // self.batch):
                 yield self.train_images[batch], self.train_labels[batch]
 
     def steps(self, quick: bool) -> int:
-        return (3 if quick else 40) * (len(self.train_labels) // BATCH)
+        return (3 if quick else 40) * (len(self.train_labels) // self.batch)
 
     def test(self) -> Batch:
         return self.test_images, self.test_labels
 
 
+def digits() -> Digits | None:
+    """The digits if scikit-learn, which has them, is installed."""
+    return Digits() if importlib.util.find_spec("sklearn") else None
+
+
 class HelpText:
-    """The text of Python's help, which depends on the Python version; its last twentieth is held out for the test."""
+    """The text of Python's help, which depends on the Python version; its last twentieth is held out for the test.
 
-    context = 64
+    The targets of a piece of text are the characters that follow its characters, or only the one that follows the last.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, context: int, batch: int, last_only: bool = False) -> None:
+        self.context, self.batch, self.last_only = context, batch, last_only
         try:
             from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
 
             text = "\n".join(topics[name] for name in sorted(topics))
         except ImportError:  # some distributions leave it out
-            text = inspect.getsource(argparse)
+            text = inspect.getsource(inspect)
         self.name = f"{len(text)} characters of help, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
         characters = sorted(set(text))
         self.characters = len(characters)
@@ -71,12 +79,12 @@ class HelpText:
 
     def _cut(self, text: Tensor, starts: Tensor) -> Batch:
         pieces = text[starts.unsqueeze(1) + torch.arange(self.context + 1)]
-        return pieces[:, :-1], pieces[:, 1:].flatten()
+        return pieces[:, :-1], pieces[:, -1] if self.last_only else pieces[:, 1:].flatten()
 
     def batches(self, quick: bool) -> Iterator[Batch]:
         shuffle = torch.Generator().manual_seed(1)
         for _ in range(self.steps(quick)):
-            yield self._cut(self.train, torch.randint(len(self.train) - self.context, (16,), generator=shuffle))
+            yield self._cut(self.train, torch.randint(len(self.train) - self.context, (self.batch,), generator=shuffle))
 
     def steps(self, quick: bool) -> int:
         return 40 if quick else 400
