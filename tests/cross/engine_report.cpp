@@ -6,6 +6,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -38,21 +39,27 @@ struct Random {
   }
 };
 
-// An array of any dtype. 16-bit numbers are drawn as bits, within the magnitudes that float32 ones are drawn in.
+// An array of any dtype.
 struct Array {
   DType dtype;
   std::vector<unsigned char> bytes;
 
   Array(DType dtype, std::int64_t size) : dtype(dtype), bytes(static_cast<std::size_t>(size * size_of(dtype))) {}
 
-  // Values of either sign (or positive ones) between about 2^-7 and 1; a few are zero.
-  static Array drawn(DType dtype, std::int64_t size, Random& random, bool positive = false) {
+  // Values between -1 and 1, a few of them zero.
+  static Array drawn(DType dtype, std::int64_t size, Random& random) {
     Array out(dtype, size);
     for (std::int64_t i = 0; i < size; ++i) {
       const double magnitude = random.next(), sign = random.next();
-      const double value = !positive && sign > 0.95 ? 0 : !positive && sign < 0.475 ? -magnitude : magnitude;
-      out.set(i, value);
+      out.set(i, sign > 0.95 ? 0 : sign < 0.475 ? -magnitude : magnitude);
     }
+    return out;
+  }
+
+  // Values between `least` and least + 1.
+  static Array from(double least, DType dtype, std::int64_t size, Random& random) {
+    Array out(dtype, size);
+    for (std::int64_t i = 0; i < size; ++i) out.set(i, least + random.next());
     return out;
   }
 
@@ -130,7 +137,14 @@ void report_rule(const std::string& name, ApplyFunction apply) {
     for (int set = 0; set < 8; ++set) {
       Scalar hyper[n_hyper]{};
       typename Rule::Hyper values;
-      for (Scalar& h : hyper) h.value = random.next() < 0.25 ? 0 : random.next();
+      // Each is zero in some sets, which switches a term off; eps never is, because a division by zero compares
+      // nothing.
+      std::istringstream names(Rule::hyper_names);
+      for (Scalar& h : hyper) {
+        std::string hyper_name;
+        names >> hyper_name;
+        h.value = random.next() < 0.25 && hyper_name != "eps," ? 0 : random.next();
+      }
       hyper[0].value = 0.01 + 0.1 * random.next();
       for (int i = 0; i < n_hyper; ++i) std::memcpy(reinterpret_cast<double*>(&values) + i, &hyper[i].value, 8);
       std::vector<Array> arrays;
@@ -143,7 +157,8 @@ void report_rule(const std::string& name, ApplyFunction apply) {
         arrays.push_back(Array::drawn(dtype, size, random));
         item.grad = arrays.back().data();
         for (int s = 0; s < Rule::n_state; ++s) {
-          arrays.push_back(Array::drawn(compute_dtype(dtype), size, random, true));
+          // The first state is the largest, as a mean of squares is not below the square of a mean.
+          arrays.push_back(Array::from(s == 0 ? 1 : 0, compute_dtype(dtype), size, random));
           item.state[s] = arrays.back().data();
         }
         items.push_back(item);

@@ -100,4 +100,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as error:  # it has printed why
+        sys.exit(f"failed: {' '.join(error.cmd)}")
