@@ -38,6 +38,7 @@ class Pieces(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def train(library: str, text: HelpText, steps: int, folder: str) -> list[float]:
+    transformers.logging.set_verbosity_error()
     transformers.set_seed(0)
     # Without dropout, whose masks would differ, the losses can be compared.
     config = transformers.GPT2Config(
