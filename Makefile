@@ -18,6 +18,8 @@ EXTRAS ?= demo bench test lint
 PYTEST_ARGS ?=
 # CUDA kernels: AUTO where nvcc is found, ON, OFF.
 ONEPASS_CUDA ?= AUTO
+# Python versions to build wheels for; empty: all that are found.
+WHEELS ?=
 BENCH ?= optimizers wrappers layers
 BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
@@ -50,7 +52,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_FLAGS := --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD_DIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compat test-sanitized test-cuda-host gate lint docs bench gpu wheel clean lectures
+.PHONY: help demo lectures test compat test-sanitized test-cuda-host cross gate lint docs bench gpu wheels clean
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -75,6 +77,9 @@ test-cuda-host: $(PACKAGE) ## The same tests on the CUDA kernels, run on the CPU
 	$(PY) tests/cuda_on_host/run.py
 	$(PY) -m pytest tests/cuda_on_host
 
+cross: $(ENVIRONMENT) ## The CPU engine on aarch64, cross-compiled and emulated, against this processor's
+	$(PY) tests/cross/run.py
+
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
 	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
 	  --budget 'double|Adam<true>|RMSprop|Sgd<true>|(float|half|bfloat16), true>|row_norm|batch_=128'
@@ -92,8 +97,8 @@ docs: $(DOCS_ENVIRONMENT) ## The site, in site/: open site/index.html, no server
 bench: $(PACKAGE) ## Against torch and the memory's limit; BENCH=layers BENCH_ARGS="--filter LayerNorm" for some
 	set -e; for benchmark in $(BENCH); do $(PY) benchmarks/$$benchmark.py --out $(RESULTS) $(BENCH_ARGS); done
 
-wheel: $(ENVIRONMENT) ## A wheel in dist/
-	$(PIP) wheel $(BUILD_FLAGS) --wheel-dir dist .
+wheels: ## Wheels and a source distribution in dist/, tried in empty environments; WHEELS="3.11" for some
+	$(or $(PYTHON),$(BASE_PYTHON)) .ci/wheels.py --torch '$(TORCH)' --cuda $(ONEPASS_CUDA) $(WHEELS)
 
 clean: ## Remove what was built; the virtual environment stays
 	rm -rf build dist site demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis python/onepass/_C*.so

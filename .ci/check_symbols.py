@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALLOWED_LIBRARIES = r"linux-vdso|libstdc\+\+|libgcc_s|libc\.so|libm\.so|libdl|libpthread|librt|ld-linux"
+ALLOWED_LIBRARIES = r"\[(libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux[-\w]*)\.so\.\d+\]"
 
 
 def run(*command: str) -> str:
@@ -18,7 +18,11 @@ def run(*command: str) -> str:
 
 
 def foreign_libraries(extension: Path) -> list[str]:
-    return [line.strip() for line in run("ldd", str(extension)).splitlines() if not re.search(ALLOWED_LIBRARIES, line)]
+    """What the loader would look for, and where, beside the C and C++ run time; of any processor's extension."""
+    needed = [
+        line for line in run("readelf", "-dW", str(extension)).splitlines() if re.search("NEEDED|R(UN)?PATH", line)
+    ]
+    return [line.split(") ")[1].strip() for line in needed if not re.search(ALLOWED_LIBRARIES, line)]
 
 
 def foreign_symbols(extension: Path) -> list[str]:

@@ -34,6 +34,7 @@ NOT_ON_HOST = {
     "test_every_cell": "its processes load the installed extension",
     "test_four_processes": "its processes load the installed extension",
     "test_a_real_run": "its processes load the installed extension",
+    "test_example": "its processes load the installed extension",
     "test_hogwild": "its processes load the installed extension",
     "test_every_combination_of_arguments": "a minute; test_every_pair_of_arguments runs",
     "test_no_drift_in_ten_thousand_steps": "as many launches; the bits are those of the CPU kernels, which it tests",

@@ -62,7 +62,7 @@ class HelpText:
     The targets of a piece of text are the characters that follow its characters, or only the one that follows the last.
     """
 
-    def __init__(self, context: int, batch: int, last_only: bool = False) -> None:
+    def __init__(self, context: int = 64, batch: int = 16, last_only: bool = False) -> None:
         self.context, self.batch, self.last_only = context, batch, last_only
         try:
             from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
@@ -72,7 +72,7 @@ class HelpText:
             text = inspect.getsource(inspect)
         self.name = f"{len(text)} characters of help, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
         characters = sorted(set(text))
-        self.characters = len(characters)
+        self.alphabet, self.characters = "".join(characters), len(characters)
         number = {character: i for i, character in enumerate(characters)}
         numbers = torch.tensor([number[character] for character in text])
         self.train, self.held_out = numbers[: -len(text) // 20], numbers[-len(text) // 20 :]
