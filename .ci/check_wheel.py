@@ -5,7 +5,7 @@
 1. Its tag is a manylinux one.
 2. It has one compiled file, the extension: no vendored OpenMP, CUDA, C++ or torch library.
 3. The extension needs no library and no symbol beyond those that check_symbols.py allows, and has no run path.
-4. Its Python files are those of the sources.
+4. Its other files are those of the sources.
 5. It requires torch and numpy, and carries the licence.
 """
 
@@ -46,7 +46,9 @@ def faults(wheel: Path) -> Iterator[str]:
 
         packed = {name for name in names if name.startswith("onepass/")} - {*compiled}
         wanted = {
-            str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*") if path.suffix in (".py", ".pyi", ".typed")
+            str(path.relative_to(SOURCES))
+            for path in SOURCES.rglob("*")
+            if path.suffix in (".py", ".pyi", ".typed", ".html")
         }
         yield from (f"{name} is missing" for name in sorted(wanted - packed))
         yield from (f"{name} is not of the sources" for name in sorted(packed - wanted))

@@ -35,6 +35,7 @@ import report_training
 import torch
 from harness import OURS, Json, Variant
 from machine import onepass
+from onepass._cli.demo import PRODUCTS
 from torch import Tensor, nn
 
 MAX_NORM = 1.0
@@ -163,9 +164,6 @@ def steps(model: Model, device: torch.device, compiles: bool) -> list[Variant]:
     return [of_torch("torch", theirs, lambda batch: loss_of(theirs, batch)), *variants]
 
 
-_PRODUCTS = re.compile(r"aten::(addmm|mm|bmm|baddbmm|mkldnn_convolution|convolution_backward|_convolution)$|^mkldnn_")
-
-
 def measure(name: str, model: Model, device: torch.device, seconds: float, no_compile: str) -> Json:
     """The numbers of one model; ``no_compile``: why torch.compile is left out, if it is."""
     variants = steps(model, device, not no_compile)
@@ -188,7 +186,7 @@ def share_of_products(variant: Variant) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         variant.run()
     events = profile.key_averages()
-    products = sum(e.self_cpu_time_total for e in events if _PRODUCTS.search(e.key))
+    products = sum(e.self_cpu_time_total for e in events if PRODUCTS.search(e.key))
     return float(products / sum(e.self_cpu_time_total for e in events))
 
 

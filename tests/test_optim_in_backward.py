@@ -185,3 +185,27 @@ def several_processes() -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_several_processes():
     run(2, several_processes)
+
+
+def test_the_groups_are_the_truth():
+    """A parameter that is listed twice is updated twice, one that was removed keeps its gradient, one that was added is noticed."""
+    model, twin = models()
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        ours, plain = (onepass.optim.SGD([m.head.weight, *m.parameters()], lr=0.1, momentum=0.9) for m in (model, twin))
+    step_in_backward(ours)
+    for _ in range(2):
+        x = torch.randn(4, 6)
+        model(x, True).backward()
+        twin(x, True).backward()
+        plain.step()
+        plain.zero_grad()
+        assert_same(snapshot(ours), snapshot(plain), "with a parameter that is listed twice")
+    removed = ours.param_groups[0]["params"].pop()  # rare.bias
+    before = removed.detach().clone()
+    model(torch.randn(4, 6), True).backward()
+    assert torch.equal(removed, before)
+    assert removed.grad is not None
+    assert model.head.weight.grad is None
+    ours.add_param_group({"params": [removed, parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match="parameters were added to the optimizer"):
+        model(torch.randn(4, 6), True).backward()

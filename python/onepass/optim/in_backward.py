@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,12 +27,17 @@ class StepInBackward:
         self._holding = False
         _check_usable(optimizer)
         self._handles = []
+        self._count = _count(optimizer)
         for number, group in enumerate(optimizer.param_groups):
+            times = Counter(map(id, group["params"]))
             for index, param in enumerate(group["params"]):
+                if id(param) not in times:
+                    continue  # listed a second time: its hook steps it as often
                 frozen = not param.requires_grad
                 if frozen:  # it may be unfrozen later; torch registers no hook on it as it is
                     param.requires_grad_(True)
-                self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number, index)))
+                hook = self._hook(number, index, times.pop(id(param)))
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 if frozen:
                     param.requires_grad_(False)
 
@@ -51,13 +56,21 @@ class StepInBackward:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, number: int, index: int) -> Any:
+    def _hook(self, number: int, index: int, times: int) -> Any:
         @_compat.disable_dynamo
         def hook(param: Tensor) -> None:
             if self._holding or param.grad is None:
                 return
             _check_usable(self.optimizer)
-            one = _one_parameter(self.optimizer, number, index, param)
+            if _count(self.optimizer) > self._count:
+                raise RuntimeError(
+                    "parameters were added to the optimizer after step_in_backward(), which would not step them. Call remove() on "
+                    "its result, then step_in_backward() again."
+                )
+            place = _find(self.optimizer, param, number, index)
+            if place is None:  # removed from its group: no longer ours to write
+                return
+            one = _one_parameter(self.optimizer, *place, times)
             factor = one._gradient_factor()
             factor.max_norm = self.max_norm_each
             with torch.no_grad():
@@ -74,8 +87,8 @@ def step_in_backward(optimizer: FusedOptimizer, *, max_norm_each: float | None =
     Parameters and states have the same bits as after backward() and step().
 
     Args:
-        optimizer: one of this package, not a wrapper. Groups and options may change at any time; parameters that are added
-            later are not stepped.
+        optimizer: one of this package, not a wrapper. Options may change at any time, and parameters that are removed from
+            their group keep their gradients. Step hooks of the optimizer do not run.
         max_norm_each: clip the gradient of each parameter to this 2-norm by itself.
 
     Returns:
@@ -86,7 +99,7 @@ def step_in_backward(optimizer: FusedOptimizer, *, max_norm_each: float | None =
         TypeError: a wrapper, or an optimizer of another package.
         ValueError: max_norm or normalize_grads, which need the gradients of all parameters at the same time; fused_unscale, whose
             scale and overflow check come after backward().
-        RuntimeError: several processes. DDP averages gradients after they are complete here, and FSDP sets them elsewhere.
+        RuntimeError: in backward(), where parameters were added meanwhile; several processes. DDP averages gradients after they are complete here, and FSDP sets them elsewhere.
 
     A torch.amp.GradScaler cannot be used with it, for the same reason as fused_unscale: gradients are still scaled. bfloat16
     needs none. Reentrant checkpointing completes a gradient several times; use use_reentrant=False.
@@ -121,12 +134,26 @@ def _check_usable(optimizer: FusedOptimizer) -> None:
         )
 
 
-def _one_parameter(optimizer: FusedOptimizer, number: int, index: int, param: Tensor) -> FusedOptimizer:
-    """An optimizer with the same state and live options, whose only parameter is this one."""
+def _count(optimizer: FusedOptimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _find(optimizer: FusedOptimizer, param: Tensor, number: int, index: int) -> tuple[int, int] | None:
+    """Where a parameter is now, (group, index); the groups may have changed since it was at the given place."""
+    groups = optimizer.param_groups
+    if number < len(groups) and index < len(groups[number]["params"]) and groups[number]["params"][index] is param:
+        return number, index
+    places = ((n, i) for n, group in enumerate(groups) for i, other in enumerate(group["params"]) if other is param)
+    return next(places, None)
+
+
+def _one_parameter(optimizer: FusedOptimizer, number: int, index: int, times: int) -> FusedOptimizer:
+    """An optimizer with the same state and live options, whose only parameter is this one, listed so many times."""
     group = optimizer.param_groups[number]
+    param = group["params"][index]
     names = group.get("param_names") or {index: f"{index} of group {number}"}  # for error messages
     one: FusedOptimizer = object.__new__(type(optimizer))
     one.__dict__.update(optimizer.__dict__)
-    options: Any = ChainMap({"params": [param], "param_names": [names[index]]}, group)
+    options: Any = ChainMap({"params": [param] * times, "param_names": [names[index]] * times}, group)
     one.param_groups = [options]
     return one
