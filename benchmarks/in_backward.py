@@ -72,6 +72,7 @@ def main() -> int:
         "torch fused": (functools.partial(torch.optim.AdamW, fused=True), False),
         "onepass": (adamw, False),
         "in backward": (adamw, True),
+        "in backward, 8bit": (functools.partial(adamw, state_dtype="8bit"), True),
     }
     print(describe({"environment": machine.environment(torch.device("cpu"))}))
     peaks: dict[str, float] = {}

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import report_formats
 import report_headline
 import report_rows
 import report_training
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def module(result: dict[str, Any]) -> Any:
     """The module that presents the result."""
-    return report_training if result["benchmark"] == "training" else report_rows
+    return {"training": report_training, "formats": report_formats}.get(result["benchmark"], report_rows)
 
 
 if __name__ == "__main__":

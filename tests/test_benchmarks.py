@@ -303,6 +303,18 @@ def test_bad_arguments_of_a_benchmark(options: list[str], message: str, code: in
     assert not list(tmp_path.iterdir())
 
 
+def test_formats_run(tmp_path: Path) -> None:
+    run = benchmark("formats", "--quick", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    (saved,) = tmp_path.glob("*.json")
+    rows = json.loads(saved.read_text())["rows"]
+    bytes_of_states = {row["name"]: row["bytes"] for row in rows if row["kind"] == "step"}
+    assert bytes_of_states["float32 parameters, full"] == 8
+    assert bytes_of_states["float32 parameters, bfloat16"] == 4
+    assert bytes_of_states["float32 parameters, 8bit"] < 2.2
+    assert all(len(row["loss"]) == 2 for row in rows if row["kind"] == "loss")
+
+
 def test_the_headline_is_written_from_all_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def result(benchmark: str, names: list[str], peer: str) -> Path:
         rows = [row(name, ratios={peer: [1.1, 1.2, 1.3]}) for name in names]

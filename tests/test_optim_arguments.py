@@ -6,7 +6,7 @@ import pydoc
 import onepass
 import pytest
 import torch
-from onepass.optim._base import fused_optimizers
+from onepass.optim._interchange import fused_optimizers
 from reference.common import SHARED_DEFAULTS
 from rules import RULES, BesideReference
 from support import assert_same, parameter, snapshot

@@ -1,8 +1,10 @@
 """Several processes and sharded tensors: DTensor, FSDP2, distributed checkpoints, Hogwild."""
 
 import contextlib
+import copy
 import tempfile
 
+import onepass
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,6 +71,49 @@ def assert_same_training(model, optimizer, twin, theirs, what: str) -> None:
 
 
 # ---- what the processes do -------------------------------------------------------------------------------------------
+
+
+def states_in_other_formats() -> None:
+    """Shards train like the whole, but for the rounding; their states are saved as float32, for any number of processes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    weights, grads = torch.randn(301, 5), [torch.randn(301, 5) for _ in range(4)]
+    for options in (
+        {"state_dtype": torch.bfloat16},
+        {"state_dtype": "8bit"},
+        {"state_dtype": "8bit", "master_bits": 32},
+        {"stochastic_rounding": True},
+    ):
+        dtype = torch.float32 if set(options) == {"state_dtype"} else torch.bfloat16
+
+        def shard(tensor: torch.Tensor) -> torch.nn.Parameter:
+            return torch.nn.Parameter(distribute_tensor(tensor.clone(), mesh, [Shard(0)]))
+
+        single = torch.nn.Parameter(weights.to(dtype))
+        sharded = shard(single.detach())
+        pair = [OPTIMIZERS["AdamW"][0]([p], lr=0.01, **options) for p in (single, sharded)]
+        for grad in grads:
+            single.grad = grad.to(dtype)
+            sharded.grad = distribute_tensor(grad.to(dtype), mesh, [Shard(0)])
+            for optimizer in pair:
+                optimizer.step()
+        torch.testing.assert_close(whole(sharded.detach()), single.detach(), rtol=0.05, atol=0.03)
+        saved = pair[1].state_dict()["state"][0]
+        assert not any("codes" in name or "scale" in name for name in saved)
+        assert (saved["exp_avg"].dtype == torch.bfloat16) == (options.get("state_dtype") is torch.bfloat16)
+        expected = onepass.optim.full_state_dict(pair[0])["state"][0]["exp_avg"]
+        torch.testing.assert_close(whole(saved["exp_avg"]).float(), expected, rtol=0.3, atol=0.06)
+
+        again = OPTIMIZERS["AdamW"][0]([shard(whole(sharded.detach()))], lr=0.01, **options)
+        again.load_state_dict(copy.deepcopy(pair[1].state_dict()))
+        restored = again.state_dict()["state"][0]
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(whole(restored[name]), whole(saved[name]), rtol=0.01, atol=2e-5)
+        (loaded,) = again.param_groups[0]["params"]
+        loaded.grad = sharded.grad
+        again.step()
+        pair[1].step()
+        torch.testing.assert_close(whole(loaded.detach()), whole(sharded.detach()), rtol=1e-2, atol=1e-5)
 
 
 def sharded_and_replicated() -> None:
@@ -217,3 +262,9 @@ def test_hogwild():
         for state in states:
             # Counts are shared without a lock; a single process would reach 101.
             assert 101 < state.get("step", 150) <= 201, f"between 101 and 201 steps expected, came {state['step']}"
+
+
+@pytest.mark.skipif(onepass._native._C.cuda_on_host, reason="the CUDA kernels take no other formats")
+@pytest.mark.parametrize("processes", [2, 3])
+def test_states_in_other_formats(processes):
+    run(processes, states_in_other_formats)

@@ -13,7 +13,8 @@ import onepass
 import pytest
 import torch
 from onepass import _native
-from onepass.optim._base import FusedOptimizer, fused_optimizers
+from onepass.optim._base import FusedOptimizer
+from onepass.optim._interchange import fused_optimizers
 from rules import RULES
 
 ROOT = Path(__file__).parent.parent

@@ -40,8 +40,67 @@ void prefetch_tensor(PyObject* object) {
 
 }  // namespace
 
-bool Plan::read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
-                        bool check_negation) {
+namespace {
+
+Formats formats_named(const std::vector<std::string>& states, const std::string& param) {
+  const std::map<std::string, StateFormat> state_formats = {{"full", StateFormat::full},
+                                                            {"bfloat16", StateFormat::bfloat16},
+                                                            {"signed8", StateFormat::signed8},
+                                                            {"unsigned8", StateFormat::unsigned8}};
+  const std::map<std::string, ParamFormat> param_formats = {{"plain", ParamFormat::plain},
+                                                            {"stochastic", ParamFormat::stochastic},
+                                                            {"remainder16", ParamFormat::remainder16},
+                                                            {"remainder8", ParamFormat::remainder8}};
+  Formats out{{}, param_formats.at(param), 0, param == "plain"};
+  for (const std::string& name : states) {
+    const StateFormat format = out.states.emplace_back(state_formats.at(name));
+    out.n_entries += is_8bit(format) ? 2 : 1;
+    out.usual = out.usual && format == StateFormat::full;
+  }
+  out.n_entries += out.param == ParamFormat::remainder16 || out.param == ParamFormat::remainder8;
+  return out;
+}
+
+}  // namespace
+
+// The states and the remainders, some of which are not in the dtype of arithmetic.
+bool Plan::read_stored(const TensorView& param, PyObject* const* states, const Formats& formats, Entry& entry) {
+  if (compute_dtype(param.dtype) != DType::float32 || runs_on_cuda(param)) return false;
+  TensorView view;
+  const auto read_integers = [&](PyObject* tensor, Integers expected) {
+    const bool readable = is_exact_tensor(tensor) && reader_.read(tensor, expected, view, layouts_);
+    view.dtype = param.dtype;
+    return readable && matches(param, view, param.dtype);
+  };
+  for (std::size_t s = 0; s < formats.states.size(); ++s) {
+    const StateFormat format = formats.states[s];
+    if (is_8bit(format)) {
+      if (!read_integers(*states++, Integers::uint8)) return false;
+      TensorView scales;
+      if (!read(*states++, scales) || scales.dtype != DType::float32 || scales.device_type != param.device_type ||
+          scales.device != param.device || scales.size != scale_groups(param.size) || !scales.is_contiguous())
+        return false;
+      entry.storage.scale[s] = reinterpret_cast<float*>(scales.data);
+    } else {
+      const DType dtype = format == StateFormat::bfloat16 ? DType::bfloat16 : DType::float32;
+      if (!read(*states++, view) || !matches(param, view, dtype)) return false;
+    }
+    entry.item.state[s] = view.data;
+    entry.storage.state[s] = format;
+  }
+  if (formats.param != ParamFormat::plain && param.dtype != DType::bfloat16) return false;
+  if (formats.param == ParamFormat::remainder16 || formats.param == ParamFormat::remainder8) {
+    const bool is_long = formats.param == ParamFormat::remainder16;
+    if (!read_integers(*states, is_long ? Integers::int16 : Integers::int8)) return false;
+    entry.storage.remainder = view.data;
+  }
+  entry.storage.param = formats.param;
+  entry.stored = true;
+  return true;
+}
+
+bool Plan::read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
+                        const Formats& formats, Entry& entry, bool check_negation) {
   TensorView p, other;
   if (!read(param, p) || !p.is_dense()) return false;
   const DType state_dtype = compute_dtype(p.dtype);
@@ -52,9 +111,13 @@ bool Plan::read_tensors(PyObject* param, PyObject* grad, PyObject* const* states
     if (!read(grad, other) || !matches(p, other, p.dtype)) return false;
     entry.item.grad = other.data;
   }
-  for (std::size_t s = 0; s < n_states; ++s) {
-    if (!read(states[s], other) || !matches(p, other, state_dtype)) return false;
-    entry.item.state[s] = other.data;
+  if (formats.usual) {
+    for (std::size_t s = 0; s < n_states; ++s) {
+      if (!read(states[s], other) || !matches(p, other, state_dtype)) return false;
+      entry.item.state[s] = other.data;
+    }
+  } else if (n_states == formats.n_entries && !read_stored(p, states, formats, entry)) {
+    return false;
   }
   // A tensor with the negative bit set (torch.Tensor.is_neg) is a view of the imaginary part of a conjugate. Its stride
   // is 2, so it is not dense unless it has one element. Asking every tensor would cost as much as reading it.
@@ -95,10 +158,10 @@ std::vector<Scalar> Plan::read_hyper(const py::tuple& hyper) {
 }
 
 // Finds the gradient and the states of candidate.param; false if it has no gradient.
-bool Plan::find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& c) {
+bool Plan::find_tensors(const RuleVariant& rule, const GroupOptions& options, PyObject* state, Candidate& c) {
   static PyObject* const grad_name = interned("grad");
   static PyObject* const step_name = interned("step");
-  c.n_states = rule.state_names.size();
+  c.n_states = options.entries.size();
   c.complete = true;
   if (rule.reads_grad) {
     c.grad = PyObject_GetAttr(c.param, grad_name);
@@ -106,7 +169,7 @@ bool Plan::find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* st
     references_.push_back(c.grad);
     if (c.grad == Py_None) return false;
   }
-  if (c.n_states == 0 && !counts_steps) return true;
+  if (c.n_states == 0 && !options.counts_steps) return true;
   PyObject* const param_state = lookup_tensor(state, c.param);
   c.complete = param_state != nullptr && PyDict_Check(param_state);
   const auto find = [&](PyObject* name, PyObject*& out) {
@@ -115,8 +178,9 @@ bool Plan::find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* st
     c.complete = out != nullptr && out != Py_None;
     if (c.complete) keep(out);
   };
-  for (std::size_t s = 0; s < c.n_states; ++s) find(rule.state_keys[s], c.states[s]);
-  if (counts_steps) find(step_name, c.scalars.step);
+  for (std::size_t s = 0; s < c.n_states; ++s)
+    find(PyTuple_GET_ITEM(options.entries.ptr(), static_cast<Py_ssize_t>(s)), c.states[s]);
+  if (options.counts_steps) find(step_name, c.scalars.step);
   if (rule.product_key != nullptr) find(rule.product_key, c.scalars.product);
   if (!c.complete) {
     c.n_states = 0;
@@ -134,10 +198,19 @@ void Plan::prefetch(const Candidate& c) const {
 
 py::list Plan::gather(const GroupArguments& arguments, const py::object& param_list, const py::dict& state,
                       const py::object& fresh, const py::function& stage) {
-  const auto& [variant, hyper, counts_steps, device_scalars, maximize] = arguments;
+  const auto& [variant, hyper, counts_steps, device_scalars, maximize, entries, state_formats, param_format] =
+      arguments;
   const RuleVariant& rule = rule_variants().at(variant);
   Group& group = groups_.emplace_back();
-  group.options = {variant, read_hyper(hyper), counts_steps, device_scalars, maximize};
+  group.options = {variant,
+                   read_hyper(hyper),
+                   counts_steps,
+                   device_scalars,
+                   maximize,
+                   entries,
+                   formats_named(state_formats, param_format)};
+  if (state_formats.size() != rule.state_names.size() || entries.size() != group.options.formats.n_entries)
+    throw py::value_error("gather() takes one format per state and one name per entry");
   // Keeps a copy of the list: Python code that runs meanwhile, here or in another thread, may change the caller's.
   const py::list params = py::reinterpret_steal<py::list>(PySequence_List(param_list.ptr()));
   if (!params) throw py::error_already_set();
@@ -157,7 +230,7 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
     c.index = i;
     c.param = PyList_GET_ITEM(params.ptr(), i);
     has_subclasses_ = has_subclasses_ || !is_exact_tensor(c.param);
-    if (!find_tensors(rule, counts_steps, state.ptr(), c)) continue;
+    if (!find_tensors(rule, group.options, state.ptr(), c)) continue;
     if (!c.complete) missing.append(i);
     candidates.push_back(c);
   }
@@ -169,9 +242,11 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
     if (i + ahead < candidates.size()) prefetch(candidates[i + ahead]);
     const Candidate& c = candidates[i];
     Entry entry{};
-    if (!read_tensors(c.param, c.grad, c.states, c.n_states, entry, true) ||
-        !read_scalars(c.scalars, device_scalars, entry))
-      stage_entry(c, rule, device_scalars, stage, entry);
+    if (!read_tensors(c.param, c.grad, c.states, c.n_states, group.options.formats, entry, true) ||
+        !read_scalars(c.scalars, device_scalars, entry)) {
+      entry = {};
+      stage_entry(c, rule, group.options, stage, entry);
+    }
     if (!c.complete) continue;
     if (!fresh.is_none()) {
       const int found = PySequence_Contains(fresh.ptr(), c.param);
@@ -188,8 +263,8 @@ py::list Plan::gather(const GroupArguments& arguments, const py::object& param_l
   return missing;
 }
 
-void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_scalars, const py::function& stage,
-                       Entry& entry) {
+void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, const GroupOptions& options,
+                       const py::function& stage, Entry& entry) {
   const auto or_none = [](PyObject* object) { return object != nullptr ? py::handle(object) : py::handle(Py_None); };
   py::list states;
   for (std::size_t s = 0; s < c.n_states; ++s) states.append(py::handle(c.states[s]));
@@ -209,8 +284,8 @@ void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, bool device_
   if (streams.size() != first_state + c.n_states + by_rows)
     throw py::value_error("stage() returned a wrong number of tensors");
   bool readable = read_tensors(streams[0], c.grad != nullptr && !by_rows ? streams[1] : nullptr,
-                               streams.data() + first_state, c.n_states, entry, false) &&
-                  read_scalars(staged_scalars, device_scalars, entry);
+                               streams.data() + first_state, c.n_states, options.formats, entry, false) &&
+                  read_scalars(staged_scalars, options.device_scalars, entry);
   if (readable && by_rows) {
     TensorView values;
     readable = read(streams[1], values) && values.dtype == entry.dtype && values.device_type == entry.device_type &&

@@ -104,7 +104,7 @@ class Tensors {
     const double p = std::get<1>(*arguments);
     if (!(p >= 0 && p <= 1)) throw py::value_error("p is a probability, but got " + std::to_string(p));
     TensorView seed;
-    if (!reader->read(std::get<0>(*arguments).ptr(), Integers::seed, seed, layouts_) || seed.size != 1 ||
+    if (!reader->read(std::get<0>(*arguments).ptr(), Integers::int64, seed, layouts_) || seed.size != 1 ||
         !on_device_of_first(seed))
       refuse("seed");
     return {reinterpret_cast<const std::int64_t*>(seed.data),
@@ -115,7 +115,7 @@ class Tensors {
   std::uint8_t* mask(const DropoutArguments& arguments, std::int64_t size) {
     if (!arguments || std::get<3>(*arguments).is_none()) return nullptr;
     TensorView view;
-    if (!reader->read(std::get<3>(*arguments).ptr(), Integers::mask, view, layouts_) || view.size != (size + 7) / 8 ||
+    if (!reader->read(std::get<3>(*arguments).ptr(), Integers::uint8, view, layouts_) || view.size != (size + 7) / 8 ||
         !on_device_of_first(view) || !view.is_contiguous())
       refuse("mask");
     return reinterpret_cast<std::uint8_t*>(view.data);

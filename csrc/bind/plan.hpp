@@ -32,16 +32,29 @@ class AddressSet {
   std::vector<const void*> slots_;
 };
 
+// How a group's states and parameters are kept in memory.
+struct Formats {
+  std::vector<StateFormat> states;  // one per state of the rule
+  ParamFormat param;
+  std::size_t n_entries;  // of a parameter's state
+  bool usual;             // all in the dtype of arithmetic
+};
+
 struct GroupOptions {
   int variant;
   std::vector<Scalar> hyper;
   bool counts_steps;    // the state has a "step"
   bool device_scalars;  // the 0-d states of parameters on a device are in its memory
   bool maximize;
+  // Names of the entries of a parameter's state: a state in 8 bits is its codes, followed by their scales; the
+  // remainders of the parameter come last.
+  py::tuple entries;
+  Formats formats;
 };
 
-// The same as Python passes it: (variant, hyper-parameters, counts steps, device scalars, maximize).
-using GroupArguments = std::tuple<int, py::tuple, bool, bool, bool>;
+// The same as Python passes it: (variant, hyper-parameters, counts steps, device scalars, maximize, entries, formats of
+// the states and of the parameter).
+using GroupArguments = std::tuple<int, py::tuple, bool, bool, bool, py::tuple, std::vector<std::string>, std::string>;
 // Clipping of all gradients: (max_norm, normalize, epsilon).
 using ClipArguments = std::tuple<std::optional<double>, bool, double>;
 // Addresses on one device, 0 if absent: (stream, workspace, scaled_norm, norm, grad_scale, found_inf).
@@ -116,18 +129,20 @@ class Plan {
   };
   struct Entry {
     Item item;
+    Storage storage;
     int device_type, device;
-    bool cuda;
+    bool cuda, stored;  // stored: in `storage`
     DType dtype;
     ScalarState step, product;
     bool fresh;
     int occurrence;  // a parameter listed twice is updated twice, in order
   };
+  static constexpr std::size_t max_entries = 2 * max_states + 1;
   // A parameter with a gradient, as Python objects: not yet read or checked.
   struct Candidate {
     Py_ssize_t index;
-    PyObject *param, *grad, *states[max_states];
-    std::size_t n_states;  // the rule's, or 0 if a state is missing
+    PyObject *param, *grad, *states[max_entries];
+    std::size_t n_states;  // as many as entries, or 0 if one is missing
     ScalarObjects scalars;
     bool complete;  // no state is missing
   };
@@ -157,12 +172,13 @@ class Plan {
            param.same_layout(other);
   }
   std::vector<Scalar> read_hyper(const py::tuple& hyper);
-  bool find_tensors(const RuleVariant& rule, bool counts_steps, PyObject* state, Candidate& candidate);
+  bool find_tensors(const RuleVariant& rule, const GroupOptions& options, PyObject* state, Candidate& candidate);
   void prefetch(const Candidate& candidate) const;
-  bool read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states, Entry& entry,
-                    bool check_negation);
-  void stage_entry(const Candidate& candidate, const RuleVariant& rule, bool device_scalars, const py::function& stage,
-                   Entry& entry);
+  bool read_tensors(PyObject* param, PyObject* grad, PyObject* const* states, std::size_t n_states,
+                    const Formats& formats, Entry& entry, bool check_negation);
+  bool read_stored(const TensorView& param, PyObject* const* states, const Formats& formats, Entry& entry);
+  void stage_entry(const Candidate& candidate, const RuleVariant& rule, const GroupOptions& options,
+                   const py::function& stage, Entry& entry);
   bool read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out);
   bool read_scalars(const ScalarObjects& objects, bool device_scalars, Entry& entry) {
     return (objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step)) &&

@@ -62,8 +62,7 @@ inline const Engine& engine_for(bool on_cuda) {
 
 struct RuleVariant {
   std::string rule;
-  std::vector<std::string> hyper_names, state_names;
-  std::vector<PyObject*> state_keys;  // state_names as interned Python strings, never freed
+  std::vector<std::string> hyper_names, state_names, state_kinds;  // kinds: see core/rule.hpp
   bool reads_grad, takes_rows;
   PyObject* product_key;  // name of the running product, interned; null if the rule keeps none
   double (*product_factor)(const double* hyper, double t);
@@ -99,7 +98,8 @@ RuleVariant describe_variant(const char* name) {
   v.rule = name;
   v.hyper_names = split_names(Rule::hyper_names);
   v.state_names = split_names(Rule::state_names);
-  for (const std::string& state : v.state_names) v.state_keys.push_back(PyUnicode_InternFromString(state.c_str()));
+  v.state_kinds = split_names(state_kinds<Rule>);
+  v.state_kinds.resize(v.state_names.size(), "float32");
   v.reads_grad = Rule::reads_grad;
   v.takes_rows = takes_rows<Rule>;
   if (*RunningProduct<Rule>::name != 0) v.product_key = PyUnicode_InternFromString(RunningProduct<Rule>::name);

@@ -109,6 +109,7 @@ namespace {
 // The items of one launch, and the keys they share.
 struct LaunchItems {
   std::vector<Item> items;
+  std::vector<Storage> storage;  // as many as items, or none
   std::vector<StepKey> keys;
 
   // Looks for an equal key among the last few only, as most tensors share one of them. A duplicate just costs a Step.
@@ -186,7 +187,7 @@ std::int64_t Plan::cuda_workspace(int device) const {
   return bytes;
 }
 
-// Updates tensors of one device and dtype.
+// Updates tensors of one device and dtype, all of them stored or none.
 void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, RunContext& run) const {
   const GroupOptions& options = group.options;
   const RuleVariant& rule = rule_variants()[options.variant];
@@ -202,6 +203,7 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
   list.items.reserve(entries.size());
   for (const Entry* e : entries) {
     if (e->item.size == 0 && !first.cuda) continue;  // on CUDA the launch also writes the norm
+    if (e->stored) list.storage.push_back(e->storage);
     if (on_device)
       list.add(e->item, {1, 1, static_cast<float*>(e->step.at), static_cast<float*>(e->product.at), e->fresh}, false);
     else
@@ -219,7 +221,8 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
              run.norm,
              {},
              nullptr,
-             {run.max_threads, 0, nullptr}};
+             {run.max_threads, 0, nullptr},
+             first.stored ? list.storage.data() : nullptr};
   call.scaling.maximize = options.maximize;
   if (first.cuda) {
     const DeviceArguments& device = run.devices.at(first.device);
@@ -260,7 +263,8 @@ void Plan::run(int max_threads, const ClipArguments& clip, double grad_scale, do
       while (!left.empty()) {
         const Entry& key = *left[0];
         const auto rest = std::stable_partition(left.begin(), left.end(), [&](const Entry* e) {
-          return e->device == key.device && e->device_type == key.device_type && e->dtype == key.dtype;
+          return e->device == key.device && e->device_type == key.device_type && e->dtype == key.dtype &&
+                 e->stored == key.stored;
         });
         same.assign(left.begin(), rest);
         left.erase(left.begin(), rest);

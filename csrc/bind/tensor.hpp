@@ -96,8 +96,9 @@ struct TensorView {
 // Keeps shapes and strides at stable addresses. An empty list costs nothing.
 using Layouts = std::forward_list<std::vector<std::int64_t>>;
 
-// The integer tensors that kernels take: seeds of dropout, and its packed masks.
-enum class Integers : std::uint8_t { seed, mask };  // int64, uint8
+// The integer tensors that kernels take: int64 for seeds; uint8 for packed masks and codes; int8 and int16 for what
+// bfloat16 parameters are short of a float32.
+enum class Integers : std::uint8_t { int64, uint8, int16, int8 };
 
 // Reads a tensor. Returns false if its memory cannot be accessed directly as the expected type (sparse, fake or meta
 // tensors, subclasses without storage ...); the caller then leaves it to Python to stage a copy or to raise an error.
@@ -132,9 +133,13 @@ class TensorReader {
   // The same for integers; out.dtype is not set.
   bool read(PyObject* tensor, Integers expected, TensorView& out, Layouts& layouts) const {
     int kind = 0;
-    return read_any(tensor, out, kind, layouts) &&
-           kind ==
-               (expected == Integers::seed ? dlpack::signed_integer * 256 + 64 : dlpack::unsigned_integer * 256 + 8);
+    if (!read_any(tensor, out, kind, layouts)) return false;
+    switch (expected) {
+      case Integers::int64: return kind == dlpack::signed_integer * 256 + 64;
+      case Integers::int16: return kind == dlpack::signed_integer * 256 + 16;
+      case Integers::int8: return kind == dlpack::signed_integer * 256 + 8;
+      default: return kind == dlpack::unsigned_integer * 256 + 8;
+    }
   }
 
  private:

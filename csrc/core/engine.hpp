@@ -2,6 +2,7 @@
 // and functions: no Python, no torch, no STL.
 #pragma once
 #include "core/layers.hpp"
+#include "core/storage.hpp"
 #include "core/types.hpp"
 
 namespace onepass {
@@ -26,6 +27,7 @@ struct Apply {
   DeviceGradScaling device_scaling;  // CUDA only
   void* workspace;                   // apply_workspace(n_keys) bytes; on CUDA null if the host knows every number
   StreamRef where;
+  const Storage* storage;  // one per item; null if all are in the dtype of arithmetic
 };
 using ApplyFunction = void (*)(const Apply&);  // one per variant of a rule
 

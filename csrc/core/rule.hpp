@@ -12,6 +12,15 @@
 
 namespace onepass {
 
+// What the values of a rule's states are, for the formats of core/storage.hpp, in the order of state_names:
+//   static constexpr const char* state_kinds = "signed, square, exact";
+// signed: a moment of the gradient. square: never negative. exact: 8 bits are too few. float32: 16 are too few. Without
+// the declaration all states are float32.
+template <class Rule, class = void>
+constexpr const char* state_kinds = "";
+template <class Rule>
+constexpr const char* state_kinds<Rule, decltype(void(Rule::state_kinds))> = Rule::state_kinds;
+
 // Two optional traits of a rule:
 //   static constexpr bool writes_state = false;  // the states are only read
 //   static constexpr bool overwrites = true;     // it writes the parameter or a state without using the old values

@@ -28,6 +28,11 @@ struct Tag {
   using type = T;
 };
 
+template <class A, class B>
+constexpr bool same_type = false;
+template <class A>
+constexpr bool same_type<A, A> = true;
+
 constexpr int max_states = 4;
 
 // One tensor of a launch: its memory streams and the index of its StepKey (below). The states of a 16-bit parameter are

@@ -5,6 +5,7 @@
 #include "core/rule.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/partition.hpp"
+#include "cpu/storage.hpp"
 #include "cpu/threads.hpp"
 
 namespace onepass::cpu::ONEPASS_ISA {
@@ -56,15 +57,63 @@ static void update_rows(const Item& item, std::int64_t begin, std::int64_t end, 
   }
 }
 
+// For states and parameters in other formats: a tile of elements at a time is loaded as floats, updated and stored.
+// begin is a multiple of scale_group; t is the number of the step.
+template <class Rule, class T, class Step>
+static void update_stored(const Item& item, const Storage& storage, std::int64_t begin, std::int64_t end, const Step& k,
+                          double t) {
+  constexpr std::int64_t tile = 8 * scale_group;  // in the first-level cache with everything else
+  constexpr bool is_bfloat16 = same_type<T, bfloat16>;
+  alignas(64) float states[Rule::n_state > 0 ? Rule::n_state : 1][tile];
+  for (std::int64_t i = begin; i < end; i += tile) {
+    const std::int64_t count = end - i < tile ? end - i : tile;
+    Item part = item;
+    part.param = static_cast<T*>(item.param) + i;
+    part.grad = static_cast<const T*>(item.grad) + i;
+    for (int s = 0; s < Rule::n_state; ++s) {
+      if (storage.state[s] == StateFormat::full) {
+        part.state[s] = static_cast<float*>(item.state[s]) + i;
+      } else {
+        part.state[s] = states[s];
+        decode_state(storage.state[s], item.state[s], storage.scale[s], i, count, states[s]);
+      }
+    }
+    if (storage.param == ParamFormat::plain) {
+      update_range<Rule, T>(part, 0, count, k);
+    } else if constexpr (is_bfloat16) {
+      alignas(64) float param[tile], grad[tile];
+      decode_param(storage, item.param, i, count, param);
+      decode_bfloat16(item.grad, i, count, grad);
+      part.param = param;
+      part.grad = grad;
+      update_range<Rule, float>(part, 0, count, k);
+      encode_param(storage, param, i, count, storage::dither_start(t, max_states), item.param);
+    }
+    for (int s = 0; s < Rule::n_state; ++s)
+      if (storage.state[s] != StateFormat::full)
+        encode_state(storage.state[s], states[s], i, count, storage::dither_start(t, s), item.state[s],
+                     storage.scale[s]);
+  }
+}
+
 template <class Rule, class T>
 struct ApplyJob {
   using Step = typename Rule::template Step<Compute<T>>;
   static constexpr std::int64_t bytes_per_element =
       (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule> ? 2 : 1) * Rule::n_state * sizeof(Compute<T>);
 
+  // float64 has no other format.
+  static constexpr bool has_formats = Rule::reads_grad && same_type<Compute<T>, float>;
+
   const Apply& call;
   std::int64_t total;
   const Step* steps;  // one per key
+
+  // The end of a thread's part of an item, where it may not divide a group of elements that share a scale.
+  static std::int64_t whole_groups(std::int64_t end, const Item& item) {
+    const std::int64_t rounded = scale_groups(end) * scale_group;
+    return rounded < item.size ? rounded : item.size;
+  }
 
   static void body(void* context, int thread, int n_threads) {
     const ApplyJob& job = *static_cast<ApplyJob*>(context);
@@ -75,6 +124,13 @@ struct ApplyJob {
       const std::int64_t from = begin > first ? begin - first : 0;
       const std::int64_t to = end - first < item->size ? end - first : item->size;
       if (from >= to) continue;
+      if constexpr (has_formats) {
+        if (job.call.storage != nullptr) {
+          update_stored<Rule, T>(*item, job.call.storage[item - job.call.items], whole_groups(from, *item),
+                                 whole_groups(to, *item), job.steps[item->key], job.call.keys[item->key].t);
+          continue;
+        }
+      }
       if (takes_rows<Rule> && item->rows != nullptr)
         update_rows<Rule, T>(*item, from, to, job.steps[item->key]);
       else

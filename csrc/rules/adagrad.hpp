@@ -7,6 +7,7 @@ namespace onepass::rules {
 struct Adagrad {
   static constexpr int n_state = 1;
   static constexpr const char* state_names = "sum";
+  static constexpr const char* state_kinds = "square";
   static constexpr bool reads_grad = true;
   static constexpr bool takes_rows = true;
 

@@ -10,6 +10,7 @@ struct Adam {
   // Memory streams besides param and grad.
   static constexpr int n_state = amsgrad ? 3 : 2;
   static constexpr const char* state_names = amsgrad ? "exp_avg, exp_avg_sq, max_exp_avg_sq" : "exp_avg, exp_avg_sq";
+  static constexpr const char* state_kinds = amsgrad ? "signed, square, square" : "signed, square";
   static constexpr bool reads_grad = true;
   static constexpr bool takes_rows = !amsgrad;  // SparseAdam: rows without a gradient keep their moments
 

@@ -7,6 +7,7 @@ namespace onepass::rules {
 struct NAdam {
   static constexpr int n_state = 2;
   static constexpr const char* state_names = "exp_avg, exp_avg_sq";
+  static constexpr const char* state_kinds = "signed, square";
   static constexpr bool reads_grad = true;
 
   // momentum_base: 0.96^momentum_decay. Its t-th power is 0.96^(t * momentum_decay), and power() has the same bits on

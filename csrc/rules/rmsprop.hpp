@@ -12,6 +12,10 @@ struct RMSprop {
       centered       ? has_momentum ? "square_avg, grad_avg, momentum_buffer" : "square_avg, grad_avg"
       : has_momentum ? "square_avg, momentum_buffer"
                      : "square_avg";
+  // The difference of the centered form has no digits left where its terms have few.
+  static constexpr const char* state_kinds = centered ? has_momentum ? "float32, float32, signed" : "float32, float32"
+                                             : has_momentum ? "square, signed"
+                                                            : "square";
   static constexpr bool reads_grad = true;
 
   ONEPASS_HYPER(lr, alpha, eps, weight_decay, momentum, eps_inside_sqrt);

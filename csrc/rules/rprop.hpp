@@ -8,6 +8,7 @@ namespace onepass::rules {
 struct Rprop {
   static constexpr int n_state = 2;
   static constexpr const char* state_names = "prev, step_size";
+  static constexpr const char* state_kinds = "exact, exact";
   static constexpr bool reads_grad = true;
 
   ONEPASS_HYPER(eta_minus, eta_plus, smallest_step, largest_step, zero_after_turn);  // zero_after_turn: iRprop-

@@ -9,6 +9,7 @@ template <bool has_momentum>
 struct Sgd {
   static constexpr int n_state = has_momentum ? 1 : 0;
   static constexpr const char* state_names = has_momentum ? "momentum_buffer" : "";
+  static constexpr const char* state_kinds = has_momentum ? "signed" : "";
   static constexpr bool reads_grad = true;
   static constexpr bool takes_rows = !has_momentum;  // with momentum, rows without a gradient move too
 

@@ -34,6 +34,8 @@ _TYPE_CODES = {
     torch.float16: 2 * 256 + 16,
     torch.bfloat16: 4 * 256 + 16,
     torch.int64: 64,
+    torch.int16: 16,
+    torch.int8: 8,
     torch.uint8: 256 + 8,
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 2}

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from .. import _native, nn, optim
 from .._config import environment, show_config
-from ..optim._base import fused_optimizers
+from ..optim._interchange import fused_optimizers
 from ..optim._options import options_of
 
 # Options that add states or terms to a rule. The self-test gives each optimizer those that it has.

@@ -15,9 +15,10 @@ from .devices import (
     use_isa,
 )
 from .rules import RuleVariant, find_variant, foreign_states, rules, state_names, variants
-from .update import GradientFactor, Group, Staging, new_plan, norm_of, update
+from .update import SCALE_GROUP, GradientFactor, Group, Staging, new_plan, norm_of, update
 
 __all__ = [
+    "SCALE_GROUP",
     "_C",
     "GradientFactor",
     "Group",

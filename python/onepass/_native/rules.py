@@ -15,6 +15,7 @@ class RuleVariant(NamedTuple):
         rule: name of the rule, a file in csrc/rules.
         hyper_names: its hyper-parameters, in the order in which the kernel takes them.
         states: the states of one value per element, in the rule's order.
+        kinds: what each state's values are: "signed", "square" (never negative) or "exact"; see csrc/core/rule.hpp.
         product: its running product, a 0-d state beside the step count; None where it keeps none.
         reads_grad: whether it reads gradients.
         takes_rows: whether it can update only the rows that a sparse gradient has.
@@ -23,6 +24,7 @@ class RuleVariant(NamedTuple):
     rule: str
     hyper_names: tuple[str, ...]
     states: tuple[str, ...]
+    kinds: tuple[str, ...]
     product: str | None
     reads_grad: bool
     takes_rows: bool

@@ -21,10 +21,26 @@ class Staging(Protocol):
     """Turns tensors that kernels cannot use directly into ones they can: onepass.optim._staging."""
 
     def stage(
-        self, index: int, param: Tensor, grad: Tensor | None, states: list[Tensor], scalars: dict[str, Any]
+        self,
+        index: int,
+        param: Tensor,
+        grad: Tensor | None,
+        states: list[Tensor],
+        scalars: dict[str, Any],
     ) -> list[Any]: ...
 
     def write_back(self) -> None: ...
+
+
+class Formats(Protocol):
+    """Names of csrc/core/storage.hpp: onepass.optim._formats."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # of the entries of a parameter's state
+    @property
+    def state_formats(self) -> tuple[str, ...]: ...
+    @property
+    def param_format(self) -> str: ...
 
 
 class Group:
@@ -42,6 +58,7 @@ class Group:
         device_scalars: whether "step" lives beside the parameter on CUDA.
         maximize: whether the gradient's sign is flipped.
         fresh: parameters whose states were made for this very step, for rules that treat them differently.
+        formats: how states and parameters are kept in memory; None: in the dtype of arithmetic.
     """
 
     def __init__(
@@ -58,11 +75,14 @@ class Group:
         device_scalars: bool = False,
         maximize: bool = False,
         fresh: set[Tensor] | None = None,
+        formats: Formats | None = None,
     ) -> None:
         self.variant_index, variant = find_variant(rule, state_names, reads_grad)
         self.params, self.state, self.staging, self.fresh = params, state, staging, fresh
         self.hyper = tuple(self._scalar(hyper[name]) for name in variant.hyper_names)
         self.counts_steps, self.device_scalars, self.maximize = counts_steps, device_scalars, maximize
+        usual = state_names, ("full",) * len(state_names), "plain"
+        self.formats = usual if formats is None else (formats.names, formats.state_formats, formats.param_format)
 
     def _scalar(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor):
@@ -74,8 +94,12 @@ class Group:
 
     def gather(self, plan: _C.Plan) -> list[int]:
         """Check the tensors and add them to the plan; gives the indices of parameters whose state is still to be made."""
-        options = self.variant_index, self.hyper, self.counts_steps, self.device_scalars, bool(self.maximize)
+        scalars = self.counts_steps, self.device_scalars
+        options = self.variant_index, self.hyper, *scalars, bool(self.maximize), *self.formats
         return plan.gather(options, self.params, self.state, self.fresh, self.staging.stage)
+
+
+SCALE_GROUP: int = _C.scale_group  # elements per scale of an 8-bit state
 
 
 def new_plan() -> _C.Plan:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..optim._base import fused_optimizers
+from ..optim._interchange import fused_optimizers
 
 PREFIX = "onepass-"
 

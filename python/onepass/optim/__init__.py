@@ -7,6 +7,7 @@ its line here tests/test_structure.py fails and prints the line.
 from typing import TYPE_CHECKING
 
 from ._interchange import from_torch as from_torch
+from ._interchange import full_state_dict as full_state_dict
 from ._interchange import to_torch as to_torch
 from .adagrad import Adagrad as Adagrad
 from .adam import Adam as Adam

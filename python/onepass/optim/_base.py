@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat, _native
-from ._checks import RequiredStates, check_loaded_states, check_params, name_of
+from ._checkpoints import take_loaded_states, with_full_states
+from ._checks import check_params, name_of
 from ._distributed import reduce_sharded
+from ._formats import REMAINDER, STORAGE_OPTIONS, Formats, formats_of, is_sharded, missing_entries
 from ._options import SHARED, as_python_number, check_agreement, check_scalar, check_shared_options, options_of
-from ._parameter_states import full_state, restore_precision, scalar_tensor
+from ._parameter_states import restore_precision, scalar_tensor
 from ._staging import Staging
 
 _NOT_OPTIONS = ("self", "params", "__class__")  # the rest of locals() in a constructor
@@ -32,6 +34,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_norm: clip the gradients of all groups together to this 2-norm, inside the step; None: no clipping.
         normalize_grads: divide the gradients by their global 2-norm (0 where it is 0). Excludes max_norm.
         fused_unscale: let torch.amp.GradScaler pass its scale to step(), which then unscales, checks and skips by itself.
+
+    Every subclass but SparseAdam has these as well, per group, for dense gradients on the CPU; see docs/state-formats.md:
+        state_dtype: how the states are kept in memory. None: in the dtype of arithmetic. torch.bfloat16: 2 bytes per element.
+            "8bit": 1 byte, and a float32 per 64 elements.
+        master_bits: of bfloat16 parameters. 32: an int16 beside each makes it exactly a float32 one. 24: an int8, its upper part.
+        stochastic_rounding: round bfloat16 parameters at random, up or down, so that small updates are not lost.
 
     `.grad` is read, never written: clipping, unscaling and the sign of maximize happen on the way into the rule.
     """
@@ -60,6 +68,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
         check_scalar("lr", group["lr"])
         check_shared_options(group, type(self).__name__)
+        self._formats(group)
+
+    def _formats(self, group: dict[str, Any]) -> Formats:
+        """How the group keeps its states and parameters."""
+        return formats_of(type(self).__name__, self.rule, self._state_names(group), group)
+
+    def _scalar_states(self, group: dict[str, Any]) -> dict[str, float]:
+        """The 0-d states and their initial values. Other formats round by the step count, so they always have one."""
+        return self.scalar_states if self._formats(group).usual else {"step": 0.0, **self.scalar_states}
 
     def _all_state_names(self) -> tuple[str, ...]:
         """The per-element states under any options."""
@@ -128,10 +145,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(option, value)
             if loading is not None:  # a checkpoint does not decide how this process scales its losses
                 group["fused_unscale"] = old["fused_unscale"]
+                group.update(
+                    {name: old[name] for name in STORAGE_OPTIONS if name in old}
+                )  # nor how it keeps its states
             self._check_options(group)
             check_agreement(state["param_groups"][0], group)
         if loading is not None:
-            restore_precision(state, loading, self.scalar_states)
+            restore_precision(state, loading, {"step", *self.scalar_states})
         for number, group in enumerate(state["param_groups"]):
             self._check_loaded(group, number, state["state"])
         self.__dict__.setdefault("_grad_norm", None)
@@ -159,33 +179,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
             del self._loading
 
+    @_compat.disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's. The 8-bit states of sharded parameters (DTensor) are saved as float32, for any number of processes."""
+        saved: dict[str, Any] = super().state_dict()
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            saved = with_full_states(self, saved, only_sharded=True)
+        return saved
+
     def _saved_state(self, states: dict[str, Any]) -> dict[str, Any]:
         """A parameter's states in the form that torch's namesake saves."""
         return states
 
     def _check_loaded(self, group: dict[str, Any], number: int, state: dict[Tensor, Any]) -> None:
         """Check the loaded states of a group's parameters and move the 0-d ones to their device."""
-        required = RequiredStates(
-            type(self).__name__,
-            self._state_names(group),
-            tuple(self.scalar_states),
-            frozenset([*self._all_state_names(), *self.scalar_states]),
-            _native.foreign_states(self.rule),
-            self._may_lack,
-        )
-        for index, param in enumerate(group["params"]):
-            states = state.get(param)
-            if states:
-                check_loaded_states(name_of(group, number, index), param, states, required)
-                for name in self.scalar_states:
-                    states[name] = self._scalar_tensor(group, param, states[name])
+        take_loaded_states(self, group, number, state)
 
     def _scalar_tensor(self, group: dict[str, Any], param: Tensor, value: float | Tensor) -> Tensor:
         return scalar_tensor(param, value, self._counts_on_device(group))
 
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
         """Whether 0-d states live beside parameters on CUDA."""
-        return bool(self.scalar_states and (group.get("capturable") or group["fused_unscale"]))
+        return bool(self._scalar_states(group) and (group.get("capturable") or group["fused_unscale"]))
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -273,7 +288,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_capture(self, plan: Any) -> None:
         """Raise if a CUDA graph would capture a step that the host counts: each replay would repeat the same step."""
-        counts_on_host = self.scalar_states and not all(map(self._counts_on_device, self.param_groups))
+        counting = [group for group in self.param_groups if self._scalar_states(group)]
+        counts_on_host = not all(map(self._counts_on_device, counting))
         if counts_on_host and _native.has_cuda and plan.cuda_devices() and _compat.is_capturing():
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable "
@@ -286,7 +302,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         stagings: list[Staging] = []
         missing: list[tuple[dict[str, Any], int]] = []
         for number, group in enumerate(self.param_groups):
-            states = self._state_names(group)
+            states, formats = self._state_names(group), self._formats(group)
             device_scalars = self._counts_on_device(group)
             staging = Staging(
                 partial(name_of, group, number),
@@ -295,6 +311,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 partial(self._replace_state, group),
                 _native.find_variant(self.rule, states)[1].takes_rows,
                 device_scalars,
+                formats,
             )
             stagings.append(staging)
             native = _native.Group(
@@ -304,10 +321,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state,
                 self._hyper(group),
                 staging,
-                counts_steps="step" in self.scalar_states,
+                counts_steps="step" in self._scalar_states(group),
                 device_scalars=device_scalars,
                 maximize=group["maximize"],
                 fresh=fresh,
+                formats=formats,
             )
             missing += [(group, index) for index in native.gather(plan)]
         return plan, stagings, missing
@@ -317,17 +335,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _new_states(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """The states that a parameter lacks, as tensors like it: same strides, and a DTensor for a DTensor."""
-        known = self.state.get(param, {})
-        scalars = [(name, value) for name, value in self.scalar_states.items() if known.get(name) is None]
-        lacking = [name for name in self._state_names(group) if known.get(name) is None]
-        return {
-            **{name: self._scalar_tensor(group, param, value) for name, value in scalars},
-            **{name: full_state(param, self._initial_value(group, name)) for name in lacking},
-        }
+        known, formats = self.state.get(param, {}), self._formats(group)
+        scalars = [(name, value) for name, value in self._scalar_states(group).items() if known.get(name) is None]
+        new = missing_entries(param, formats, partial(self._initial_value, group), known)
+        return {**{name: self._scalar_tensor(group, param, value) for name, value in scalars}, **new}
 
+    def sync_master(self) -> None:
+        """Make the parameters their own masters again (master_bits), after they were written by something else.
 
-def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
-    """The optimizers that onepass.optim exports, by name; not the wrappers around an optimizer."""
-    from .. import optim  # which imports this module
-
-    return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}
+        A remainder says what a bfloat16 parameter lacks of its float32 master. After load_state_dict() of the model alone, or
+        weights that were averaged or clamped, it belongs to the old value.
+        """
+        for states in self.state.values():
+            if REMAINDER in states:
+                states[REMAINDER].zero_()

@@ -154,7 +154,7 @@ def check_grad(label: str, param: Tensor, grad: Tensor, sparse_text: str | None)
             )
 
 
-def check_state(label: str, name: str, param: Tensor, state: Any) -> None:
+def check_state(label: str, name: str, param: Tensor, state: Any, dtype: torch.dtype | None = None) -> None:
     if not isinstance(state, Tensor):
         raise RuntimeError(f"{label}: its state '{name}' is a {type(state).__name__}; a tensor is expected.")
     _check_memory(label, f"state '{name}'", state)
@@ -162,13 +162,13 @@ def check_state(label: str, name: str, param: Tensor, state: Any) -> None:
         raise RuntimeError(f"{label}: its state '{name}' has elements that share memory. Use a clone().")
     for what, came, expected in (
         ("shape", tuple(state.shape), tuple(param.shape)),
-        ("dtype", state.dtype, state_dtype(param)),
+        ("dtype", state.dtype, state_dtype(param) if dtype is None else dtype),
         ("device", state.device, param.device),
     ):
         if came != expected:
             raise RuntimeError(
                 f"{label}: its state '{name}' has {what} {came}, expected is {expected}. Was the parameter changed after "
-                f"the optimizer made its state? Create the optimizer again, or convert the state."
+                f"the optimizer made its state? Create the optimizer again, or load its state_dict(), which converts states."
             )
 
 

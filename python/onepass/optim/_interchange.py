@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from ._base import FusedOptimizer, fused_optimizers
+from ._base import FusedOptimizer
+from ._checkpoints import with_full_states
 from ._checks import check_params, state_dtype
+from ._formats import STORAGE_OPTIONS
 from ._options import options_of
 from ._wrapper_states import params_of
 
@@ -20,8 +22,18 @@ from ._wrapper_states import params_of
 _ADVICE = {
     "max_norm": "Clip by torch.nn.utils.clip_grad_norm_ before each step and set it to None in the groups.",
     "normalize_grads": "Divide the gradients by their norm before each step and set it to False in the groups.",
+    **dict.fromkeys(
+        STORAGE_OPTIONS, "Load its full_state_dict() into an optimizer without that option, and convert that one."
+    ),
     "fused_unscale": "Set it to False in the groups; a GradScaler then unscales before the step.",
 }
+
+
+def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
+    """The optimizers that onepass.optim exports, by name; not the wrappers around an optimizer."""
+    from .. import optim  # which imports this module
+
+    return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}
 
 
 def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
@@ -102,6 +114,23 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
                 theirs.state[param][name] = optimizer.state[param][name]
     _hand_over(optimizer, theirs, dropped)
     return theirs
+
+
+def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state_dict() as it would be without state_dtype, master_bits and stochastic_rounding: float32 states.
+
+    torch.optim's namesake loads it (see docs/optimizers.md for options that torch lacks), and so does an optimizer of this
+    package with any of these options. The remainders of master_bits are left out: parameters become their own masters.
+
+    Raises:
+        TypeError: not an optimizer of this package, or a wrapper around one; take what is in it.
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        inside = ". Take full_state_dict(optimizer.base_optimizer)" if hasattr(optimizer, "base_optimizer") else ""
+        raise TypeError(
+            f"full_state_dict() takes an optimizer of onepass.optim that is no wrapper; {type(optimizer).__name__} came{inside}"
+        )
+    return with_full_states(optimizer, optimizer.state_dict())
 
 
 def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], subject: str, module: str) -> Any:

@@ -12,12 +12,12 @@ from .. import _compat
 from ._checks import state_dtype
 
 
-def full_state(param: Tensor, value: float) -> Tensor:
+def full_state(param: Tensor, value: float, dtype: torch.dtype) -> Tensor:
     """A new state like its parameter: the same strides, and a DTensor for a DTensor."""
     return torch.full_like(
         param,
         complex(value, value) if param.is_complex() else value,  # complex numbers are pairs of reals
-        dtype=state_dtype(param),
+        dtype=dtype,
         memory_format=torch.preserve_format,
         requires_grad=False,
     )
@@ -46,7 +46,11 @@ def restore_precision(state: dict[str, Any], loading: dict[str, Any], scalar_sta
         if not isinstance(loaded, dict) or not isinstance(kept, dict) or not param.is_floating_point():
             continue
         for name, value in loaded.items():
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor):
+                continue
+            if not value.is_floating_point():
+                if value.dim() > 0 or name not in scalar_states:  # codes and remainders
+                    kept[name] = value.to(param.device)
                 continue
             if name in scalar_states:
                 kept[name] = value

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import _compat
 from ._checks import check_dtensors, check_grad, check_param, check_scalar_state, check_state
+from ._codes import decode, encode
+from ._formats import Entry, Formats, check_storable, scale_count
 from ._strides import have_same_strides, is_dense
 
 STRICT = os.environ.get("ONEPASS_STRICT", "").lower() not in ("", "0", "false", "no", "off")
@@ -37,6 +39,8 @@ class Staging:
         replace: stores a state (index, name, tensor) whose strides or device had to change.
         by_rows: update only the rows that a sparse gradient has; else it is made dense.
         device_scalars: whether 0-d states belong beside a parameter on CUDA; else on the CPU.
+        formats: how the group keeps its states and parameters; None: in the dtype of arithmetic. The states that come are
+            then its entries.
     """
 
     def __init__(
@@ -47,8 +51,10 @@ class Staging:
         replace: Callable[[int, str, Tensor], None] | None = None,
         by_rows: bool = False,
         device_scalars: bool = False,
+        formats: Formats | None = None,
     ) -> None:
-        self.name, self.states, self.device_scalars = name, states, device_scalars
+        self.name, self.device_scalars, self.formats = name, device_scalars, formats
+        self.entries = [Entry(s, s, "values", None) for s in states] if formats is None else list(formats.entries)
         self.replace, self.sparse_text, self.by_rows = replace, sparse_text, by_rows
         self.copies: dict[Any, _Copy] = {}  # by memory
         self.locals: list[Tensor] = []  # local tensors of DTensors
@@ -69,8 +75,18 @@ class Staging:
         check_param(label, param)
         if grad is not None:
             check_grad(label, param, grad, self.sparse_text)
-        for name, state in zip(self.states, states, strict=False):
-            check_state(label, name, param, state)
+        if self.formats is not None:
+            check_storable(label, param, self.formats)
+            if grad is not None and grad.is_sparse and not self.formats.usual:
+                raise RuntimeError(
+                    f"{label}: a sparse gradient needs parameters and states in the dtype of arithmetic. Put the parameter into a "
+                    f"group without state_dtype, master_bits and stochastic_rounding."
+                )
+        for entry, state in zip(self.entries, states, strict=False):
+            if entry.kind == "scale":
+                _check_scale(label, entry.name, param, state)
+            else:
+                check_state(label, entry.name, param, state, entry.dtype)
         with torch.no_grad():
             self._move_scalars(index, param, scalars)
             states = self._align(index, param, states)
@@ -100,7 +116,8 @@ class Staging:
     def _unwrap_dtensors(
         self, label: str, param: Tensor, grad: Tensor | None, states: list[Tensor]
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        check_dtensors(label, param, grad, dict(zip(self.states, states, strict=False)))
+        alike = {e.name: state for e, state in zip(self.entries, states, strict=False) if e.kind != "scale"}
+        check_dtensors(label, param, grad, alike)
         dtensor: Any = _compat.dtensor_type()
         if dtensor is None or not isinstance(param, dtensor):
             return param, grad, states
@@ -110,7 +127,7 @@ class Staging:
             grad = _compat.local_of(grad)
         local = _compat.local_of(param)
         self.locals.append(local)
-        return local, grad, [_compat.local_of(state) for state in states]
+        return local, grad, [_compat.local_of(s) if isinstance(s, dtensor) else s for s in states]
 
     def _move_scalars(self, index: int, param: Tensor, scalars: dict[str, Any]) -> None:
         """Move 0-d states to where kernels read them: capturable may be switched on or off between two steps."""
@@ -125,14 +142,28 @@ class Staging:
 
     def _align(self, index: int, param: Tensor, states: list[Tensor]) -> list[Tensor]:
         """States with the parameter's strides, once for all later steps: after .to(memory_format=...), or a checkpoint."""
-        aligned = []
-        for name, state in zip(self.states, states, strict=False):
-            differ = state.stride() != param.stride() and is_dense(param) and state.numel() > 0
-            if differ and self.replace is not None and not cast(Any, state).is_shared() and not self.locals:
-                state = torch.empty_like(param, dtype=state.dtype).copy_(state)
-                self.replace(index, name, state)
-            aligned.append(state)
+        aligned = list(states)
+        for i, (entry, state) in enumerate(zip(self.entries, states, strict=False)):
+            differ = entry.kind != "scale" and state.stride() != param.stride()
+            if not differ or not is_dense(param) or state.numel() == 0 or self.replace is None:
+                continue
+            if cast(Any, state).is_shared() or self.locals:
+                continue
+            aligned[i] = torch.empty_like(param, dtype=state.dtype)
+            if entry.kind == "codes":  # whose groups follow the order of memory
+                format_ = self._format_of(entry)
+                values = torch.empty_like(param, dtype=torch.float32).copy_(decode(format_, state, states[i + 1]))
+                aligned[i + 1] = torch.empty_like(states[i + 1])
+                encode(format_, values, aligned[i], aligned[i + 1])
+                self.replace(index, self.entries[i + 1].name, aligned[i + 1])
+            else:
+                aligned[i].copy_(state)
+            self.replace(index, entry.name, aligned[i])
         return aligned
+
+    def _format_of(self, entry: Entry) -> str:
+        formats = cast(Formats, self.formats)
+        return formats.state_formats[formats.states.index(entry.state)]
 
     def _stage_elements(self, label: str, param: Tensor, grad: Tensor | None, states: list[Tensor]) -> list[Tensor]:
         if param.is_conj():  # memory holds the conjugated values
@@ -151,8 +182,15 @@ class Staging:
             if not have_same_strides(grad, param) or grad.is_neg():
                 grad = self._copy(label, "its gradient's strides", grad, torch.empty_like(param), write_back=False)
             staged.append(grad)
-        for state in states:
-            if not have_same_strides(state, param) or state.is_neg():
+        for entry, state in zip(self.entries, states, strict=False):
+            if entry.kind == "scale":
+                pass
+            elif not have_same_strides(state, param) or state.is_neg():
+                if entry.kind == "codes":
+                    raise RuntimeError(
+                        f"{label}: its state '{entry.name}' has strides {state.stride()}, the parameter has {param.stride()}: codes "
+                        f"have to lie in memory as the parameter does. Use state_dtype=torch.bfloat16 for its group."
+                    )
                 like = torch.empty_like(param, dtype=state.dtype)
                 state = self._copy(label, "a state's strides", state, like, write_back=True)
             staged.append(state)
@@ -191,3 +229,14 @@ class Staging:
             )
         self.copies[memory] = _Copy(source, target.copy_(source), write_back)
         return target
+
+
+def _check_scale(label: str, name: str, param: Tensor, scale: Any) -> None:
+    expected = (scale_count(param),)
+    fits = isinstance(scale, Tensor) and scale.dtype == torch.float32 and tuple(scale.shape) == expected
+    if not fits or not scale.is_contiguous() or scale.device != param.device or scale.is_neg():
+        came = f"{scale.dtype} of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
+        raise RuntimeError(
+            f"{label}: its state '{name}' should be a contiguous float32 tensor of shape {expected} on {param.device}; {came} came. "
+            f"Load the optimizer's state_dict() again."
+        )

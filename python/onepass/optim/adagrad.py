@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -32,7 +33,8 @@ class Adagrad(FusedOptimizer):
         capturable: keep the step count on the device, so that step() can be captured in a CUDA graph. On the CPU it changes
             nothing.
         eps_inside_sqrt: sqrt(G + eps) instead of sqrt(G) + eps.
-        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+        max_norm, normalize_grads, fused_unscale, state_dtype, master_bits, stochastic_rounding: see
+            FusedOptimizer.
 
     State: step (0-d float32), sum (G), in the parameter's dtype (float32 for bfloat16 and float16). A parameter's first step
     makes it, or share_memory().
@@ -61,6 +63,9 @@ class Adagrad(FusedOptimizer):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, locals())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -32,7 +33,8 @@ class Adam(FusedOptimizer):
         differentiable: must be False.
         bias_correction: False omits the divisions by 1 - beta^t.
         eps_inside_sqrt: sqrt(v + eps) instead of sqrt(v) + eps.
-        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+        max_norm, normalize_grads, fused_unscale, state_dtype, master_bits, stochastic_rounding: see
+            FusedOptimizer.
 
     State: step (0-d float32), exp_avg, exp_avg_sq and with amsgrad max_exp_avg_sq, in the parameter's dtype (float32 for
     bfloat16 and float16).
@@ -64,6 +66,9 @@ class Adam(FusedOptimizer):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, locals())
 
@@ -112,6 +117,9 @@ class AdamW(Adam):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         FusedOptimizer.__init__(self, params, {**locals(), "decoupled_weight_decay": True})
 

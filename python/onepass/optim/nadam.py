@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -30,7 +31,8 @@ class NAdam(FusedOptimizer):
         capturable: keep step and mu_product on the device, so that step() can be captured in a CUDA graph. On the CPU it
             changes nothing.
         differentiable: must be False.
-        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+        max_norm, normalize_grads, fused_unscale, state_dtype, master_bits, stochastic_rounding: see
+            FusedOptimizer.
 
     State: step and mu_product (P, both 0-d float32), exp_avg, exp_avg_sq, in the parameter's dtype (float32 for bfloat16 and
     float16).
@@ -60,6 +62,9 @@ class NAdam(FusedOptimizer):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, locals())
 

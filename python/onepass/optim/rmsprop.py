@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -33,7 +34,8 @@ class RMSprop(FusedOptimizer):
         foreach: a hint to torch.optim, accepted and ignored: the only implementation is fused.
         differentiable: must be False.
         eps_inside_sqrt: D = sqrt(G + eps), or sqrt(max(0, G - a^2) + eps).
-        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+        max_norm, normalize_grads, fused_unscale, state_dtype, master_bits, stochastic_rounding: see
+            FusedOptimizer.
 
     State: step (0-d float32), square_avg (G), if centered grad_avg (a), with momentum momentum_buffer (b), in the parameter's
     dtype (float32 for bfloat16 and float16).
@@ -63,6 +65,9 @@ class RMSprop(FusedOptimizer):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, locals())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -34,7 +35,8 @@ class Rprop(FusedOptimizer):
         differentiable: must be False.
         variant: "irprop-" as above; "rprop-": g stays where g * h < 0, and except in a parameter's first step
             d <- eta_minus * d where g * h = 0 as well.
-        max_norm, normalize_grads, fused_unscale: see FusedOptimizer.
+        max_norm, normalize_grads, fused_unscale, state_dtype, master_bits, stochastic_rounding: see
+            FusedOptimizer.
 
     State: step (0-d float32), prev (h), step_size (d), in the parameter's dtype (float32 for bfloat16 and float16).
 
@@ -60,6 +62,9 @@ class Rprop(FusedOptimizer):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, locals())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -27,7 +28,8 @@ class SGD(FusedOptimizer):
         differentiable: must be False.
         lr_in_velocity: the textbook form, v <- momentum * v + lr * g; w <- w - v. It gives other numbers once lr changes
             between steps. With nesterov the parameters hold the look-ahead point w - momentum * v. Excludes dampening.
-        max_norm, normalize_grads, fused_unscale: see FusedOptimizer. fused_unscale excludes dampening.
+        max_norm, normalize_grads, fused_unscale, state_dtype, master_bits, stochastic_rounding: see
+            FusedOptimizer. fused_unscale excludes dampening.
 
     Without momentum a sparse gradient updates only its rows. With momentum it is made dense first, because the velocity moves
     the other rows too, as in torch.
@@ -58,6 +60,9 @@ class SGD(FusedOptimizer):
         max_norm: float | None = None,
         normalize_grads: bool = False,
         fused_unscale: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, locals())
 

@@ -1,0 +1,233 @@
+"""What `state_dtype`, `master_bits` and `stochastic_rounding` cost and save: bytes, time of a step, and what training loses.
+
+Times: AdamW on one tensor. Losses: networks trained under each option with the same seeds and batches; the spread over the
+seeds says what a difference means.
+
+    python benchmarks/formats.py             # about ten minutes
+    python benchmarks/formats.py --quick
+    python benchmarks/formats.py --part times
+
+Saves <out>/formats-<date>-<machine>.json; report.py reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import machine
+import onepass
+import report_formats
+import torch
+from harness import Json, Variant
+from onepass._cli.demo_data import HelpText
+from onepass._cli.demo_networks import CharacterGPT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Options = dict[str, Any]
+
+# Options under their names, for parameters of a dtype; the first is what the others are compared with.
+FLOAT32: dict[str, Options] = {
+    "float32 states": {},
+    "bfloat16 states": {"state_dtype": torch.bfloat16},
+    "8-bit states": {"state_dtype": "8bit"},
+}
+BFLOAT16: dict[str, Options] = {
+    "float32 states": {},
+    "bfloat16 states": {"state_dtype": torch.bfloat16},
+    "8-bit states": {"state_dtype": "8bit"},
+    "8-bit states, stochastic rounding": {"state_dtype": "8bit", "stochastic_rounding": True},
+    "8-bit states, 24-bit master": {"state_dtype": "8bit", "master_bits": 24},
+    "8-bit states, 32-bit master": {"state_dtype": "8bit", "master_bits": 32},
+}
+BY_DTYPE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+
+# ---- time and bytes
+
+
+def step_times(elements: int, dtype: torch.dtype, seconds: float) -> list[Json]:
+    """One row per option: milliseconds, the time over that of float32 states, and bytes of states per parameter."""
+
+    def prepared(make: Callable[[list[Tensor]], Any]) -> Any:
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(elements).to(dtype))
+        param.grad = torch.randn(elements).to(dtype)
+        optimizer = make([param])
+        optimizer.step()
+        return optimizer
+
+    optimizers = {
+        name: prepared(functools.partial(onepass.optim.AdamW, **options)) for name, options in BY_DTYPE[dtype].items()
+    }
+    optimizers["torch fused"] = prepared(lambda params: torch.optim.AdamW(params, fused=True))
+    variants = [Variant(name, optimizer.step) for name, optimizer in optimizers.items()]
+    samples = harness.measure(variants, torch.device("cpu"), seconds=seconds)
+    rows = []
+    for name, optimizer in optimizers.items():
+        ratio = samples[name].times(samples["float32 states"])
+        states: dict[str, Tensor] = optimizer.state_dict()["state"][0]
+        rows.append(
+            {
+                "kind": "step",
+                "dtype": str(dtype).removeprefix("torch."),
+                "name": name,
+                "elements": elements,
+                "bytes": sum(s.numel() * s.element_size() for s in states.values() if s.dim()) / elements,
+                "median_ms": samples[name].summary()["median_ms"],
+                "times_of_full": ratio.quartiles,
+                "busy": [] if ratio.quiet else [name],
+            }
+        )
+    return rows
+
+
+# ---- losses
+
+
+class Digits:
+    """8 x 8 images of digits; 397 of the 1797 are held out."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+        images, labels = load_digits(return_X_y=True)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        self.images, self.labels = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(1400, (64,))
+        return self.images[chosen], self.labels[chosen]
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        return self.images[1400:], self.labels[1400:]
+
+
+class Text:
+    """The text of Python's help, character by character."""
+
+    def __init__(self) -> None:
+        self.help = HelpText()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        text, context = self.help.train, self.help.context
+        starts = torch.randint(len(text) - context, (16, 1))
+        windows = text[starts + torch.arange(context + 1)]
+        return windows[:, :-1], windows[:, 1:].flatten()
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        return self.help.test()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+Train = Callable[[torch.dtype, Options, int], float]
+
+
+def trainer(data: Any, network: Callable[[], nn.Module], optimizer: Callable[..., Any], steps: int) -> Train:
+    """(dtype of the parameters, options, seed) -> the loss on held-out data after training."""
+
+    def train(dtype: torch.dtype, options: Options, seed: int) -> float:
+        torch.manual_seed(seed)
+        model = network().to(dtype)
+        ours = optimizer(model.parameters(), **options)
+        schedule = torch.optim.lr_scheduler.LinearLR(ours, 1.0, 0.05, total_iters=steps)
+        for _ in range(steps):
+            inputs, targets = data.batch()
+            ours.zero_grad()
+            loss_of(model, dtype, inputs, targets).backward()  # type: ignore[no-untyped-call]
+            ours.step()
+            schedule.step()
+        with torch.no_grad():
+            return float(loss_of(model, dtype, *data.held_out()))
+
+    return train
+
+
+def loss_of(model: nn.Module, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> Tensor:
+    outputs = model(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+    return F.cross_entropy(outputs.flatten(0, -2).float(), targets)
+
+
+def tasks(quick: bool) -> dict[str, Train]:
+    steps, text_steps = (5, 2) if quick else (800, 500)
+
+    def adamw(params: Any, **options: Any) -> Any:
+        return onepass.optim.AdamW(params, lr=1e-3, **options)
+
+    def sgd(params: Any, **options: Any) -> Any:
+        return onepass.optim.SGD(params, lr=0.05, momentum=0.9, **options)
+
+    digits, text = Digits(), Text()
+    return {
+        "MLP on digits, AdamW": trainer(digits, mlp, adamw, steps),
+        "CNN on digits, SGD with momentum": trainer(digits, cnn, sgd, steps),
+        "character GPT, AdamW": trainer(
+            text, lambda: CharacterGPT(text.help.characters, text.help.context, dropout=0.0), adamw, text_steps
+        ),
+    }
+
+
+def losses(quick: bool, seeds: int) -> list[Json]:
+    """One row per task, dtype of the parameters and option: mean and standard deviation over the seeds."""
+    rows: list[Json] = []
+    for task, train in tasks(quick).items():
+        for dtype, named in BY_DTYPE.items():
+            for name, options in named.items():
+                runs = [train(dtype, options, seed) for seed in range(seeds)]
+                rows.append(
+                    {
+                        "kind": "loss",
+                        "task": task,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "name": name,
+                        "loss": [statistics.mean(runs), statistics.stdev(runs)],
+                        "busy": [],
+                    }
+                )
+                print(f"{task}, {rows[-1]['dtype']}, {name}: {rows[-1]['loss'][0]:.4f}", file=sys.stderr)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small and few, to show that it works")
+    parser.add_argument("--part", choices=("all", "times", "losses"), default="all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    args = parser.parse_args()
+    elements, seconds, seeds = (10_000, 0.1, 2) if args.quick else (25_000_000, 10.0, 5)
+    result: Json = {"benchmark": "formats", "environment": machine.environment(torch.device("cpu")), "rows": []}
+    if args.part != "losses":
+        for dtype in BY_DTYPE:
+            result["rows"] += step_times(elements, dtype, seconds)
+    if args.part != "times":
+        result["rows"] += losses(args.quick, seeds)
+    path = harness.save(result, args.out, "formats-quick" if args.quick else "formats")
+    print(report_formats.markdown(result))
+    print(f"saved {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
