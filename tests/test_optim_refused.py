@@ -62,7 +62,7 @@ def test_wrong_arguments_are_torchs_errors(key, kwargs):
     assert str(ours).startswith(str(theirs)), f"expected {theirs}, came {ours}"
 
 
-@EVERY_RULE
+@pytest.mark.parametrize("rule", [pytest.param(rule, id=key) for key, rule in RULES.items() if not rule.stand_in])
 def test_differentiable_is_refused(rule):
     with pytest.raises(RuntimeError, match="differentiable"):
         rule.ours([parameter(torch.zeros(2))], differentiable=True)

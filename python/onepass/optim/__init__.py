@@ -14,6 +14,7 @@ from .adam import AdamW as AdamW
 from .clip import clip_grad_norm_ as clip_grad_norm_
 from .clip import clip_grad_value_ as clip_grad_value_
 from .in_backward import step_in_backward as step_in_backward
+from .lion import Lion as Lion
 from .lookahead import Lookahead as Lookahead
 from .nadam import NAdam as NAdam
 from .rmsprop import RMSprop as RMSprop
