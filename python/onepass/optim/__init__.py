@@ -17,6 +17,7 @@ from .in_backward import step_in_backward as step_in_backward
 from .lion import Lion as Lion
 from .lookahead import Lookahead as Lookahead
 from .nadam import NAdam as NAdam
+from .radam import RAdam as RAdam
 from .rmsprop import RMSprop as RMSprop
 from .rprop import Rprop as Rprop
 from .sam import SAM as SAM
