@@ -39,6 +39,7 @@ OPTIMIZERS: dict[str, tuple[Make, str]] = {
         lambda w: optim.RAdam([w], lr=0.15, betas=(0.9, 0.95)),
         "plain momentum at first, then short steps of Adam's kind",
     ),
+    "adamax": (lambda w: optim.Adamax([w], lr=0.5), "the largest recent gradient of a direction sets its pace"),
     "lion": (lambda w: optim.Lion([w], lr=0.3), "every step is as long, in each direction, as any other"),
     "rprop": (lambda w: optim.Rprop([w], lr=0.3), "one step size per direction, grown and halved by signs alone"),
     "sparse_adam": (lambda w: optim.SparseAdam([w], lr=0.5), "y has a gradient in every third step"),
