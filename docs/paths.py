@@ -40,6 +40,7 @@ OPTIMIZERS: dict[str, tuple[Make, str]] = {
         "plain momentum at first, then short steps of Adam's kind",
     ),
     "adamax": (lambda w: optim.Adamax([w], lr=0.5), "the largest recent gradient of a direction sets its pace"),
+    "adadelta": (lambda w: optim.Adadelta([w], eps=1e-2), "both directions at one pace, which past steps set"),
     "lion": (lambda w: optim.Lion([w], lr=0.3), "every step is as long, in each direction, as any other"),
     "rprop": (lambda w: optim.Rprop([w], lr=0.3), "one step size per direction, grown and halved by signs alone"),
     "sparse_adam": (lambda w: optim.SparseAdam([w], lr=0.5), "y has a gradient in every third step"),

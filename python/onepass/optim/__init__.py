@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ._interchange import from_torch as from_torch
 from ._interchange import to_torch as to_torch
+from .adadelta import Adadelta as Adadelta
 from .adagrad import Adagrad as Adagrad
 from .adam import Adam as Adam
 from .adam import AdamW as AdamW
