@@ -175,5 +175,4 @@ def test_accumulator_of_complex_parameters_starts_in_both_parts():
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_classes_name_the_scalar_states_of_their_rule(rule):
-    product = _native.variants(rule.ours.rule)[0].product
-    assert set(rule.ours.scalar_states) - {"step"} == ({product} if product else set())
+    assert set(rule.ours.scalar_states) - {"step"} == set(_native.variants(rule.ours.rule)[0].carried)

@@ -57,8 +57,7 @@ py::list list_rules() {
   py::list out;
   for (const RuleVariant& v : rule_variants())
     out.append(py::make_tuple(v.rule, py::tuple(py::cast(v.hyper_names)), py::tuple(py::cast(v.state_names)),
-                              v.product_key != nullptr ? py::handle(v.product_key) : py::handle(Py_None), v.reads_grad,
-                              v.takes_rows));
+                              py::tuple(py::cast(v.carried_names)), v.reads_grad, v.takes_rows));
   return out;
 }
 
@@ -74,7 +73,7 @@ PYBIND11_MODULE(_C, m) {
     return reader->uses_exchange_api();
   });
   m.def("rules", &list_rules,
-        "(rule, hyper names, state names, running product or None, reads gradients, takes rows) per variant; gather() "
+        "(rule, hyper names, state names, carried numbers, reads gradients, takes rows) per variant; gather() "
         "takes the index.");
   m.def("isas", &isas);
   m.def("isa", [] { return isa_names[current_isa]; });

@@ -97,7 +97,7 @@ class Plan {
   py::list updated() const;
 
  private:
-  // A 0-d state: the step count, or a running product.
+  // A 0-d state: the step count, or a number that the rule carries.
   struct ScalarState {
     void* at;  // null: the rule has none
     bool is_double;
@@ -112,14 +112,14 @@ class Plan {
   };
   // The same as Python objects; null if the rule has none.
   struct ScalarObjects {
-    PyObject *step, *product;
+    PyObject *step, *carried[max_carried];
   };
   struct Entry {
     Item item;
     int device_type, device;
     bool cuda;
     DType dtype;
-    ScalarState step, product;
+    ScalarState step, carried[max_carried];
     bool fresh;
     int occurrence;  // a parameter listed twice is updated twice, in order
   };
@@ -165,8 +165,10 @@ class Plan {
                    Entry& entry);
   bool read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out);
   bool read_scalars(const ScalarObjects& objects, bool device_scalars, Entry& entry) {
-    return (objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step)) &&
-           (objects.product == nullptr || read_scalar(objects.product, device_scalars, entry, entry.product));
+    bool readable = objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step);
+    for (int i = 0; i < max_carried && objects.carried[i] != nullptr; ++i)
+      readable = readable && read_scalar(objects.carried[i], device_scalars, entry, entry.carried[i]);
+    return readable;
   }
   class HostScalars;
   struct RunContext;

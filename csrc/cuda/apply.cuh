@@ -158,11 +158,17 @@ __global__ void __launch_bounds__(tuning::prepare_threads)
     context.t = double(*from.keys[u].device_step) + 1;
     if (!skip) *from.keys[u].device_step = float(context.t);
   }
-  context.product = from.keys[u].product;
-  if (from.keys[u].device_product != nullptr) {
-    const double factor = RunningProduct<Rule>::factor(hyper, context.t);
-    context.product = next_product(double(*from.keys[u].device_product), factor, false);
-    if (!skip) *from.keys[u].device_product = float(context.product);
+  context.carried = from.keys[u].carried;
+  float* const(&carried)[max_carried] = from.keys[u].device_carried;
+  if (carried[0] != nullptr) {
+    CarriedNumbers next{};
+    ONEPASS_UNROLL
+    for (int i = 0; i < max_carried; ++i)
+      if (carried[i] != nullptr) context.carried.at[i] = double(*carried[i]);
+    Carried<Rule>::template carry<float>(hyper, context.t, context.carried, next);
+    ONEPASS_UNROLL
+    for (int i = 0; i < max_carried; ++i)
+      if (carried[i] != nullptr && !skip) *carried[i] = float(next.at[i]);
   }
   context.grad_factor = grad_factor(from.scaling, scale, norm);
   context.fresh = from.keys[u].fresh;
@@ -251,7 +257,7 @@ class Launcher {
     double* const value = reinterpret_cast<double*>(&hyper);
     for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
     const StepKey& k = call_.keys[key];
-    const StepContext context{k.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), k.fresh, k.product};
+    const StepContext context{k.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), k.fresh, k.carried};
     params_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
     key_of_[n_steps_] = key;
     return n_steps_++;

@@ -15,7 +15,7 @@ class RuleVariant(NamedTuple):
         rule: name of the rule, a file in csrc/rules.
         hyper_names: its hyper-parameters, in the order in which the kernel takes them.
         states: the states of one value per element, in the rule's order.
-        product: its running product, a 0-d state beside the step count; None where it keeps none.
+        carried: the 0-d states that it keeps beside the step count.
         reads_grad: whether it reads gradients.
         takes_rows: whether it can update only the rows that a sparse gradient has.
     """
@@ -23,7 +23,7 @@ class RuleVariant(NamedTuple):
     rule: str
     hyper_names: tuple[str, ...]
     states: tuple[str, ...]
-    product: str | None
+    carried: tuple[str, ...]
     reads_grad: bool
     takes_rows: bool
 
@@ -57,10 +57,10 @@ def state_names(rule: str) -> tuple[str, ...]:
 
 @functools.cache
 def foreign_states(rule: str) -> frozenset[str]:
-    """States that other rules have and this one has not, running products included."""
+    """States that other rules have and this one has not."""
 
-    def all_states(rule: str) -> set[str | None]:
-        return {*state_names(rule), variants(rule)[0].product}
+    def all_states(rule: str) -> set[str]:
+        return {*state_names(rule), *variants(rule)[0].carried}
 
     others = {name for other in rules() for name in all_states(other)}
-    return frozenset(name for name in others - all_states(rule) if name is not None)
+    return frozenset(others - all_states(rule))

@@ -37,7 +37,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]  # a word in ONEPASS_RULES in CMakeLists.txt
-    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states and their initial values
+    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states and their usual initial values
     sparse_text: ClassVar[str | None] = None  # torch's sentence for refusing sparse gradients
 
     def __init__(self, params: ParamsT, arguments: dict[str, Any]) -> None:
@@ -66,8 +66,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return _native.state_names(self.rule)
 
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
-        """The value of a state's elements before the first step."""
-        return 0.0
+        """The value of a state, or of its elements, before the first step."""
+        return self.scalar_states.get(name, 0.0)
 
     def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
         """torch's sentence for refusing sparse gradients under these options; None: they are taken."""
@@ -318,10 +318,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_states(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """The states that a parameter lacks, as tensors like it: same strides, and a DTensor for a DTensor."""
         known = self.state.get(param, {})
-        scalars = [(name, value) for name, value in self.scalar_states.items() if known.get(name) is None]
+        scalars = [name for name in self.scalar_states if known.get(name) is None]
         lacking = [name for name in self._state_names(group) if known.get(name) is None]
         return {
-            **{name: self._scalar_tensor(group, param, value) for name, value in scalars},
+            **{name: self._scalar_tensor(group, param, self._initial_value(group, name)) for name in scalars},
             **{name: full_state(param, self._initial_value(group, name)) for name in lacking},
         }
 
