@@ -87,15 +87,16 @@ def test_there_and_back(rule, setting, when):
     if not setting.keys() <= inspect.signature(rule.theirs).parameters.keys():
         pytest.skip("torch has no such form")
     both = Uninterrupted(rule, {**rule.usual, **setting})
-    both.train(when)
+    tolerance = 1e-7 if rule.name == "ASGD" and setting.get("foreach") else None  # torch's then has an eta of its own
+    both.train(when, tolerance)
     both.optimizer = from_torch(both.optimizer)
     assert type(both.optimizer) is rule.ours
-    both.train(4)
+    both.train(4, tolerance)
     both.optimizer = to_torch(both.optimizer)
     assert type(both.optimizer) is rule.theirs
-    both.train(3)
+    both.train(3, tolerance)
     both.optimizer = from_torch(both.optimizer)
-    both.train(2)
+    both.train(2, tolerance)
     assert {key: both.optimizer.param_groups[1][key] for key in setting} == setting
 
 
@@ -165,7 +166,7 @@ def test_16_bit_states_widen_and_round(rule, half):
     both.optimizer.step()
     both.optimizer = to_torch(both.optimizer)
     for states in both.optimizer.state.values():
-        assert {s.dtype for name, s in states.items() if name not in ("step", "mu_product")} == {half}
+        assert {s.dtype for name, s in states.items() if name not in rule.ours.scalar_states} == {half}
     both.optimizer.step()
 
 

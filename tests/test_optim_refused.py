@@ -40,6 +40,7 @@ ARGUMENTS = [
     {"initial_accumulator_value": -0.1},
 ]
 WRONG = [(key, kwargs) for key, rule in RULES.items() for kwargs in ARGUMENTS if kwargs.keys() <= rule.options.keys()]
+WRONG.remove(("ASGD", {"alpha": -0.1}))  # an exponent, of any sign as in torch; RMSprop's is a weight
 WRONG += [(key, {"betas": (0.9, torch.tensor(0.9))}) for key in ("Adam", "AdamW")]
 
 

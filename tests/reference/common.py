@@ -156,8 +156,8 @@ class Rule:
 
     @property
     def no_decay(self) -> Case:
-        """weight_decay=0, explicitly, where the rule has it."""
-        return {"weight_decay": 0.0} if "weight_decay" in self.options else {}
+        """weight_decay=0, explicitly, where the rule has it, and ASGD's other one."""
+        return {name: 0.0 for name in ("weight_decay", "lambd") if name in self.options}
 
     def to_torch(self, case: Case) -> Case | None:
         """The arguments of the same form in torch.optim; None where torch has no such form.

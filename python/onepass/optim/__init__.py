@@ -13,6 +13,7 @@ from .adagrad import Adagrad as Adagrad
 from .adam import Adam as Adam
 from .adam import AdamW as AdamW
 from .adamax import Adamax as Adamax
+from .asgd import ASGD as ASGD
 from .clip import clip_grad_norm_ as clip_grad_norm_
 from .clip import clip_grad_value_ as clip_grad_value_
 from .in_backward import step_in_backward as step_in_backward

@@ -100,7 +100,7 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
                 new = optimizer._new_states(group, param)
                 optimizer.state[param].update(new)
     theirs.load_state_dict(_packed(optimizer, dropped))
-    # Loading casts NAdam's mu_product to the parameter's dtype, which would change its steps.
+    # Loading casts NAdam's and ASGD's to the parameter's dtype, which would change their steps.
     for name in optimizer.scalar_states.keys() - {"step"}:
         for param in params_of(optimizer.param_groups):
             if name in theirs.state.get(param, {}):
