@@ -82,7 +82,7 @@ cross: $(ENVIRONMENT) ## The CPU engine on aarch64, cross-compiled and emulated,
 
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, 16-byte accesses
 	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
-	  --budget 'double|Adam<true>|RMSprop|Sgd<true>|(float|half|bfloat16), true>|row_norm|batch_=128'
+	  --budget 'double|Adam<true>|RMSprop|Sgd<true>|Lion|(float|half|bfloat16), true>|row_norm|batch_=128'
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA, spelling
 	$(PY) -m ruff check .

@@ -146,28 +146,36 @@ Train = Callable[[torch.dtype, Options, int], float]
 
 
 def trainer(data: Any, network: Callable[[], nn.Module], optimizer: Callable[..., Any], steps: int) -> Train:
-    """(dtype of the parameters, options, seed) -> the loss on held-out data after training."""
+    """(dtype of the parameters, options, seed) -> the loss on held-out data after training.
+
+    Activations are float32 in any case: what is compared is how parameters and states are kept.
+    """
 
     def train(dtype: torch.dtype, options: Options, seed: int) -> float:
         torch.manual_seed(seed)
-        model = network().to(dtype)
-        ours = optimizer(model.parameters(), **options)
+        model = network()
+        copies = list(model.parameters())
+        params = [nn.Parameter(copy.detach().to(dtype)) for copy in copies]
+        ours = optimizer(params, **options)
         schedule = torch.optim.lr_scheduler.LinearLR(ours, 1.0, 0.05, total_iters=steps)
+
+        def loss_on(inputs: Tensor, targets: Tensor) -> Tensor:
+            with torch.no_grad():
+                for copy, param in zip(copies, params, strict=True):
+                    copy.copy_(param)
+            model.zero_grad()
+            return F.cross_entropy(model(inputs).flatten(0, -2), targets)
+
         for _ in range(steps):
-            inputs, targets = data.batch()
-            ours.zero_grad()
-            loss_of(model, dtype, inputs, targets).backward()  # type: ignore[no-untyped-call]
+            loss_on(*data.batch()).backward()  # type: ignore[no-untyped-call]
+            for param, copy in zip(params, copies, strict=True):
+                param.grad = None if copy.grad is None else copy.grad.to(dtype)
             ours.step()
             schedule.step()
         with torch.no_grad():
-            return float(loss_of(model, dtype, *data.held_out()))
+            return float(loss_on(*data.held_out()))
 
     return train
-
-
-def loss_of(model: nn.Module, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> Tensor:
-    outputs = model(inputs.to(dtype) if inputs.is_floating_point() else inputs)
-    return F.cross_entropy(outputs.flatten(0, -2).float(), targets)
 
 
 def tasks(quick: bool) -> dict[str, Train]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import report_formats
 import report_headline
+import report_memory
 import report_rows
 import report_training
 
@@ -86,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def module(result: dict[str, Any]) -> Any:
     """The module that presents the result."""
-    return {"training": report_training, "formats": report_formats}.get(result["benchmark"], report_rows)
+    return {"training": report_training, "formats": report_formats, "memory": report_memory}.get(
+        result["benchmark"], report_rows
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,17 @@ OPTIMIZERS: dict[str, tuple[Make, str]] = {
     ),
     "adam": (lambda w: optim.Adam([w], lr=0.5), "the size of the gradient does not count; momentum overshoots"),
     "nadam": (lambda w: optim.NAdam([w], lr=0.5, momentum_decay=0), "looks ahead, and overshoots less than Adam"),
+    "radam": (
+        lambda w: optim.RAdam([w], lr=0.15, betas=(0.9, 0.95)),
+        "plain momentum at first, then short steps of Adam's kind",
+    ),
+    "adamax": (lambda w: optim.Adamax([w], lr=0.5), "the largest recent gradient of a direction sets its pace"),
+    "adadelta": (lambda w: optim.Adadelta([w], eps=1e-2), "both directions at one pace, which past steps set"),
+    "lion": (lambda w: optim.Lion([w], lr=0.3), "every step is as long, in each direction, as any other"),
+    "asgd": (
+        lambda w: optim.ASGD([w], lr=0.15, lambd=1e-2, t0=1),
+        "the average of the weights; they zigzag across the valley",
+    ),
     "rprop": (lambda w: optim.Rprop([w], lr=0.3), "one step size per direction, grown and halved by signs alone"),
     "sparse_adam": (lambda w: optim.SparseAdam([w], lr=0.5), "y has a gradient in every third step"),
     "lookahead": (
@@ -62,7 +73,7 @@ def path_of(make: Make, steps: int, sparse: bool = False) -> list[Point]:
             return (CURVATURES * w.detach().squeeze() ** 2).sum() / 2
 
         optimizer.step(closure)  # type: ignore[arg-type]
-        x, y = w.detach().squeeze().tolist()
+        x, y = optimizer.state[w].get("ax", w.detach()).squeeze().tolist()  # ASGD's average
         points.append((x, y))
     return points
 

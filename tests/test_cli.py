@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from onepass import _native
-from onepass._cli import bench, check, demo, output, timing, workload
+from onepass import _native, optim
+from onepass._cli import bench, check, demo, memory, output, timing, workload
 from onepass._cli.main import main
 
 MODEL = """
@@ -381,3 +381,37 @@ def test_demo_with_different_losses(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(demo, "comparisons", two)
     assert run("demo", "--quick") == 1
     assert "MLP: losses of torch and onepass are NOT the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("optimizer", "rows"), [("AdamW", 9), ("SGD", 9), ("Rprop", 4), ("Lion", 9)])
+def test_memory_is_what_a_step_keeps(optimizer: str, rows: int, model_file: Path, tmp_path: Path) -> None:
+    shapes = [(3, 2), (5,), (), (100, 7), (64,)]
+    model_file.write_text(f"def sizes(): return {shapes}")
+    assert run("memory", "--like", f"{model_file}:sizes", "--optimizer", optimizer, "--json", tmp_path / "m.json") == 0
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert len(result["rows"]) == rows
+    for row in result["rows"]:
+        options = {**memory._OPTIONS[row["states"]], **({"momentum": 0.9} if optimizer == "SGD" else {})}
+        dtype = getattr(torch, row["parameters"])
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+        ours = getattr(optim, optimizer)(params, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        ours.step()
+        kept = sum(
+            state.numel() * state.element_size()
+            for states in ours.state.values()
+            for name, state in states.items()
+            if name != "step"
+        )
+        assert row["states_bytes"] == kept, row
+        assert row["all_bytes"] == kept + 2 * result["parameters"] * dtype.itemsize
+
+
+def test_memory_of_a_known_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("memory", "--like", "resnet50") == 0
+    out = capsys.readouterr().out
+    assert "ResNet-50: 25.6 million parameters, AdamW" in out
+    assert "float32, 8-bit states" in out
+    assert run("memory", "--optimizer", "SparseAdam") == 2
+    assert run("memory", "--optimizer", "ASGD") == 0

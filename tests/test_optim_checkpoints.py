@@ -43,8 +43,8 @@ def test_ours_to_torch(rule, case, device):
     both.theirs = rule.theirs(both.twin.parameters(), lr=99.0)
     both.theirs.load_state_dict(through_file(both.ours.state_dict()))
     for state in both.theirs.state.values():
-        if "mu_product" in state:  # torch casts it to the parameter's dtype and continues in that
-            state["mu_product"] = state["mu_product"].float()
+        for scalar in both.ours.scalar_states:  # NAdam's and ASGD's: torch casts them and continues in that dtype
+            state[scalar] = state[scalar].float()
     both.train(5)
 
 
@@ -98,7 +98,7 @@ def test_checkpoint_with_few_keys(rule):
 
 @pytest.mark.parametrize("rule", [pytest.param(r, id=key) for key, r in RULES.items() if "capturable" in r.options])
 def test_step_as_a_number(rule):
-    """Very old checkpoints hold `step` as an int, and NAdam's `mu_product` as a float."""
+    """Very old checkpoints hold `step` as an int, and the other 0-d states as floats."""
     both = BesideTorch(rule)
     both.train(3)
     saved = through_file(both.theirs.state_dict())

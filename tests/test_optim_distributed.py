@@ -264,7 +264,6 @@ def test_hogwild():
             assert 101 < state.get("step", 150) <= 201, f"between 101 and 201 steps expected, came {state['step']}"
 
 
-@pytest.mark.skipif(onepass._native._C.cuda_on_host, reason="the CUDA kernels take no other formats")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_states_in_other_formats(processes):
     run(processes, states_in_other_formats)

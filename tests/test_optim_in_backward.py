@@ -122,7 +122,6 @@ def test_clipping_each_parameter():
 
 
 @pytest.mark.parametrize("option", [torch.bfloat16, "8bit"], ids=str)
-@pytest.mark.skipif(onepass._native._C.cuda_on_host, reason="the CUDA kernels take no other formats")
 def test_with_smaller_states_and_a_checkpoint(option):
     model, twin = models()
     ours = onepass.optim.AdamW(model.parameters(), lr=0.1, state_dtype=option)

@@ -27,7 +27,7 @@ from support import (
     snapshot,
 )
 
-EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+EVERY_RULE = pytest.mark.parametrize("rule", [pytest.param(r, id=key) for key, r in RULES.items() if not r.stand_in])
 
 
 class Uninterrupted:
@@ -87,15 +87,16 @@ def test_there_and_back(rule, setting, when):
     if not setting.keys() <= inspect.signature(rule.theirs).parameters.keys():
         pytest.skip("torch has no such form")
     both = Uninterrupted(rule, {**rule.usual, **setting})
-    both.train(when)
+    tolerance = 1e-7 if rule.name == "ASGD" and setting.get("foreach") else None  # torch's then has an eta of its own
+    both.train(when, tolerance)
     both.optimizer = from_torch(both.optimizer)
     assert type(both.optimizer) is rule.ours
-    both.train(4)
+    both.train(4, tolerance)
     both.optimizer = to_torch(both.optimizer)
     assert type(both.optimizer) is rule.theirs
-    both.train(3)
+    both.train(3, tolerance)
     both.optimizer = from_torch(both.optimizer)
-    both.train(2)
+    both.train(2, tolerance)
     assert {key: both.optimizer.param_groups[1][key] for key in setting} == setting
 
 
@@ -165,7 +166,7 @@ def test_16_bit_states_widen_and_round(rule, half):
     both.optimizer.step()
     both.optimizer = to_torch(both.optimizer)
     for states in both.optimizer.state.values():
-        assert {s.dtype for name, s in states.items() if name not in ("step", "mu_product")} == {half}
+        assert {s.dtype for name, s in states.items() if name not in rule.ours.scalar_states} == {half}
     both.optimizer.step()
 
 
@@ -493,7 +494,7 @@ class MyAdam(Adam):
 @pytest.mark.parametrize(
     ("convert", "make", "text"),
     [
-        (from_torch, lambda p: torch.optim.ASGD([p]), r"from_torch\(\) takes .*Adam, .*; ASGD came$"),
+        (from_torch, lambda p: torch.optim.LBFGS([p]), r"from_torch\(\) takes .*Adam, .*; LBFGS came$"),
         (from_torch, lambda p: Mine([p]), "Mine came, a subclass of them, whose step may be another one"),
         (from_torch, lambda p: Adam([p]), "Adam came$"),
         (from_torch, lambda p: "Adam", "str came$"),
@@ -503,6 +504,7 @@ class MyAdam(Adam):
             "Convert what is in the Lookahead: optimizer.base_optimizer",
         ),
         (to_torch, lambda p: torch.optim.Adam([p]), "Adam came"),
+        (to_torch, lambda p: onepass.optim.Lion([p]), r"to_torch\(\) takes .*; Lion came, which torch.optim lacks$"),
         (to_torch, lambda p: MyAdam([p]), "MyAdam came, a subclass of them"),
         (to_torch, lambda p: SAM([p], Adam), "Convert what is in the SAM: optimizer.base_optimizer"),
         (to_torch, lambda p: None, "NoneType came"),

@@ -18,49 +18,104 @@ def stepped(optimizer: torch.optim.Optimizer, p: torch.Tensor, grads: list[float
     return p.detach()
 
 
-# ---- NAdam -----------------------------------------------------------------------------------------------------------
+# ---- NAdam and ASGD: numbers carried from step to step ----------------------------------------------------------------
+
+CARRIED = [("NAdam", "mu_product"), ("ASGD", "eta"), ("ASGD", "mu")]
 
 
-def test_mu_product_is_kept_in_float32_through_checkpoints(dtype):
-    """torch's load_state_dict casts it to the parameter's dtype, also for a 0-d float64 parameter."""
+@pytest.mark.parametrize(("key", "name"), CARRIED)
+def test_carried_numbers_stay_float32_through_checkpoints(key, name, dtype):
+    """torch's load_state_dict casts them to the parameter's dtype, also for a 0-d float64 parameter."""
     for shape in ((), (5,)):
-        p = parameter(torch.ones(shape, dtype=dtype))
-        optimizer = onepass.optim.NAdam([p])
-        stepped(optimizer, p, [1.0, 2.0])
+        p, rule = parameter(torch.ones(shape, dtype=dtype)), RULES[key]
+        optimizer = rule.ours([p], **rule.usual)
+        stepped(optimizer, p, [1.0, 2.0, 3.0, 4.0, 5.0])
         saved = copy.deepcopy(optimizer.state_dict())
-        again = onepass.optim.NAdam([p])
+        again = rule.ours([p])
         again.load_state_dict(saved)
-        came, expected = again.state[p]["mu_product"], saved["state"][0]["mu_product"]
+        came, expected = again.state[p][name], saved["state"][0][name]
         assert came.dtype == torch.float32
         assert bits(came) == bits(expected), f"{came.item()} came, {expected.item()} expected"
 
 
-def test_mu_product_in_torchs_default_dtype():
-    """With float64 as default dtype torch keeps it in float64, and so do we: the same numbers to the last places."""
+@pytest.mark.parametrize("key", ["NAdam", "ASGD"])
+def test_carried_numbers_in_torchs_default_dtype(key):
+    """With float64 as default dtype torch keeps them in float64, and so do we: the same numbers to the last places."""
     torch.set_default_dtype(torch.float64)
     try:
-        p, twin = parameter(torch.ones(5)), parameter(torch.ones(5))
-        ours, theirs = onepass.optim.NAdam([p]), torch.optim.NAdam([twin])
+        p, twin, rule = parameter(torch.ones(5)), parameter(torch.ones(5)), RULES[key]
+        ours, theirs = rule.ours([p], **rule.usual), rule.theirs([twin], **rule.usual)
         grads = [float(g) for g in torch.randn(30)]
         assert_close(stepped(ours, p, grads), stepped(theirs, twin, grads), 1e-14, "parameter")
-        came, expected = ours.state[p]["mu_product"], theirs.state[twin]["mu_product"]
-        assert came.dtype == expected.dtype == torch.float64
-        assert_close(came, expected, 1e-15, "mu_product")
+        for name in ours.scalar_states:
+            came, expected = ours.state[p][name], theirs.state[twin][name]
+            assert came.dtype == expected.dtype == torch.float64
+            assert_close(came, expected, 1e-15, name)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("bad", [torch.ones(2), torch.ones((), dtype=torch.int64), 0.5, "half"], ids=str)
-def test_mu_product_that_is_none(bad):
+@pytest.mark.parametrize(("key", "name"), CARRIED)
+def test_carried_numbers_that_are_none(key, name, bad):
     p = parameter(torch.ones(5))
-    optimizer = onepass.optim.NAdam([p])
+    optimizer = RULES[key].ours([p])
     stepped(optimizer, p, [1.0])
-    optimizer.state[p]["mu_product"] = bad
+    optimizer.state[p][name] = bad
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0: its state 'mu_product' is a"):
+    with pytest.raises(RuntimeError, match=rf"parameter 0 of group 0: its state '{name}' is a"):
         optimizer.step()
     assert torch.equal(p, before)
     assert optimizer.state[p]["step"] == 1, "the refused step was counted"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["torch to ours", "ours to torch"])
+def test_asgd_checkpoints_under_a_scheduler(there):
+    """A step uses the eta that the step before it stored, from the learning rate of that step: it is in the checkpoint."""
+    rule = RULES["ASGD"]
+    first, second = (rule.theirs, rule.ours) if there else (rule.ours, rule.theirs)
+    p, twin = (parameter(torch.linspace(-1, 1, 7, dtype=torch.float64)) for _ in range(2))
+    straight, optimizer = rule.theirs([twin], **rule.usual), first([p], **rule.usual)
+    grads = torch.randn(12, 7, dtype=torch.float64)
+    for t, g in enumerate(grads):
+        if t == 6:
+            saved, optimizer = copy.deepcopy(optimizer.state_dict()), second([p], lr=9.0)
+            optimizer.load_state_dict(saved)
+            for name in ("eta", "mu"):
+                optimizer.state[p][name] = optimizer.state[p][name].float()  # torch made them float64
+        for q, stepping in ((p, optimizer), (twin, straight)):
+            stepping.param_groups[0]["lr"] = 0.1 / (t + 1)
+            q.grad = g.clone()
+            stepping.step()
+        assert_close(p, twin, 1e-13, f"parameter after step {t + 1}")
+        assert_close(optimizer.state[p]["ax"], straight.state[twin]["ax"], 1e-13, f"average after step {t + 1}")
+
+
+def test_asgd_averages_the_weights():
+    """The average is the mean of the weights after the steps t0 + 2, t0 + 3, ..."""
+    p = parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+    optimizer = onepass.optim.ASGD([p], lr=0.1, t0=3)
+    visited = []
+    for g in torch.randn(12, 7, dtype=torch.float64):
+        p.grad = g
+        optimizer.step()
+        visited.append(p.detach().clone())
+        mean = torch.stack(visited[4:] or visited[-1:]).mean(0)
+        assert_close(optimizer.state[p]["ax"], mean, 1e-6, f"average after step {len(visited)}")  # mu is float32
+
+
+def test_asgd_first_step_skipped_for_an_overflow():
+    """The first step that counts has the step size of its own learning rate, as where the skipped one made no state."""
+    p, twin = parameter(torch.ones(3)), parameter(torch.ones(3))
+    optimizer, other = onepass.optim.ASGD([p], lr=0.5, fused_unscale=True), onepass.optim.ASGD([twin], lr=0.1)
+    p.grad, twin.grad = torch.ones(3), torch.ones(3)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    other.step()
+    assert snapshot(optimizer) == snapshot(other)
 
 
 def test_betas_changed_between_steps():
@@ -175,5 +230,4 @@ def test_accumulator_of_complex_parameters_starts_in_both_parts():
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_classes_name_the_scalar_states_of_their_rule(rule):
-    product = _native.variants(rule.ours.rule)[0].product
-    assert set(rule.ours.scalar_states) - {"step"} == ({product} if product else set())
+    assert set(rule.ours.scalar_states) - {"step"} == set(_native.variants(rule.ours.rule)[0].carried)

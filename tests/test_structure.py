@@ -4,7 +4,6 @@ import ast
 import importlib
 import inspect
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,16 +168,7 @@ def test_every_optimizer_names_a_rule_of_the_build() -> None:
     assert rules_in_cmake("ONEPASS_PASSES") >= WRAPPERS
 
 
-def test_the_rule_in_contributing_compiles(tmp_path: Path) -> None:
+def test_the_rule_in_contributing_is_the_file() -> None:
     """Newcomers copy the code block."""
     blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1, f"CONTRIBUTING.md should have one C++ block, has {len(blocks)}"
-    compiler = shutil.which("g++") or pytest.skip("no g++ here")
-    (tmp_path / "rule.hpp").write_text(blocks[0])
-    (tmp_path / "rule.cpp").write_text(
-        '#include "cpu/apply.hpp"\n#include "rule.hpp"\n'
-        "const auto* table = onepass::cpu::baseline::ApplyTable<onepass::rules::adadelta>::functions;\n"
-    )
-    flags = ["-std=gnu++17", "-fsyntax-only", "-DONEPASS_ISA=baseline", "-Wno-psabi", f"-I{CSRC}"]
-    run = subprocess.run([compiler, *flags, "rule.cpp"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert blocks == [(CSRC / "rules" / "adadelta.hpp").read_text()]

@@ -65,7 +65,7 @@ Formats formats_named(const std::vector<std::string>& states, const std::string&
 
 // The states and the remainders, some of which are not in the dtype of arithmetic.
 bool Plan::read_stored(const TensorView& param, PyObject* const* states, const Formats& formats, Entry& entry) {
-  if (compute_dtype(param.dtype) != DType::float32 || runs_on_cuda(param)) return false;
+  if (compute_dtype(param.dtype) != DType::float32) return false;
   TensorView view;
   const auto read_integers = [&](PyObject* tensor, Integers expected) {
     const bool readable = is_exact_tensor(tensor) && reader_.read(tensor, expected, view, layouts_);
@@ -181,7 +181,7 @@ bool Plan::find_tensors(const RuleVariant& rule, const GroupOptions& options, Py
   for (std::size_t s = 0; s < c.n_states; ++s)
     find(PyTuple_GET_ITEM(options.entries.ptr(), static_cast<Py_ssize_t>(s)), c.states[s]);
   if (options.counts_steps) find(step_name, c.scalars.step);
-  if (rule.product_key != nullptr) find(rule.product_key, c.scalars.product);
+  for (std::size_t i = 0; i < rule.carried_keys.size(); ++i) find(rule.carried_keys[i], c.scalars.carried[i]);
   if (!c.complete) {
     c.n_states = 0;
     c.scalars = {};
@@ -190,7 +190,7 @@ bool Plan::find_tensors(const RuleVariant& rule, const GroupOptions& options, Py
 }
 
 void Plan::prefetch(const Candidate& c) const {
-  for (PyObject* object : {c.param, c.grad, c.scalars.step, c.scalars.product})
+  for (PyObject* object : {c.param, c.grad, c.scalars.step, c.scalars.carried[0], c.scalars.carried[1]})
     if (object != nullptr && is_exact_tensor(object)) prefetch_tensor(object);
   for (std::size_t s = 0; s < c.n_states; ++s)
     if (is_exact_tensor(c.states[s])) prefetch_tensor(c.states[s]);
@@ -270,13 +270,15 @@ void Plan::stage_entry(const Candidate& c, const RuleVariant& rule, const GroupO
   for (std::size_t s = 0; s < c.n_states; ++s) states.append(py::handle(c.states[s]));
   py::dict scalars;
   if (c.scalars.step != nullptr) scalars["step"] = py::handle(c.scalars.step);
-  if (c.scalars.product != nullptr) scalars[rule.product_key] = py::handle(c.scalars.product);
+  for (std::size_t i = 0; i < rule.carried_keys.size(); ++i)
+    if (c.scalars.carried[i] != nullptr) scalars[rule.carried_keys[i]] = py::handle(c.scalars.carried[i]);
   const py::list stand_ins = stage(c.index, py::handle(c.param), or_none(c.grad), states, scalars);
   const auto staged = [&](PyObject* before, const py::handle& name) {  // stage() may have moved it to another device
     return before != nullptr ? keep(scalars[name].ptr()) : nullptr;
   };
-  const ScalarObjects staged_scalars{staged(c.scalars.step, py::str("step")),
-                                     staged(c.scalars.product, rule.product_key)};
+  ScalarObjects staged_scalars{staged(c.scalars.step, py::str("step")), {}};
+  for (std::size_t i = 0; i < rule.carried_keys.size(); ++i)
+    staged_scalars.carried[i] = staged(c.scalars.carried[i], rule.carried_keys[i]);
   std::vector<PyObject*> streams;
   for (const py::handle tensor : stand_ins) streams.push_back(keep(tensor.ptr()));
   const std::size_t first_state = c.grad != nullptr ? 2 : 1;

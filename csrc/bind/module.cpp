@@ -57,8 +57,7 @@ py::list list_rules() {
   py::list out;
   for (const RuleVariant& v : rule_variants())
     out.append(py::make_tuple(v.rule, py::tuple(py::cast(v.hyper_names)), py::tuple(py::cast(v.state_names)),
-                              py::tuple(py::cast(v.state_kinds)),
-                              v.product_key != nullptr ? py::handle(v.product_key) : py::handle(Py_None), v.reads_grad,
+                              py::tuple(py::cast(v.state_kinds)), py::tuple(py::cast(v.carried_names)), v.reads_grad,
                               v.takes_rows));
   return out;
 }
@@ -75,7 +74,7 @@ PYBIND11_MODULE(_C, m) {
     return reader->uses_exchange_api();
   });
   m.def("rules", &list_rules,
-        "(rule, hyper names, state names, state kinds, running product or None, reads gradients, takes rows) per "
+        "(rule, hyper names, state names, state kinds, carried numbers, reads gradients, takes rows) per "
         "variant; gather() takes the index.");
   m.attr("scale_group") = static_cast<int>(scale_group);
   m.def("isas", &isas);

@@ -110,7 +110,7 @@ class Plan {
   py::list updated() const;
 
  private:
-  // A 0-d state: the step count, or a running product.
+  // A 0-d state: the step count, or a number that the rule carries.
   struct ScalarState {
     void* at;  // null: the rule has none
     bool is_double;
@@ -125,7 +125,7 @@ class Plan {
   };
   // The same as Python objects; null if the rule has none.
   struct ScalarObjects {
-    PyObject *step, *product;
+    PyObject *step, *carried[max_carried];
   };
   struct Entry {
     Item item;
@@ -133,7 +133,7 @@ class Plan {
     int device_type, device;
     bool cuda, stored;  // stored: in `storage`
     DType dtype;
-    ScalarState step, product;
+    ScalarState step, carried[max_carried];
     bool fresh;
     int occurrence;  // a parameter listed twice is updated twice, in order
   };
@@ -181,8 +181,10 @@ class Plan {
                    const py::function& stage, Entry& entry);
   bool read_scalar(PyObject* object, bool device_scalars, const Entry& entry, ScalarState& out);
   bool read_scalars(const ScalarObjects& objects, bool device_scalars, Entry& entry) {
-    return (objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step)) &&
-           (objects.product == nullptr || read_scalar(objects.product, device_scalars, entry, entry.product));
+    bool readable = objects.step == nullptr || read_scalar(objects.step, device_scalars, entry, entry.step);
+    for (int i = 0; i < max_carried && objects.carried[i] != nullptr; ++i)
+      readable = readable && read_scalar(objects.carried[i], device_scalars, entry, entry.carried[i]);
+    return readable;
   }
   class HostScalars;
   struct RunContext;

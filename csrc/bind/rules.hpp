@@ -64,8 +64,9 @@ struct RuleVariant {
   std::string rule;
   std::vector<std::string> hyper_names, state_names, state_kinds;  // kinds: see core/rule.hpp
   bool reads_grad, takes_rows;
-  PyObject* product_key;  // name of the running product, interned; null if the rule keeps none
-  double (*product_factor)(const double* hyper, double t);
+  std::vector<std::string> carried_names;
+  std::vector<PyObject*> carried_keys;
+  void (*carry)(const double* hyper, double t, bool is_double, CarriedNumbers& now, CarriedNumbers& next);
   std::vector<ApplyFunction> cpu;  // in the order of isa_names
   ApplyFunction cuda;              // null in a build without CUDA
 };
@@ -86,10 +87,13 @@ inline std::vector<std::string> split_names(const std::string& names) {
 }
 
 template <class Rule>
-double product_factor(const double* hyper, double t) {
+void carry(const double* hyper, double t, bool is_double, CarriedNumbers& now, CarriedNumbers& next) {
   typename Rule::Hyper h;
   std::memcpy(&h, hyper, sizeof h);
-  return RunningProduct<Rule>::factor(h, t);
+  if (is_double)
+    Carried<Rule>::template carry<double>(h, t, now, next);
+  else
+    Carried<Rule>::template carry<float>(h, t, now, next);
 }
 
 template <class Rule>
@@ -102,8 +106,11 @@ RuleVariant describe_variant(const char* name) {
   v.state_kinds.resize(v.state_names.size(), "float32");
   v.reads_grad = Rule::reads_grad;
   v.takes_rows = takes_rows<Rule>;
-  if (*RunningProduct<Rule>::name != 0) v.product_key = PyUnicode_InternFromString(RunningProduct<Rule>::name);
-  v.product_factor = &product_factor<Rule>;
+  v.carried_names = split_names(Carried<Rule>::names);
+  if (v.carried_names.size() > max_carried)
+    throw std::logic_error(v.rule + " carries too many numbers: raise max_carried");
+  for (const std::string& name : v.carried_names) v.carried_keys.push_back(PyUnicode_InternFromString(name.c_str()));
+  v.carry = &carry<Rule>;
   return v;
 }
 

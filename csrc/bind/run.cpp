@@ -124,7 +124,7 @@ struct LaunchItems {
   }
 
   static bool same(const StepKey& a, const StepKey& b) {
-    return a.t == b.t && a.fresh == b.fresh && a.product == b.product;
+    return a.t == b.t && a.fresh == b.fresh && std::equal(a.carried.at, a.carried.at + max_carried, b.carried.at);
   }
 };
 
@@ -138,30 +138,41 @@ class Plan::HostScalars {
   }
 
   StepKey key_of(const Entry& e) {
-    StepKey key{1, 1, nullptr, nullptr, e.fresh};
+    StepKey key{1, {}, nullptr, {}, e.fresh};
     if (e.step.at != nullptr) key.t = e.step.read() + 1;
-    if (e.product.at != nullptr) {
-      if (key.t != t_) {  // rarely: most tensors are in the same step
-        t_ = key.t;
-        factor_ = rule_.product_factor(hyper_.data(), t_);
-      }
-      key.product = next_product(e.product.read(), factor_, e.product.is_double);
+    if (e.carried[0].at != nullptr) {
+      carry(e, key.t);
+      key.carried = now_;
     }
     return key;
   }
 
   void advance(const std::vector<const Entry*>& entries) {
     for (const Entry* e : entries) {
-      const StepKey key = key_of(*e);
-      if (e->step.at != nullptr) e->step.write(key.t);
-      if (e->product.at != nullptr) e->product.write(key.product);
+      const double t = key_of(*e).t;
+      if (e->step.at != nullptr) e->step.write(t);
+      for (int i = 0; i < max_carried && e->carried[i].at != nullptr; ++i) e->carried[i].write(next_.at[i]);
     }
   }
 
  private:
+  // Computes now_ and next_ for an entry in step t, unless they are those of the last one, as they mostly are.
+  void carry(const Entry& e, double t) {
+    CarriedNumbers stored{};
+    for (int i = 0; i < max_carried && e.carried[i].at != nullptr; ++i) stored.at[i] = e.carried[i].read();
+    const bool is_double = e.carried[0].is_double;
+    if (t == t_ && is_double == is_double_ && std::equal(stored.at, stored.at + max_carried, stored_.at)) return;
+    t_ = t;
+    is_double_ = is_double;
+    now_ = stored_ = stored;
+    rule_.carry(hyper_.data(), t, is_double, now_, next_);
+  }
+
   const RuleVariant& rule_;
   std::vector<double> hyper_;
-  double t_ = 0, factor_ = 1;
+  double t_ = 0;  // of the numbers below
+  bool is_double_ = false;
+  CarriedNumbers stored_{}, now_{}, next_{};
 };
 
 // Shared by the launches of one run.
@@ -205,7 +216,13 @@ void Plan::launch(const Group& group, const std::vector<const Entry*>& entries, 
     if (e->item.size == 0 && !first.cuda) continue;  // on CUDA the launch also writes the norm
     if (e->stored) list.storage.push_back(e->storage);
     if (on_device)
-      list.add(e->item, {1, 1, static_cast<float*>(e->step.at), static_cast<float*>(e->product.at), e->fresh}, false);
+      list.add(e->item,
+               {1,
+                {},
+                static_cast<float*>(e->step.at),
+                {static_cast<float*>(e->carried[0].at), static_cast<float*>(e->carried[1].at)},
+                e->fresh},
+               false);
     else
       list.add(e->item, scalars.key_of(*e), true);
   }

@@ -36,26 +36,32 @@ constexpr bool overwrites<Rule, decltype(void(Rule::overwrites))> = Rule::overwr
 
 // What prepare() knows about the current step besides the hyper-parameters.
 struct StepContext {
-  double t;            // number of the step, from 1
-  double grad_factor;  // sign, clipping and loss scale; the rule first multiplies the gradient by it
-  bool fresh;          // the states were created for this step
-  double product;      // the running product, including this step's factor
+  double t;                // number of the step, from 1
+  double grad_factor;      // sign, clipping and loss scale; the rule first multiplies the gradient by it
+  bool fresh;              // the states were created for this step
+  CarriedNumbers carried;  // what the rule carries from step to step
 };
 
-// A rule may keep a running product of one factor per step for each parameter, as a 0-d state like the step count
-// (NAdam's mu_product). It then declares
-//   static constexpr const char* product_name = "mu_product";
-//   ONEPASS_HD static double product_factor(const Hyper&, double t);
-// and reads StepContext::product. Other rules need not mention it.
+// A rule may carry numbers from step to step for each parameter, as 0-d states like the step count (NAdam's mu_product,
+// ASGD's eta and mu). It then declares
+//   static constexpr const char* carried_names = "eta, mu";
+//   template <class F>  // the type of the states, to which every number is rounded
+//   ONEPASS_HD static void carry(const Hyper&, double t, CarriedNumbers& now, CarriedNumbers& next);
+// and reads StepContext::carried. `now` comes as the last step stored it and leaves as this step uses it; `next` is
+// stored for the step after this. Other rules need not mention it.
 template <class Rule, class = void>
-struct RunningProduct {
-  static constexpr const char* name = "";
-  ONEPASS_HD static double factor(const typename Rule::Hyper&, double) { return 1; }
+struct Carried {
+  static constexpr const char* names = "";
+  template <class F>
+  ONEPASS_HD static void carry(const typename Rule::Hyper&, double, CarriedNumbers&, CarriedNumbers&) {}
 };
 template <class Rule>
-struct RunningProduct<Rule, decltype(void(Rule::product_name))> {
-  static constexpr const char* name = Rule::product_name;
-  ONEPASS_HD static double factor(const typename Rule::Hyper& h, double t) { return Rule::product_factor(h, t); }
+struct Carried<Rule, decltype(void(Rule::carried_names))> {
+  static constexpr const char* names = Rule::carried_names;
+  template <class F>
+  ONEPASS_HD static void carry(const typename Rule::Hyper& h, double t, CarriedNumbers& now, CarriedNumbers& next) {
+    Rule::template carry<F>(h, t, now, next);
+  }
 };
 
 // A rule that leaves elements with a zero gradient unchanged, or is meant to skip them, can update just the rows that a
@@ -65,10 +71,5 @@ template <class Rule, class = void>
 constexpr bool takes_rows = false;
 template <class Rule>
 constexpr bool takes_rows<Rule, decltype(void(Rule::takes_rows))> = Rule::takes_rows;
-
-// In the precision of the state, like torch's `mu_product *= mu`.
-ONEPASS_HD double next_product(double product, double factor, bool is_double) {
-  return is_double ? product * factor : double(float(product) * float(factor));
-}
 
 }  // namespace onepass

@@ -35,6 +35,12 @@ constexpr bool same_type<A, A> = true;
 
 constexpr int max_states = 4;
 
+// The numbers that a rule carries from step to step for a parameter, besides the step count: see Carried in rule.hpp.
+constexpr int max_carried = 2;
+struct CarriedNumbers {
+  double at[max_carried];
+};
+
 // One tensor of a launch: its memory streams and the index of its StepKey (below). The states of a 16-bit parameter are
 // float32, those of any other parameter have its dtype.
 struct Item {
@@ -51,11 +57,11 @@ struct Item {
 
 // Whatever changes the scalars of a step and may differ between the tensors of one launch.
 struct StepKey {
-  double t;               // number of this step, from 1, if the host knows it
-  double product;         // the rule's running product, see core/rule.hpp, if the host knows it
-  float* device_step;     // else their addresses in device memory: the prepare kernel reads and advances them
-  float* device_product;  // null if the rule keeps none
-  bool fresh;             // the states were created for this step
+  double t;                // number of this step, from 1, if the host knows it
+  CarriedNumbers carried;  // those of this step, if the host knows them
+  float* device_step;      // else their addresses in device memory: the prepare kernel reads and advances them
+  float* device_carried[max_carried];  // null if the rule carries none
+  bool fresh;                          // the states were created for this step
 };
 
 // A hyper-parameter: a number, or the address of a float32 or float64 number in device memory.

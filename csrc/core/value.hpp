@@ -85,4 +85,7 @@ ONEPASS_HD double power(double base, double exponent) {
   return result;
 }
 
+// The same for any exponent. The last bits of a double may differ between libms and CUDA: round the result to float.
+ONEPASS_HD double real_power(double base, double exponent) { return ::pow(base, exponent); }
+
 }  // namespace onepass

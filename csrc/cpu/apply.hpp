@@ -147,7 +147,7 @@ struct ApplyJob {
     Step* const steps = static_cast<Step*>(call.workspace);
     const double factor = grad_factor(call.scaling, call.grad_scale, call.norm);
     for (int k = 0; k < call.n_keys; ++k) {
-      const StepContext context{call.keys[k].t, factor, call.keys[k].fresh, call.keys[k].product};
+      const StepContext context{call.keys[k].t, factor, call.keys[k].fresh, call.keys[k].carried};
       steps[k] = Rule::template prepare<Compute<T>>(hyper, context);
     }
     ApplyJob job{call, 0, steps};

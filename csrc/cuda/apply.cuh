@@ -6,6 +6,7 @@
 
 #include "core/grad_factor.hpp"
 #include "core/rule.hpp"
+#include "cuda/apply_stored.cuh"
 #include "cuda/device.cuh"
 #include "cuda/engine.hpp"
 #include "cuda/tuning.hpp"
@@ -32,6 +33,21 @@ struct ApplyParams {
   const Step* prepared;           // prepared by the prepare kernel, or null
   const float* found_inf;         // unless null: if it is not 0, the launch changes nothing
   std::int32_t n_tensors;
+
+  static bool takes(const Item& item) { return (item.rows != nullptr) == by_rows; }
+  // Fills in what the kernel needs to know of a tensor and of a step besides sizes and Steps.
+  void set_tensor(int i, const Item& item, const Storage*) {
+    int s = 0;
+    stream[s++][i] = item.param;
+    if (Rule::reads_grad) stream[s++][i] = const_cast<void*>(item.grad);
+    for (int state = 0; state < Rule::n_state; ++state) stream[s++][i] = item.state[state];
+    if constexpr (by_rows) {
+      rows[i] = item.rows;
+      row_size[i] = item.row_size;
+    }
+  }
+  void set_step(int, const StepKey&) {}
+  void set_prepared(const Step* steps, const double*) { prepared = steps; }
 };
 
 // Updates n adjacent elements, from element `at` of param and states on; grad points to their gradients.
@@ -130,7 +146,7 @@ struct PrepareParams {
 // counts, loss scale and gradient norm, and advances the counts. One thread per StepKey.
 template <class Rule, class F>
 __global__ void __launch_bounds__(tuning::prepare_threads)
-    prepare_kernel(ONEPASS_GRID_CONSTANT(PrepareParams<Rule>) from, typename Rule::template Step<F>* steps) {
+    prepare_kernel(ONEPASS_GRID_CONSTANT(PrepareParams<Rule>) from, typename Rule::template Step<F>* steps, double* t) {
   const int u = int(blockIdx.x) * tuning::prepare_threads + int(threadIdx.x);
   if (u >= from.n_keys) return;
   const bool skip = from.device.found_inf != nullptr && *from.device.found_inf != 0;
@@ -158,22 +174,37 @@ __global__ void __launch_bounds__(tuning::prepare_threads)
     context.t = double(*from.keys[u].device_step) + 1;
     if (!skip) *from.keys[u].device_step = float(context.t);
   }
-  context.product = from.keys[u].product;
-  if (from.keys[u].device_product != nullptr) {
-    const double factor = RunningProduct<Rule>::factor(hyper, context.t);
-    context.product = next_product(double(*from.keys[u].device_product), factor, false);
-    if (!skip) *from.keys[u].device_product = float(context.product);
+  context.carried = from.keys[u].carried;
+  float* const(&carried)[max_carried] = from.keys[u].device_carried;
+  if (carried[0] != nullptr) {
+    CarriedNumbers next{};
+    ONEPASS_UNROLL
+    for (int i = 0; i < max_carried; ++i)
+      if (carried[i] != nullptr) context.carried.at[i] = double(*carried[i]);
+    Carried<Rule>::template carry<float>(hyper, context.t, context.carried, next);
+    ONEPASS_UNROLL
+    for (int i = 0; i < max_carried; ++i)
+      if (carried[i] != nullptr && !skip) *carried[i] = float(next.at[i]);
   }
   context.grad_factor = grad_factor(from.scaling, scale, norm);
   context.fresh = from.keys[u].fresh;
+  t[u] = context.t;
   steps[u] = Rule::template prepare<F>(hyper, context);
 }
 
+// Where the prepare kernel writes: Steps, and the number of each step.
+template <class Step>
+Step* prepared_steps(const Apply& call) {
+  static_assert(sizeof(Step) + sizeof(double) <= max_step_bytes, "raise max_step_bytes");
+  return static_cast<Step*>(call.workspace);
+}
+inline double* prepared_t(const Apply& call) {
+  return reinterpret_cast<double*>(static_cast<char*>(call.workspace) +
+                                   call.n_keys * (max_step_bytes - std::int64_t(sizeof(double))));
+}
+
 template <class Rule, class F>
-const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
-  using Step = typename Rule::template Step<F>;
-  static_assert(sizeof(Step) <= max_step_bytes, "raise max_step_bytes");
-  Step* const steps = static_cast<Step*>(call.workspace);
+void launch_prepare(const Apply& call) {
   PrepareParams<Rule> from{};
   for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) {
     from.hyper[i] = call.hyper[i].value;
@@ -190,34 +221,30 @@ const typename Rule::template Step<F>* launch_prepare(const Apply& call) {
     from.n_keys = n;
     const int blocks = (n + tuning::prepare_threads - 1) / tuning::prepare_threads;
     launch("prepare", prepare_kernel<Rule, F>, dim3(blocks), dim3(tuning::prepare_threads), 0, call.where.stream, from,
-           steps + first);
+           prepared_steps<typename Rule::template Step<F>>(call) + first, prepared_t(call) + first);
   }
-  return steps;
 }
 
-// Collects tensors until the parameter block is full, then launches the kernel. by_rows selects the tensors with sparse
-// gradients, otherwise those with dense ones.
-template <class Rule, class T, bool by_rows>
+// Collects the tensors that its parameter block is for until the block is full, then launches the kernel.
+template <class Rule, class F, class Params, auto kernel>
 class Launcher {
  public:
-  using F = Compute<T>;
-  using Params = ApplyParams<Rule, T, by_rows>;
   using Step = typename Params::Step;
 
-  Launcher(const Apply& call, const Step* prepared) : call_(call) {
+  explicit Launcher(const Apply& call) : call_(call) {
     static_assert(sizeof(Params) <= tuning::parameter_bytes, "the table must fit the parameter block");
-    params_.prepared = prepared;
+    if (call.workspace != nullptr) params_.set_prepared(prepared_steps<Step>(call), prepared_t(call));
     params_.found_inf = call.device_scaling.found_inf;
   }
 
   void run() {
     for (std::int64_t i = 0; i < call_.n_items; ++i)
-      if ((call_.items[i].rows != nullptr) == by_rows) add(call_.items[i]);
+      if (Params::takes(call_.items[i])) add(call_.items[i], call_.storage != nullptr ? call_.storage + i : nullptr);
     flush();
   }
 
  private:
-  void add(const Item& item) {
+  void add(const Item& item, const Storage* storage) {
     if (item.size == 0) return;
     const std::uint64_t chunks = (std::uint64_t(item.size) + tuning::apply_chunk - 1) / tuning::apply_chunk;
     if (params_.n_tensors == Params::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
@@ -227,17 +254,10 @@ class Launcher {
       step = step_of(item.key);
     }
     const int i = params_.n_tensors++;
-    int stream = 0;
-    params_.stream[stream++][i] = item.param;
-    if (Rule::reads_grad) params_.stream[stream++][i] = const_cast<void*>(item.grad);
-    for (int s = 0; s < Rule::n_state; ++s) params_.stream[stream++][i] = item.state[s];
+    params_.set_tensor(i, item, storage);
     params_.size[i] = item.size;
     params_.first_chunk[i] = std::uint32_t(n_chunks_);
     params_.step[i] = step;
-    if constexpr (by_rows) {
-      params_.rows[i] = item.rows;
-      params_.row_size[i] = item.row_size;
-    }
     n_chunks_ += chunks;
   }
 
@@ -251,16 +271,16 @@ class Launcher {
     double* const value = reinterpret_cast<double*>(&hyper);
     for (int i = 0; i < PrepareParams<Rule>::n_hyper; ++i) value[i] = call_.hyper[i].value;
     const StepKey& k = call_.keys[key];
-    const StepContext context{k.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), k.fresh, k.product};
+    const StepContext context{k.t, grad_factor(call_.scaling, call_.grad_scale, call_.norm), k.fresh, k.carried};
     params_.steps[n_steps_] = Rule::template prepare<F>(hyper, context);
+    params_.set_step(n_steps_, k);
     key_of_[n_steps_] = key;
     return n_steps_++;
   }
 
   void flush() {
     if (params_.n_tensors > 0)
-      launch("apply", apply_kernel<Rule, T, by_rows>, dim3(unsigned(n_chunks_)), dim3(tuning::apply_threads), 0,
-             call_.where.stream, params_);
+      launch("apply", kernel, dim3(unsigned(n_chunks_)), dim3(tuning::apply_threads), 0, call_.where.stream, params_);
     params_.n_tensors = n_steps_ = 0;
     n_chunks_ = 0;
   }
@@ -274,9 +294,15 @@ class Launcher {
 
 template <class Rule, class T>
 void apply_to(const Apply& call) {
-  const auto* const prepared = call.workspace != nullptr ? launch_prepare<Rule, Compute<T>>(call) : nullptr;
-  Launcher<Rule, T, false>(call, prepared).run();
-  if constexpr (takes_rows<Rule>) Launcher<Rule, T, true>(call, prepared).run();
+  using F = Compute<T>;
+  if (call.workspace != nullptr) launch_prepare<Rule, F>(call);
+  if constexpr (has_formats<Rule, T>) {
+    if (call.storage != nullptr)
+      return Launcher<Rule, F, StoredParams<Rule, T>, &apply_stored_kernel<Rule, T>>(call).run();
+  }
+  Launcher<Rule, F, ApplyParams<Rule, T, false>, &apply_kernel<Rule, T, false>>(call).run();
+  if constexpr (takes_rows<Rule>)
+    Launcher<Rule, F, ApplyParams<Rule, T, true>, &apply_kernel<Rule, T, true>>(call).run();
 }
 
 template <class Rule>

@@ -21,6 +21,9 @@ constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool by_rows) {
 // blocks). A multiple of every vector width.
 constexpr int apply_chunk = 8192;
 
+// With other formats a thread has 8 elements of every stream in registers: 80 of them, or 128 with three states.
+constexpr int stored_blocks_per_sm(int n_state) { return n_state > 2 ? 2 : 3; }
+
 // The parameter block of a launch: the limit of CUDA 12.1 and later on sm_70 and later.
 constexpr int parameter_bytes = 32764;
 

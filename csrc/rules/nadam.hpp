@@ -18,8 +18,11 @@ struct NAdam {
     return h.beta1 * (1 - 0.5 * power(h.momentum_base, t));
   }
 
-  static constexpr const char* product_name = "mu_product";  // momentum(1) ... momentum(t)
-  ONEPASS_HD static double product_factor(const Hyper& h, double t) { return momentum(h, t); }
+  static constexpr const char* carried_names = "mu_product";  // momentum(1) ... momentum(t)
+  template <class F>
+  ONEPASS_HD static void carry(const Hyper& h, double t, CarriedNumbers& now, CarriedNumbers& next) {
+    next.at[0] = now.at[0] = F(now.at[0]) * F(momentum(h, t));
+  }
 
   template <class F>
   struct Step {
@@ -29,7 +32,7 @@ struct NAdam {
 
   template <class F>
   ONEPASS_HD static Step<F> prepare(const Hyper& h, const StepContext& context) {
-    const double now = momentum(h, context.t), next = momentum(h, context.t + 1);
+    const double now = momentum(h, context.t), next = momentum(h, context.t + 1), product = context.carried.at[0];
     const bool decoupled = h.decoupled_weight_decay != 0;
     Step<F> k;
     k.grad_factor = F(context.grad_factor);
@@ -39,8 +42,8 @@ struct NAdam {
     k.beta2 = F(h.beta2);
     k.new1 = F(1 - h.beta1);
     k.new2 = F(1 - h.beta2);
-    k.grad_step_size = F(h.lr * (1 - now) / (1 - context.product));
-    k.momentum_step_size = F(h.lr * next / (1 - context.product * next));
+    k.grad_step_size = F(h.lr * (1 - now) / (1 - product));
+    k.momentum_step_size = F(h.lr * next / (1 - product * next));
     k.inv_correction2 = F(1 / (1 - power(h.beta2, context.t)));
     k.eps = F(h.eps);
     return k;

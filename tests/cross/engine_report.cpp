@@ -163,11 +163,12 @@ void report_rule(const std::string& name, ApplyFunction apply) {
         }
         items.push_back(item);
       }
-      double product = 1;
+      CarriedNumbers stored{1, 1};
       std::vector<unsigned char> workspace(static_cast<std::size_t>(apply_workspace(1)));
       for (int t = 1; t <= 5; ++t) {
-        product = next_product(product, RunningProduct<Rule>::factor(values, t), dtype == DType::float64);
-        const StepKey key{static_cast<double>(t), product, nullptr, nullptr, false};
+        CarriedNumbers now = stored;
+        Carried<Rule>::template carry<float>(values, t, now, stored);
+        const StepKey key{static_cast<double>(t), now, nullptr, {}, false};
         const GradScaling scaling{t % 2 == 0, false, 0, true, 0.5};
         apply({dtype,
                items.data(),

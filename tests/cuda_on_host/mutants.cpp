@@ -78,7 +78,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_keys, Scalars scalars) {
   std::vector<StepKey> keys;
   for (int u = 0; u < n_keys; ++u) {
     counts.data[u] = float(u);
-    keys.push_back({double(u + 1), 1, on_device ? counts.data + u : nullptr, nullptr, false});
+    keys.push_back({double(u + 1), {}, on_device ? counts.data + u : nullptr, {}, false});
   }
   *grad_scale.data = 4;
   *found_inf.data = skipping;

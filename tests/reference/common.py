@@ -130,6 +130,7 @@ class Rule:
     only_ours: Case = field(default_factory=dict)  # arguments that torch lacks, with the values that change nothing
     valid: Callable[[Case], bool] = lambda case: True  # whether the constructor accepts the arguments together
     pairs_only: bool = False  # the full product is another rule's
+    stand_in: type[torch.optim.Optimizer] | None = None  # in place of torch's, where torch has no such rule
 
     @property
     def name(self) -> str:
@@ -141,7 +142,7 @@ class Rule:
 
     @property
     def theirs(self) -> type[torch.optim.Optimizer]:
-        return getattr(torch.optim, self.name)
+        return self.stand_in or getattr(torch.optim, self.name)
 
     @cached_property
     def product(self) -> list[Case]:
@@ -155,8 +156,8 @@ class Rule:
 
     @property
     def no_decay(self) -> Case:
-        """weight_decay=0, explicitly, where the rule has it."""
-        return {"weight_decay": 0.0} if "weight_decay" in self.options else {}
+        """weight_decay=0, explicitly, where the rule has it, and ASGD's other one."""
+        return {name: 0.0 for name in ("weight_decay", "lambd") if name in self.options}
 
     def to_torch(self, case: Case) -> Case | None:
         """The arguments of the same form in torch.optim; None where torch has no such form.

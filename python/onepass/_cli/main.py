@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, check, demo, report
+from . import bench, check, demo, memory, report
 from .output import UsageError
 
 
@@ -34,7 +34,7 @@ def _parser() -> _Parser:
     )
     parser.set_defaults(run=check.run)
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (demo, bench, report):
+    for command in (demo, bench, memory, report):
         name = command.__name__.rpartition(".")[2]
         summary = (command.__doc__ or "").splitlines()[0]
         subparser = commands.add_parser(name, help=summary, description=summary)

@@ -15,8 +15,8 @@ class RuleVariant(NamedTuple):
         rule: name of the rule, a file in csrc/rules.
         hyper_names: its hyper-parameters, in the order in which the kernel takes them.
         states: the states of one value per element, in the rule's order.
-        kinds: what each state's values are: "signed", "square" (never negative) or "exact"; see csrc/core/rule.hpp.
-        product: its running product, a 0-d state beside the step count; None where it keeps none.
+        kinds: what each state's values are: "signed", "square" (never negative), "exact" or "float32"; see csrc/core/rule.hpp.
+        carried: the 0-d states that it keeps beside the step count.
         reads_grad: whether it reads gradients.
         takes_rows: whether it can update only the rows that a sparse gradient has.
     """
@@ -25,7 +25,7 @@ class RuleVariant(NamedTuple):
     hyper_names: tuple[str, ...]
     states: tuple[str, ...]
     kinds: tuple[str, ...]
-    product: str | None
+    carried: tuple[str, ...]
     reads_grad: bool
     takes_rows: bool
 
@@ -59,10 +59,10 @@ def state_names(rule: str) -> tuple[str, ...]:
 
 @functools.cache
 def foreign_states(rule: str) -> frozenset[str]:
-    """States that other rules have and this one has not, running products included."""
+    """States that other rules have and this one has not."""
 
-    def all_states(rule: str) -> set[str | None]:
-        return {*state_names(rule), variants(rule)[0].product}
+    def all_states(rule: str) -> set[str]:
+        return {*state_names(rule), *variants(rule)[0].carried}
 
     others = {name for other in rules() for name in all_states(other)}
-    return frozenset(name for name in others - all_states(rule) if name is not None)
+    return frozenset(others - all_states(rule))

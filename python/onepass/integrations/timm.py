@@ -15,11 +15,12 @@ import dataclasses
 import importlib
 from typing import Any
 
-import torch
-
-from ..optim._interchange import fused_optimizers
+from ..optim import Lion
+from ..optim._interchange import torch_counterparts
 
 PREFIX = "onepass-"
+# What stands in for classes of timm's own, by its names for them.
+_TIMMS_OWN = {"lion": Lion}
 
 
 def _registry() -> Any:
@@ -44,14 +45,14 @@ def _registry() -> Any:
 
 def _register() -> None:
     registry = _registry()
-    ours = {getattr(torch.optim, name): cls for name, cls in fused_optimizers().items()}
+    ours = torch_counterparts()
     known = set(registry.list_optimizers())
     for name in sorted(known):
         info = registry.get_optimizer_info(name)
-        # Entries for other packages name their class as a string; those that are not of torch.optim have no twin here.
-        cls = None if isinstance(info.opt_class, str) else ours.get(info.opt_class)
+        # Entries for other packages name their class as a string; most that are not of torch.optim have no twin here.
+        cls = None if isinstance(info.opt_class, str) else ours.get(info.opt_class, _TIMMS_OWN.get(name))
         if cls is not None and PREFIX + name not in known:
-            description = f"onepass.optim.{cls.__name__} in place of torch.optim's"
+            description = f"onepass.optim.{cls.__name__} in place of timm's {name}"
             registry.register(dataclasses.replace(info, name=PREFIX + name, opt_class=cls, description=description))
 
 

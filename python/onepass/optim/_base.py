@@ -35,7 +35,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         normalize_grads: divide the gradients by their global 2-norm (0 where it is 0). Excludes max_norm.
         fused_unscale: let torch.amp.GradScaler pass its scale to step(), which then unscales, checks and skips by itself.
 
-    Every subclass but SparseAdam has these as well, per group, for dense gradients on the CPU; see docs/state-formats.md:
+    Every subclass but SparseAdam has these as well, per group, for dense gradients; see docs/state-formats.md:
         state_dtype: how the states are kept in memory. None: in the dtype of arithmetic. torch.bfloat16: 2 bytes per element.
             "8bit": 1 byte, and a float32 per 64 elements.
         master_bits: of bfloat16 parameters. 32: an int16 beside each makes it exactly a float32 one. 24: an int8, its upper part.
@@ -45,7 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]  # a word in ONEPASS_RULES in CMakeLists.txt
-    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states and their initial values
+    scalar_states: ClassVar[dict[str, float]] = {"step": 0.0}  # 0-d states and their usual initial values
     sparse_text: ClassVar[str | None] = None  # torch's sentence for refusing sparse gradients
 
     def __init__(self, params: ParamsT, arguments: dict[str, Any]) -> None:
@@ -83,8 +83,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return _native.state_names(self.rule)
 
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
-        """The value of a state's elements before the first step."""
-        return 0.0
+        """The value of a state, or of its elements, before the first step."""
+        return self.scalar_states.get(name, 0.0)
 
     def _sparse_refusal(self, group: dict[str, Any]) -> str | None:
         """torch's sentence for refusing sparse gradients under these options; None: they are taken."""
@@ -335,16 +335,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _new_states(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """The states that a parameter lacks, as tensors like it: same strides, and a DTensor for a DTensor."""
-        known, formats = self.state.get(param, {}), self._formats(group)
-        scalars = [(name, value) for name, value in self._scalar_states(group).items() if known.get(name) is None]
-        new = missing_entries(param, formats, partial(self._initial_value, group), known)
-        return {**{name: self._scalar_tensor(group, param, value) for name, value in scalars}, **new}
+        known, initial = self.state.get(param, {}), partial(self._initial_value, group)
+        scalars = [name for name in self._scalar_states(group) if known.get(name) is None]
+        new = missing_entries(param, self._formats(group), initial, known)
+        return {**{name: self._scalar_tensor(group, param, initial(name)) for name in scalars}, **new}
 
     def sync_master(self) -> None:
-        """Make the parameters their own masters again (master_bits), after they were written by something else.
+        """Make parameters their own masters again (master_bits), after load_state_dict() of the model alone or another write.
 
-        A remainder says what a bfloat16 parameter lacks of its float32 master. After load_state_dict() of the model alone, or
-        weights that were averaged or clamped, it belongs to the old value.
+        A remainder says what a bfloat16 parameter lacks of its float32 master, and then belongs to the old value.
         """
         for states in self.state.values():
             if REMAINDER in states:

@@ -163,15 +163,21 @@ def check_storable(label: str, param: Tensor, formats: Formats) -> None:
         if formats.param_format == "stochastic"
         else "state_dtype"
     )
-    if _native.is_on_cuda(param):
-        why = f"is on {param.device}, where {option} is not supported yet"
-    elif formats.param_format != "plain" and param.dtype != torch.bfloat16:
+    if formats.param_format != "plain" and param.dtype != torch.bfloat16:
         why = f"has dtype {param.dtype}; {option} is for bfloat16 parameters"
     elif param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         why = f"has dtype {param.dtype}; {option} is for float32, bfloat16 and float16 parameters"
     else:
         return
     raise ValueError(f"{label} {why}. Put it into a group with {option}={STORAGE_OPTIONS[option]}.")
+
+
+def bytes_of_entries(formats: Formats, elements: int) -> int:
+    """What a float32, bfloat16 or float16 parameter of so many elements keeps in its state, without 0-d states."""
+    return sum(
+        4 * -(-elements // GROUP) if entry.kind == "scale" else elements * (entry.dtype or torch.float32).itemsize
+        for entry in formats.entries
+    )
 
 
 # ---- the entries of one state

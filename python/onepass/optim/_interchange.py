@@ -36,6 +36,12 @@ def fused_optimizers() -> dict[str, type[FusedOptimizer]]:
     return {n: cls for n, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, FusedOptimizer)}
 
 
+def torch_counterparts() -> dict[type[torch.optim.Optimizer], type[FusedOptimizer]]:
+    """Our optimizers by their namesakes in torch.optim; Lion has none."""
+    named = ((getattr(torch.optim, name, None), ours) for name, ours in fused_optimizers().items())
+    return {theirs: ours for theirs, ours in named if theirs is not None}
+
+
 def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
     """Make the optimizer of this package that continues where one of torch.optim stopped.
 
@@ -52,8 +58,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
         RuntimeError, ValueError: an option or a state that this package does not take, differentiable=True among them.
         After an error the old optimizer is unchanged.
     """
-    pairs = {getattr(torch.optim, name): ours for name, ours in fused_optimizers().items()}
-    cls = _counterpart(optimizer, pairs, "from_torch() takes", "torch.optim")
+    cls = _counterpart(optimizer, torch_counterparts(), "from_torch() takes", "torch.optim")
     _check_representable(optimizer, options_of(type(optimizer)), options_of(cls).keys(), "onepass.optim")
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -84,7 +89,7 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         ValueError: an option that torch.optim lacks, or, with torch's own text, a value that it refuses. After an error the
             old optimizer is unchanged.
     """
-    pairs = {ours: getattr(torch.optim, name) for name, ours in fused_optimizers().items()}
+    pairs = {ours: theirs for theirs, ours in torch_counterparts().items()}
     cls = _counterpart(optimizer, pairs, "to_torch() takes", "onepass.optim")
     has, taken = options_of(type(optimizer)), options_of(cls).keys()
     _check_representable(optimizer, has, taken, "torch.optim")
@@ -107,7 +112,7 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
                 new = optimizer._new_states(group, param)
                 optimizer.state[param].update(new)
     theirs.load_state_dict(_packed(optimizer, dropped))
-    # Loading casts NAdam's mu_product to the parameter's dtype, which would change its steps.
+    # Loading casts NAdam's and ASGD's to the parameter's dtype, which would change their steps.
     for name in optimizer.scalar_states.keys() - {"step"}:
         for param in params_of(optimizer.param_groups):
             if name in theirs.state.get(param, {}):
@@ -143,6 +148,8 @@ def _counterpart(optimizer: Any, pairs: Mapping[Any, Any], subject: str, module:
         advice = f". Convert what is in the {name}: optimizer.base_optimizer = ...(optimizer.base_optimizer)"
     elif isinstance(optimizer, tuple(pairs)):
         advice = ", a subclass of them, whose step may be another one. Give its state_dict() to the optimizer you want"
+    elif isinstance(optimizer, FusedOptimizer) and not hasattr(torch.optim, name):
+        advice = ", which torch.optim lacks"
     else:
         advice = ""
     raise TypeError(f"{subject} {names} of {module}; {name} came{advice}")

@@ -88,7 +88,7 @@ class Adagrad(FusedOptimizer):
         return ("sum",)
 
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
-        return float(group["initial_accumulator_value"])
+        return float(group["initial_accumulator_value"]) if name == "sum" else super()._initial_value(group, name)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         return {name: group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "eps_inside_sqrt")}

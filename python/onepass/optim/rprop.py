@@ -81,7 +81,7 @@ class Rprop(FusedOptimizer):
         return ("prev", "step_size")
 
     def _initial_value(self, group: dict[str, Any], name: str) -> float:
-        return float(group["lr"]) if name == "step_size" else 0.0
+        return float(group["lr"]) if name == "step_size" else super()._initial_value(group, name)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
         (eta_minus, eta_plus), (smallest, largest) = group["etas"], group["step_sizes"]

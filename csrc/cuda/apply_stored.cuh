@@ -1,0 +1,300 @@
+// The apply kernel for states and parameters in the formats of core/storage.hpp. A thread updates 8 adjacent elements,
+// so 8 lanes hold a group of elements that share a scale. Formats are the same for a whole launch: a branch on one
+// costs no divergence, and needs no kernel of its own.
+#pragma once
+#include "core/engine.hpp"
+#include "core/rule.hpp"
+#include "cuda/device.cuh"
+#include "cuda/tuning.hpp"
+#include "cuda/vector_io.cuh"
+
+namespace onepass::cuda {
+
+constexpr int stored_elements = 8;  // of a thread
+constexpr int scale_lanes = scale_group / stored_elements;
+
+// Rules that read no gradient work on weights, and float64 has no other format.
+template <class Rule, class T>
+constexpr bool has_formats = Rule::reads_grad && same_type<Compute<T>, float>;
+
+template <class Rule, class T>
+struct StoredParams {
+  using Step = typename Rule::template Step<float>;
+  // Streams: param, grad, remainder, then states and their scales.
+  static constexpr int grad = 1, remainder = 2, first_state = 3, n_state = Rule::n_state;
+  static constexpr int n_streams = first_state + 2 * n_state;
+  static constexpr int fixed_bytes = tuning::max_steps * (sizeof(Step) + sizeof(double)) + 96;
+  static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4;
+  static constexpr int capacity = (tuning::parameter_bytes - fixed_bytes) / bytes_per_tensor;
+
+  void* stream[n_streams][capacity];
+  std::int64_t size[capacity];
+  std::uint32_t first_chunk[capacity];
+  std::int32_t step[capacity];
+  Step steps[tuning::max_steps];
+  double t[tuning::max_steps];  // the number of the step, which decides how numbers are rounded
+  const Step* prepared;
+  const float* found_inf;
+  const double* prepared_t;
+  StateFormat format[max_states];
+  ParamFormat param_format;
+  std::int32_t n_tensors;
+
+  static bool takes(const Item&) { return true; }
+  void set_tensor(int i, const Item& item, const Storage* storage) {
+    stream[0][i] = item.param;
+    stream[grad][i] = const_cast<void*>(item.grad);
+    stream[remainder][i] = storage->remainder;
+    for (int s = 0; s < n_state; ++s) {
+      stream[first_state + 2 * s][i] = item.state[s];
+      stream[first_state + 2 * s + 1][i] = storage->scale[s];
+      format[s] = storage->state[s];
+    }
+    param_format = storage->param;
+  }
+  void set_step(int i, const StepKey& key) { t[i] = key.t; }
+  void set_prepared(const Step* steps_there, const double* t_there) {
+    prepared = steps_there;
+    prepared_t = t_there;
+  }
+};
+
+// Up to 8 adjacent elements of one stream; U is an integer of its size, or float. What is not there is loaded as 0.
+template <class U>
+struct alignas(8) Some {
+  U at[stored_elements];
+
+  __device__ static Some load(const void* p, std::int64_t i, int count, bool is_wide) {
+    using Wide = std::conditional_t<sizeof(U) == 1, uint2, uint4>;
+    const U* const from = static_cast<const U*>(p) + i;
+    Some e{};
+    if (is_wide) {
+      ONEPASS_UNROLL
+      for (unsigned word = 0; word < sizeof(Some) / sizeof(Wide); ++word) {
+        const Wide loaded = as_wide<Wide>(from)[word];
+        memcpy(reinterpret_cast<char*>(&e) + word * sizeof(Wide), &loaded, sizeof(Wide));
+      }
+    } else {
+      ONEPASS_UNROLL
+      for (int k = 0; k < stored_elements; ++k)
+        if (k < count) e.at[k] = from[k];
+    }
+    return e;
+  }
+  __device__ void store(void* p, std::int64_t i, int count, bool is_wide) const {
+    using Wide = std::conditional_t<sizeof(U) == 1, uint2, uint4>;
+    U* const to = static_cast<U*>(p) + i;
+    if (is_wide) {
+      ONEPASS_UNROLL
+      for (unsigned word = 0; word < sizeof(Some) / sizeof(Wide); ++word) {
+        Wide stored;
+        memcpy(&stored, reinterpret_cast<const char*>(this) + word * sizeof(Wide), sizeof(Wide));
+        __stwb(as_wide<Wide>(to) + word, stored);
+      }
+    } else {
+      ONEPASS_UNROLL
+      for (int k = 0; k < stored_elements; ++k)
+        if (k < count) to[k] = at[k];
+    }
+  }
+};
+
+// Where a thread's elements are: i is the index of the first in the tensor.
+struct Place {
+  std::int64_t i;
+  int count;  // 0 behind the end of the tensor: its lanes still take part in shuffles
+  bool is_wide;
+
+  __device__ std::uint32_t random(std::uint32_t start, int k) const {
+    return start + (static_cast<std::uint32_t>(i) + static_cast<std::uint32_t>(k)) * storage::golden;
+  }
+};
+
+__device__ inline void load_state(StateFormat format, const void* state, const void* scale, const Place& place,
+                                  float (&x)[stored_elements]) {
+  if (format == StateFormat::full) {
+    const auto e = Some<float>::load(state, place.i, place.count, place.is_wide);
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) x[k] = e.at[k];
+  } else if (format == StateFormat::bfloat16) {
+    const auto e = Some<std::uint16_t>::load(state, place.i, place.count, place.is_wide);
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) x[k] = storage::from_bits<float>(std::uint32_t(e.at[k]) << 16);
+  } else {
+    const auto e = Some<std::uint8_t>::load(state, place.i, place.count, place.is_wide);
+    const float s = place.count > 0 ? static_cast<const float*>(scale)[place.i / scale_group] : 0;
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) {
+      const std::uint32_t code = e.at[k];
+      if (format == StateFormat::signed8) {
+        const float magnitude = storage::magnitude_of<StateFormat::signed8, float>(code & 0x7fu, s);
+        x[k] = storage::from_bits<float>(storage::bits_of(magnitude) | (code & 0x80u) << 24);
+      } else {
+        x[k] = storage::magnitude_of<StateFormat::unsigned8, float>(code, s);
+      }
+    }
+  }
+}
+
+// Every lane of the warp calls it.
+__device__ inline void store_state(StateFormat format, void* state, void* scale, const Place& place,
+                                   std::uint32_t start, const float (&x)[stored_elements]) {
+  if (format == StateFormat::full) {
+    Some<float> e;
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) e.at[k] = x[k];
+    e.store(state, place.i, place.count, place.is_wide);
+  } else if (format == StateFormat::bfloat16) {
+    Some<std::uint16_t> e;
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k)
+      e.at[k] = static_cast<std::uint16_t>(storage::bfloat16_of(x[k], place.random(start, k)));
+    e.store(state, place.i, place.count, place.is_wide);
+  } else {
+    std::uint32_t largest = 0;
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) {
+      const std::uint32_t magnitude = k < place.count ? storage::bits_of(x[k]) & 0x7fffffffu : 0;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    ONEPASS_UNROLL
+    for (int distance = scale_lanes / 2; distance > 0; distance /= 2) {
+      const std::uint32_t other = __shfl_xor_sync(0xffffffffu, largest, distance);
+      largest = other > largest ? other : largest;
+    }
+    const std::uint32_t bits = storage::scale_bits(format, largest);
+    const bool overflows = bits >= storage::infinity_bits;
+    const float inverse = overflows ? 0 : storage::from_bits<float>(storage::inverse_bits(bits));
+    Some<std::uint8_t> e;
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) {
+      const std::uint32_t element = storage::bits_of(x[k]), magnitude = element & 0x7fffffffu;
+      const float value = storage::from_bits<float>(magnitude);
+      std::uint32_t code;
+      if (format == StateFormat::signed8) {
+        code = storage::code_of<StateFormat::signed8>(value, inverse, place.random(start, k)) | (element >> 24 & 0x80u);
+      } else {
+        code = storage::code_of<StateFormat::unsigned8>(value, inverse, place.random(start, k));
+        if (code == 0 && magnitude != 0) code = 1;
+      }
+      e.at[k] = static_cast<std::uint8_t>(overflows ? 1 : code);
+    }
+    e.store(state, place.i, place.count, place.is_wide);
+    if (place.count > 0 && threadIdx.x % scale_lanes == 0)
+      static_cast<float*>(scale)[place.i / scale_group] = storage::from_bits<float>(bits);
+  }
+}
+
+__device__ inline float with_lower(float upper, int lower) {
+  return storage::from_bits<float>(storage::bits_of(upper) + static_cast<std::uint32_t>(lower));
+}
+
+template <class T>
+__device__ void load_param(ParamFormat format, const void* param, const void* remainder, const Place& place,
+                           float (&x)[stored_elements]) {
+  const auto e = Some<T>::load(param, place.i, place.count, place.is_wide);
+  ONEPASS_UNROLL
+  for (int k = 0; k < stored_elements; ++k) x[k] = decode(e.at[k]);
+  if constexpr (same_type<T, __nv_bfloat16>) {
+    if (format == ParamFormat::remainder16) {
+      const auto lower = Some<std::int16_t>::load(remainder, place.i, place.count, place.is_wide);
+      ONEPASS_UNROLL
+      for (int k = 0; k < stored_elements; ++k) x[k] = with_lower(x[k], lower.at[k]);
+    } else if (format == ParamFormat::remainder8) {
+      const auto lower = Some<std::int8_t>::load(remainder, place.i, place.count, place.is_wide);
+      ONEPASS_UNROLL
+      for (int k = 0; k < stored_elements; ++k) x[k] = with_lower(x[k], lower.at[k] * 256);
+    }
+  }
+}
+
+__device__ inline void store_bfloat16(ParamFormat format, void* param, void* remainder, const Place& place,
+                                      std::uint32_t start, const float (&x)[stored_elements]) {
+  Some<std::uint16_t> upper;
+  Some<std::int16_t> lower16;
+  Some<std::int8_t> lower8;
+  ONEPASS_UNROLL
+  for (int k = 0; k < stored_elements; ++k) {
+    const std::uint32_t random = place.random(start, k);
+    if (format == ParamFormat::stochastic) {
+      upper.at[k] = static_cast<std::uint16_t>(storage::bfloat16_of(x[k], random));
+    } else {
+      const std::uint32_t master = format == ParamFormat::remainder16 ? storage::master_of<0>(x[k], random)
+                                                                      : storage::master_of<8>(x[k], random);
+      upper.at[k] = static_cast<std::uint16_t>(storage::nearest_bfloat16(master));
+      lower16.at[k] = static_cast<std::int16_t>(master & 0xffffu);
+      lower8.at[k] = static_cast<std::int8_t>(master >> 8 & 0xffu);
+    }
+  }
+  upper.store(param, place.i, place.count, place.is_wide);
+  if (format == ParamFormat::remainder16) lower16.store(remainder, place.i, place.count, place.is_wide);
+  if (format == ParamFormat::remainder8) lower8.store(remainder, place.i, place.count, place.is_wide);
+}
+
+template <class T>
+__device__ void store_param(ParamFormat format, void* param, void* remainder, const Place& place, std::uint32_t start,
+                            const float (&x)[stored_elements]) {
+  if constexpr (same_type<T, __nv_bfloat16>) {
+    if (format != ParamFormat::plain) return store_bfloat16(format, param, remainder, place, start, x);
+  }
+  Some<T> e;
+  ONEPASS_UNROLL
+  for (int k = 0; k < stored_elements; ++k) encode(e.at[k], x[k]);
+  e.store(param, place.i, place.count, place.is_wide);
+}
+
+template <class Rule, class T>
+__global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_per_sm(Rule::n_state))
+    apply_stored_kernel(ONEPASS_GRID_CONSTANT(StoredParams<Rule, T>) params) {
+  using Params = StoredParams<Rule, T>;
+  constexpr int n_state = Rule::n_state, array_size = n_state > 0 ? n_state : 1;
+  constexpr int round = tuning::apply_threads * stored_elements;
+  static_assert(tuning::apply_chunk % round == 0, "a warp's lanes share their loop");
+  if (params.found_inf != nullptr && *params.found_inf != 0) return;
+
+  const int tensor = find_tensor(params.first_chunk, params.n_tensors, blockIdx.x);
+  const int key = params.step[tensor];
+  const typename Params::Step step = params.prepared != nullptr ? params.prepared[key] : params.steps[key];
+  const double t = params.prepared != nullptr ? params.prepared_t[key] : params.t[key];
+  const std::int64_t offset = std::int64_t(blockIdx.x - params.first_chunk[tensor]) * tuning::apply_chunk;
+  const std::int64_t size = params.size[tensor];
+  const std::int64_t end = size - offset < tuning::apply_chunk ? size : offset + tuning::apply_chunk;
+  bool aligned = true;
+  ONEPASS_UNROLL
+  for (int s = 0; s < Params::n_streams; ++s) aligned = aligned && is_aligned16(params.stream[s][tensor]);
+
+  for (std::int64_t first = offset; first < end; first += round) {
+    Place place{first + std::int64_t(threadIdx.x) * stored_elements, 0, false};
+    const std::int64_t left = end - place.i;
+    place.count = left <= 0 ? 0 : left < stored_elements ? int(left) : stored_elements;
+    place.is_wide = aligned && place.count == stored_elements;
+
+    float param[stored_elements], grad[stored_elements], state[array_size][stored_elements];
+    load_param<T>(params.param_format, params.stream[0][tensor], params.stream[Params::remainder][tensor], place,
+                  param);
+    const auto g = Some<T>::load(params.stream[Params::grad][tensor], place.i, place.count, place.is_wide);
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) grad[k] = decode(g.at[k]);
+    ONEPASS_UNROLL
+    for (int s = 0; s < n_state; ++s)
+      load_state(params.format[s], params.stream[Params::first_state + 2 * s][tensor],
+                 params.stream[Params::first_state + 2 * s + 1][tensor], place, state[s]);
+    ONEPASS_UNROLL
+    for (int k = 0; k < stored_elements; ++k) {
+      float element_state[array_size];
+      ONEPASS_UNROLL
+      for (int s = 0; s < n_state; ++s) element_state[s] = state[s][k];
+      param[k] = Rule::template update<float>(step, param[k], grad[k], element_state);
+      ONEPASS_UNROLL
+      for (int s = 0; s < n_state; ++s) state[s][k] = element_state[s];
+    }
+    store_param<T>(params.param_format, params.stream[0][tensor], params.stream[Params::remainder][tensor], place,
+                   storage::dither_start(t, max_states), param);
+    ONEPASS_UNROLL
+    for (int s = 0; s < n_state; ++s)
+      store_state(params.format[s], params.stream[Params::first_state + 2 * s][tensor],
+                  params.stream[Params::first_state + 2 * s + 1][tensor], place, storage::dither_start(t, s), state[s]);
+  }
+}
+
+}  // namespace onepass::cuda
