@@ -8,7 +8,7 @@ import pytest
 import torch
 from onepass import _native
 from rules import RULES, BesideReference
-from support import assert_close, bits, parameter, snapshot
+from support import assert_close, assert_same, bits, parameter, snapshot
 
 
 def stepped(optimizer: torch.optim.Optimizer, p: torch.Tensor, grads: list[float]) -> torch.Tensor:
@@ -105,17 +105,17 @@ def test_asgd_averages_the_weights():
 
 
 def test_asgd_first_step_skipped_for_an_overflow():
-    """The first step that counts has the step size of its own learning rate, as where the skipped one made no state."""
+    """The first step that counts has the step size of its own learning rate, not of the skipped one."""
     p, twin = parameter(torch.ones(3)), parameter(torch.ones(3))
-    optimizer, other = onepass.optim.ASGD([p], lr=0.5, fused_unscale=True), onepass.optim.ASGD([twin], lr=0.1)
-    p.grad, twin.grad = torch.ones(3), torch.ones(3)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
-    optimizer.step()
+    optimizer, other = onepass.optim.ASGD([p], lr=0.5), onepass.optim.ASGD([twin], lr=0.1)
+    # Where kernels on a device decide to skip, the states have been made by then, with the learning rate of that time.
+    optimizer.state[p].update(optimizer._new_states(optimizer.param_groups[0], p))
+    assert optimizer.state[p]["eta"] == 0.5
     optimizer.param_groups[0]["lr"] = 0.1
-    optimizer.found_inf = torch.tensor(0.0)
+    p.grad, twin.grad = torch.ones(3), torch.ones(3)
     optimizer.step()
     other.step()
-    assert snapshot(optimizer) == snapshot(other)
+    assert_same(snapshot(optimizer), snapshot(other), "the first step that counts")
 
 
 def test_betas_changed_between_steps():

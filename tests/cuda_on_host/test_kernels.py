@@ -98,7 +98,8 @@ def test_hyper_parameters_in_device_memory(rule, wide, dtype):
     """Changed in place between steps; the kernels read the current values."""
     lr = torch.tensor(0.5, dtype=wide, device=DEVICE)
     betas = tuple(torch.tensor(beta, dtype=wide, device=DEVICE) for beta in (0.75, 0.9375))  # exact in float32
-    case = {**rule.usual, "lr": lr, **({"betas": betas, "capturable": True} if "betas" in rule.options else {})}
+    on_device = {"lr": lr, "betas": betas, "capturable": True}
+    case = {**rule.usual, **{name: value for name, value in on_device.items() if name in rule.options}}
     both = BesideReference(rule, case, [parameter(p) for p in random([5, 100], dtype)])
     if "betas" in case:
         both.reference.options["betas"] = (0.75, 0.9375)
