@@ -26,6 +26,14 @@ SIZES = (0, 1, 3, 4, 7, 8, 9, 31, 33, 0, 255, 257, 1023, 4099, 8191, 8192, 8193,
 MANY = tuple(i % 5 for i in range(1500))  # more than fit in one launch
 SPECIAL = torch.tensor([0.0, -0.0, 1, -1.5, math.nan, math.inf, -math.inf, 1e20, -1e30, 1e-20, 1e-40, -1e-44, 3e38])
 STEPS = 3
+# The formats of states and parameters, by the dtypes that take them.
+FORMATS = {
+    "bfloat16": ({"state_dtype": torch.bfloat16}, (torch.float32, torch.bfloat16, torch.float16)),
+    "8bit": ({"state_dtype": "8bit"}, (torch.float32, torch.bfloat16, torch.float16)),
+    "master 32": ({"state_dtype": "8bit", "master_bits": 32}, (torch.bfloat16,)),
+    "master 24": ({"state_dtype": torch.bfloat16, "master_bits": 24}, (torch.bfloat16,)),
+    "stochastic": ({"stochastic_rounding": True}, (torch.bfloat16,)),
+}
 GRAD_SCALE = 3.0  # its reciprocal is inexact
 
 
@@ -48,6 +56,9 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     total = hashlib.sha256()
     for tensor in tensors:
         tensor = tensor.detach().cpu()
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            total.update(bits(tensor))
+            continue
         total.update(bits(torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor)))
     return total.hexdigest()[:16]
 
@@ -80,8 +91,31 @@ def rows_stepped(rule: Sparse, dtype: torch.dtype, device: torch.device) -> str:
     return digest([*params, *states])
 
 
-def digests(device: torch.device) -> dict[str, str]:
+def formats_stepped(device: torch.device) -> dict[str, str]:
+    """Every format of every rule that takes it, with scalars of the host and of the device."""
     found = {}
+    for key, rule in RULES.items():
+        usual = {**rule.usual, **({"centered": False} if "centered" in rule.usual else {})}
+        for format_, (options, dtypes) in FORMATS.items():
+            for dtype in dtypes:
+                case = {**usual, **options}
+                try:
+                    rule.ours([parameter(torch.zeros(1))], **case)
+                except (ValueError, TypeError):  # the rule needs more digits, or has no formats
+                    continue
+                what = f"{key}, {dtype}, {format_}"
+                found[what] = stepped(rule, case, drawn(SIZES, dtype), device)
+                found[f"{what}, unaligned"] = stepped(rule, case, drawn(SIZES, dtype, offset=1), device)
+                found[f"{what}, special values"] = stepped(rule, case, special(dtype), device)
+                if key == "AdamW":  # the engine's business, the same for every rule
+                    found[f"{what}, many tensors"] = stepped(rule, case, drawn(MANY, dtype), device)
+                    unscaled = {**case, "fused_unscale": True}
+                    found[f"{what}, fused_unscale"] = stepped(rule, unscaled, drawn(SIZES, dtype), device)
+    return found
+
+
+def digests(device: torch.device) -> dict[str, str]:
+    found = formats_stepped(device)
     for dtype in DTYPES:
         for key, rule in RULES.items():
             for case in rule.cases:
