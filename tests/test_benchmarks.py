@@ -19,6 +19,7 @@ sys.path.append(str(BENCHMARKS))  # at the end: tests/ has a layers.py of its ow
 import compiled  # noqa: E402
 import harness  # noqa: E402
 import limit  # noqa: E402
+import phrases  # noqa: E402
 import report  # noqa: E402
 import report_headline  # noqa: E402
 import report_rows  # noqa: E402
@@ -338,3 +339,9 @@ def test_the_headline_is_written_from_all_results(tmp_path: Path, capsys: pytest
     assert report.main([*map(str, paths), "--headline", str(readme)]) == 0
     assert "| training step of BERT | 1.20x | 1.10 to 1.30 |" in readme.read_text()
     assert "geometric mean of these 1 training steps** | **1.20x**" in readme.read_text()
+
+
+def test_a_quartile_beside_one_shows_its_side() -> None:
+    assert phrases.spread([1.004, 1.03, 1.0549], busy=False) == "1.004 to 1.055"
+    assert phrases.spread([0.9962, 1.03, 1.05], busy=False) == "0.996 to 1.050, straddles 1"
+    assert phrases.spread([1.01, 1.03, 1.05], busy=True) == "1.01 to 1.05, busy machine"
