@@ -167,6 +167,7 @@ def run_script(block: Block, folder: Path) -> None:
         [*start[program], *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, f"{block.id}: {block.title} failed:\n{run.stdout}\n{run.stderr}"
+    assert "loss" in run.stdout, f"{block.id}: {block.title} prints no loss, so nobody sees what it did"
 
 
 @pytest.mark.parametrize("block", TO_RUN, ids=lambda block: block.id)
