@@ -13,6 +13,12 @@ DOCS_VENV ?= .venv-docs
 BASE_PYTHON ?= python3
 # Installed before what depends on it, so that pip does not choose another.
 TORCH ?= torch==2.13.0
+# `make demo` in a new environment installs less: no tools, and no CUDA kernels beside a torch without CUDA.
+ifeq ($(MAKECMDGOALS)$(PYTHON)$(wildcard $(VENV)/.onepass-installed),demo)
+  FOR := -for-demo
+  EXTRAS ?= demo
+  ONEPASS_CUDA ?= $(shell $(PY) -c "import torch; print('AUTO' if torch.version.cuda else 'OFF')")
+endif
 # Extras of pyproject.toml to install. "models", for BENCH=training, is large.
 EXTRAS ?= demo bench test lint
 PYTEST_ARGS ?=
@@ -39,8 +45,8 @@ ifdef PYTHON
   export PYTHONPATH := $(abspath $(SITE))
 else
   PY := $(VENV)/bin/python
-  ENVIRONMENT := $(VENV)/.dependencies-installed
-  PACKAGE := $(VENV)/.onepass-installed
+  ENVIRONMENT := $(VENV)/.dependencies-installed$(FOR)
+  PACKAGE := $(VENV)/.onepass-installed$(FOR)
   DOCS_PY := $(DOCS_VENV)/bin/python
   DOCS_ENVIRONMENT := $(DOCS_VENV)/.dependencies-installed
   INSTALL := --force-reinstall
@@ -145,7 +151,8 @@ export REQUIREMENTS
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)
 
-$(VENV)/.dependencies-installed: pyproject.toml Makefile | $(VENV)/bin/python
+$(VENV)/.dependencies-installed$(FOR): pyproject.toml Makefile | $(VENV)/bin/python
+	@echo "downloading torch and what pyproject.toml names: some minutes at first"
 	$(PIP) install '$(TORCH)'
 	$(PY) -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
 	$(PIP) install '$(TORCH)' -r $(VENV)/requirements.txt
@@ -158,6 +165,7 @@ $(DOCS_VENV)/.dependencies-installed: pyproject.toml Makefile
 	touch $@
 
 $(PACKAGE): $(SOURCES) $(ENVIRONMENT)
+	@echo "building the kernels: some minutes at first"
 	$(PIP) install $(INSTALL) $(BUILD_FLAGS) --config-settings=cmake.define.ONEPASS_WERROR=ON \
 	  --config-settings=cmake.define.ONEPASS_CUDA=$(ONEPASS_CUDA) .
 	touch $@

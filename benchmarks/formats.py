@@ -111,10 +111,10 @@ class Digits:
 
 
 class Text:
-    """The text of Python's help, character by character."""
+    """The text of Python's help, character by character; `windows`: how much of what is held out counts, None for all."""
 
-    def __init__(self) -> None:
-        self.help = HelpText()
+    def __init__(self, windows: int | None) -> None:
+        self.help, self.windows = HelpText(), windows
 
     def batch(self) -> tuple[Tensor, Tensor]:
         text, context = self.help.train, self.help.context
@@ -123,7 +123,9 @@ class Text:
         return windows[:, :-1], windows[:, 1:].flatten()
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        return self.help.test()
+        inputs, targets = self.help.test()
+        inputs = inputs[: self.windows]
+        return inputs, targets[: inputs.numel()]
 
 
 def mlp() -> nn.Module:
@@ -187,7 +189,7 @@ def tasks(quick: bool) -> dict[str, Train]:
     def sgd(params: Any, **options: Any) -> Any:
         return onepass.optim.SGD(params, lr=0.05, momentum=0.9, **options)
 
-    digits, text = Digits(), Text()
+    digits, text = Digits(), Text(8 if quick else None)
     return {
         "MLP on digits, AdamW": trainer(digits, mlp, adamw, steps),
         "CNN on digits, SGD with momentum": trainer(digits, cnn, sgd, steps),

@@ -25,7 +25,8 @@ def spread(quartiles: Quartiles | None, busy: bool) -> str:
     if not quartiles:
         return "-"
     low, _, high = quartiles
-    return f"{low:.2f} to {high:.2f}" + ", straddles 1" * (low < 1 < high) + ", busy machine" * busy
+    digits = 3 if "1.00" in (f"{low:.2f}", f"{high:.2f}") else 2  # which side of 1 it is on
+    return f"{low:.{digits}f} to {high:.{digits}f}" + ", straddles 1" * (low < 1 < high) + ", busy machine" * busy
 
 
 def left_out(rows: Sequence[Json]) -> dict[str, str]:

@@ -19,6 +19,7 @@ sys.path.append(str(BENCHMARKS))  # at the end: tests/ has a layers.py of its ow
 import compiled  # noqa: E402
 import harness  # noqa: E402
 import limit  # noqa: E402
+import phrases  # noqa: E402
 import report  # noqa: E402
 import report_headline  # noqa: E402
 import report_rows  # noqa: E402
@@ -308,11 +309,21 @@ def test_formats_run(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     (saved,) = tmp_path.glob("*.json")
     rows = json.loads(saved.read_text())["rows"]
-    bytes_of_states = {row["name"]: row["bytes"] for row in rows if row["kind"] == "step"}
-    assert bytes_of_states["float32 parameters, full"] == 8
-    assert bytes_of_states["float32 parameters, bfloat16"] == 4
-    assert bytes_of_states["float32 parameters, 8bit"] < 2.2
+    bytes_of_states = {(row["dtype"], row["name"]): row["bytes"] for row in rows if row["kind"] == "step"}
+    assert bytes_of_states["float32", "float32 states"] == 8
+    assert bytes_of_states["float32", "bfloat16 states"] == 4
+    assert bytes_of_states["float32", "8-bit states"] < 2.2
+    assert 4.1 < bytes_of_states["bfloat16", "8-bit states, 32-bit master"] < 4.2
     assert all(len(row["loss"]) == 2 for row in rows if row["kind"] == "loss")
+
+
+def test_memory_runs(tmp_path: Path) -> None:
+    run = benchmark("memory", "--quick", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    (saved,) = tmp_path.glob("*.json")
+    peaks = {row["name"]: row["peak_bytes"] for row in json.loads(saved.read_text())["rows"]}
+    assert peaks["8-bit states, inside backward"] < peaks["updates inside backward"] < peaks["onepass"]
+    assert peaks["bfloat16 weights, 32-bit master, 8-bit states"] < 0.7 * peaks["onepass"]
 
 
 def test_the_headline_is_written_from_all_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,3 +349,9 @@ def test_the_headline_is_written_from_all_results(tmp_path: Path, capsys: pytest
     assert report.main([*map(str, paths), "--headline", str(readme)]) == 0
     assert "| training step of BERT | 1.20x | 1.10 to 1.30 |" in readme.read_text()
     assert "geometric mean of these 1 training steps** | **1.20x**" in readme.read_text()
+
+
+def test_a_quartile_beside_one_shows_its_side() -> None:
+    assert phrases.spread([1.004, 1.03, 1.0549], busy=False) == "1.004 to 1.055"
+    assert phrases.spread([0.9962, 1.03, 1.05], busy=False) == "0.996 to 1.050, straddles 1"
+    assert phrases.spread([1.01, 1.03, 1.05], busy=True) == "1.01 to 1.05, busy machine"

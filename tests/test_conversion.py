@@ -169,6 +169,9 @@ def test_modules_that_cannot_be_compared_are_left():
     meta = nn.Sequential(LlamaLikeRMSNorm().to("meta"))
     (row,) = onepass.convert(meta, report=True)
     assert "meta" in row.why_not
+    torchs = nn.Sequential(nn.TransformerEncoderLayer(C, 2, C), nn.Sequential(nn.BatchNorm1d(C), nn.ReLU()))
+    left = [row.module for row in onepass.convert(torchs.to("meta"), report=True) if row.now is None]
+    assert left == ["0.self_attn"], "torch's own are known, so nothing is compared"
 
     replaced = LlamaLikeRMSNorm()
     replaced.forward = lambda x: x
@@ -741,6 +744,19 @@ def test_the_report_is_a_table():
     lines = str(report).splitlines()
     assert len(lines) == 4
     assert lines[0].split() == ["module", "was", "is", "why", "not"]
+    for model in (nn.Linear(C, C), onepass.convert(nn.LayerNorm(C))):
+        assert str(onepass.convert(model, report=True)).startswith("nothing to convert: ")
+
+
+def test_the_report_says_what_is_fused_and_names_attention_with_dropout():
+    model = nn.Sequential(nn.TransformerEncoderLayer(C, 2, C), nn.Sequential(nn.BatchNorm1d(C), nn.ReLU()))
+    model.append(nn.MultiheadAttention(C, 2))  # without dropout: nothing to say
+    rows = {row.module: row for row in onepass.convert(model, report=True)}
+    assert rows["0"].now == "fused: dropout + residual + LayerNorm"
+    assert rows["1"].now == "fused: BatchNorm + ReLU"
+    assert rows["0.self_attn"].now is None
+    assert "onepass.patch()" in rows["0.self_attn"].why_not
+    assert "2" not in rows
 
 
 def test_restore_of_a_model_never_converted():

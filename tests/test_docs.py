@@ -7,8 +7,8 @@ Every ```python block of README.md, CONTRIBUTING.md and docs/ is a test. The tit
     ```python title="python hogwild.py"
     ```python title="not run: needs a GPU"                    not at all, and why
 
-Blocks in this process begin with the names of `usual_names`. A page defines others, or replaces these, in a comment before
-the block, which readers do not see:
+Blocks in this process begin with the names of `usual_names`; a page that uses them says so in a sentence that begins with
+"In the snippets". A page defines others, or replaces these, in a comment before the block, which readers do not see:
 
     <!-- test
     model = torch.nn.Linear(4, 4)
@@ -103,16 +103,14 @@ def usual_names() -> dict[str, object]:
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(16, 3)
     )
-    loader = [(torch.randn(6, 8), torch.randint(3, (6,))) for _ in range(4)]
+    batches = [(torch.randn(6, 8), torch.randint(3, (6,))) for _ in range(4)]
     return {
         "__name__": "docs",
-        "os": os,
         "torch": torch,
         "onepass": onepass,
         "device": "cpu",
         "model": model,
-        "loader": loader,
-        "batch": loader[0][0],
+        "loader": torch.utils.data.DataLoader(batches, batch_size=None),  # any iterable will do: no loader[0]
         "loss_fn": torch.nn.functional.cross_entropy,
     }
 
@@ -169,6 +167,7 @@ def run_script(block: Block, folder: Path) -> None:
         [*start[program], *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, f"{block.id}: {block.title} failed:\n{run.stdout}\n{run.stderr}"
+    assert "loss" in run.stdout, f"{block.id}: {block.title} prints no loss, so nobody sees what it did"
 
 
 @pytest.mark.parametrize("block", TO_RUN, ids=lambda block: block.id)
@@ -183,6 +182,41 @@ def test_the_snippet_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def names_needed(code: str) -> set[str]:
+    """The names that the code reads before it binds them."""
+    bound: set[str] = set()
+    needed: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        first = node.value if isinstance(node, ast.Assign) else node.iter if isinstance(node, ast.For) else None
+        if first is not None:
+            visit(first)  # is evaluated before the targets are bound
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.Name):
+            (bound if isinstance(node.ctx, ast.Store) or node.id in bound else needed).add(node.id)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(code))
+    return needed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_says_which_names_its_snippets_expect(page: Path) -> None:
+    visible = [found["code"] for found in BLOCK.finditer(page.read_text()) if found["code"] and not found["title"]]
+    expected = names_needed("\n".join(visible)) & usual_names().keys()
+    said = " ".join(re.findall(r"^In the snippets?\b.*?(?=\n\n)", page.read_text(), re.M | re.S))
+    missing = sorted(name for name in expected if f"`{name}`" not in said)
+    assert not missing, (
+        f"{name_of(page)}: its snippets use {missing}; no sentence 'In the snippets ...' says what they are"
+    )
 
 
 def test_few_snippets_are_not_run() -> None:
@@ -265,6 +299,22 @@ def test_every_layer_has_a_page(name: str) -> None:
     own = inspect.signature(getattr(onepass.nn, name)).parameters.keys() - {"args", "kwargs", "arguments", "options"}
     missing = [argument for argument in own - {"process_group"} if argument not in text]
     assert not missing, f"docs/layers lacks the arguments {missing} of {name}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "examples" / "README.md"], ids=name_of)
+def test_files_that_commands_name_exist(page: Path) -> None:
+    for command in re.findall(r"^```(?:bash|console)?\n(.*?)^```$", page.read_text(), re.M | re.S):
+        for path in re.findall(r"(?<![\w./-])(?:benchmarks|docs|examples|tests)/[\w./*-]+", command):
+            assert any(ROOT.glob(path)), f"{name_of(page)}: a command names {path}, which does not exist"
+
+
+def test_pip_is_never_told_to_look_for_onepass() -> None:
+    """The project owns no name on an index: what is there under that name is someone else's."""
+    files = [*PAGES, *ROOT.glob("examples/**/*.*"), *ROOT.glob("python/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    for path in files:
+        text = path.read_text() if path.suffix in (".py", ".md") else ""
+        for command in re.findall(r"pip install[^\n`]*", text):
+            assert not re.search(r"(?<![\w./])onepass\b", command), f"{name_of(path)}: {command}"
 
 
 def normalised(text: str) -> str:

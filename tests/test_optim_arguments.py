@@ -6,6 +6,7 @@ import pydoc
 import onepass
 import pytest
 import torch
+from onepass.optim._formats import STORAGE_OPTIONS
 from onepass.optim._interchange import fused_optimizers
 from reference.common import SHARED_DEFAULTS
 from rules import RULES, BesideReference
@@ -33,7 +34,8 @@ def test_signature_is_torchs_and_ours_is_keyword_only(rule):
     assert [k for k, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     assert {k: p.default for k, p in ours.items() if k in theirs} == {k: p.default for k, p in theirs.items()}
     added = ours.keys() - theirs.keys()
-    accepted = {*RULES[rule].only_ours, *SHARED_DEFAULTS, "capturable"}  # Adagrad of torch has no capturable
+    storage = {} if rule == "SparseAdam" else STORAGE_OPTIONS
+    accepted = {*RULES[rule].only_ours, *SHARED_DEFAULTS, *storage, "capturable"}  # Adagrad of torch has no capturable
     assert added <= accepted, f"arguments that neither torch nor the reference has: {added - accepted}"
     assert added >= {*RULES[rule].only_ours, "max_norm", "normalize_grads", "fused_unscale"}
     assert all(ours[name].kind is ours[name].KEYWORD_ONLY for name in added)

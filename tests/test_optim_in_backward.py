@@ -137,6 +137,7 @@ def test_with_smaller_states_and_a_checkpoint(option):
     assert_same(snapshot(ours), snapshot(plain), "after a checkpoint")
 
 
+@pytest.mark.filterwarnings("ignore:max_norm=0")
 @pytest.mark.parametrize(
     ("options", "text"),
     [

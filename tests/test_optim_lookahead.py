@@ -515,7 +515,7 @@ def test_options_out_of_range(arguments, text):
 
 def test_wrapping_other_objects():
     params = parameters()
-    with pytest.raises(TypeError, match=r"^list is not an Optimizer"):
+    with pytest.raises(TypeError, match=r"^list is not an Optimizer; Lookahead wraps an optimizer: Lookahead\("):
         Lookahead(params)
 
 

@@ -90,6 +90,63 @@ def test_wrong_arguments_of_ours(key, kwargs, word):
         RULES[key].ours([parameter(torch.zeros(2))], **kwargs)
 
 
+NO_NUMBERS = [
+    (option, value)
+    for option in (
+        "lr",
+        "eps",
+        "weight_decay",
+        "momentum",
+        "dampening",
+        "alpha",
+        "lr_decay",
+        "momentum_decay",
+        "max_norm",
+    )
+    for value in ("3e-4", None, [1e-3])
+    if (option, value) != ("max_norm", None)
+]
+
+
+@pytest.mark.parametrize(("option", "value"), NO_NUMBERS, ids=str)
+@EVERY_RULE
+def test_an_argument_that_is_no_number_is_named(rule, option, value):
+    """Also in a group dict, and when a group is added."""
+    if option not in {*rule.options, "max_norm"}:
+        pytest.skip("not an argument of this optimizer")
+    text = f"^{re.escape(f'{option} is {value!r} ({type(value).__name__}); a number or a tensor of one element')}"
+    with pytest.raises(TypeError, match=text):
+        rule.ours([parameter(torch.zeros(2))], **{option: value})
+    with pytest.raises(TypeError, match=text):
+        rule.ours([{"params": [parameter(torch.zeros(2))], option: value}])
+
+
+@pytest.mark.parametrize("option", ["betas", "etas", "step_sizes"])
+@EVERY_RULE
+def test_an_argument_that_is_no_pair_is_named(rule, option):
+    if option not in rule.options:
+        pytest.skip("not an argument of this optimizer")
+    for value in (0.9, (0.9,), (0.5, 1.2, 1.3), None):
+        with pytest.raises(TypeError, match=rf"^{option} is {re.escape(repr(value))} .*two numbers are expected"):
+            rule.ours([parameter(torch.zeros(2))], **{option: value})
+    with pytest.raises(TypeError, match=rf"^{option}\[1\] is '0.9' \(str\); a number"):
+        rule.ours([parameter(torch.zeros(2))], **{option: (0.5, "0.9")})
+
+
+@EVERY_RULE
+def test_a_max_norm_of_zero_warns(rule):
+    """It follows the formula, as torch's function does, and trains nothing; some frameworks mean "off" by it."""
+    p = parameter(torch.zeros(2))
+    with pytest.warns(UserWarning, match="^max_norm=0 makes every gradient 0") as caught:
+        optimizer = rule.ours([p], max_norm=0)
+    assert len(caught) == 1
+    for _ in range(2):
+        p.grad = torch.ones(2)
+        optimizer.step()  # does not warn again: a warning is an error here
+    with pytest.warns(UserWarning, match="max_norm=0"):
+        optimizer.add_param_group({"params": [parameter(torch.zeros(2))]})
+
+
 @pytest.mark.parametrize("arguments", [{"max_norm": 1.0}, {"normalize_grads": True}], ids=str)
 @EVERY_RULE
 def test_groups_that_disagree_on_the_norm(rule, arguments):

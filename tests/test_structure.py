@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_every_optimizer_has_a_page_and_a_reference(name: str, cls: type[FusedOp
     states = {*cls([torch.zeros(1)])._all_state_names(), *cls.scalar_states}
     missing = [state for state in states if f"`{state}`" not in text]
     assert not missing, f"{page.name} lacks the states {missing}"
-    for needed in ("Memory", "Source", f"csrc/rules/{cls.rule}.hpp"):
+    for needed in ("Memory traffic of a step", "Source", f"csrc/rules/{cls.rule}.hpp"):
         assert needed in text, f"{page.name} has no {needed!r}"
     if name != "SparseAdam":  # it takes no dense gradients: tests/test_optim_sparse.py
         assert name in RULES, f"tests/reference has no Rule of {name}"
@@ -172,3 +173,18 @@ def test_the_rule_in_contributing_is_the_file() -> None:
     """Newcomers copy the code block."""
     blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     assert blocks == [(CSRC / "rules" / "adadelta.hpp").read_text()]
+
+
+def test_the_demo_of_a_newcomer_installs_no_tools(tmp_path: Path) -> None:
+    """`make demo` in a new environment; in a developer's, it takes what is there."""
+
+    def commands(goal: str) -> str:
+        run = subprocess.run(["make", "-n", goal, f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert shutil.which("make") or pytest.skip("no make here")
+    assert f" demo > {tmp_path}/requirements.txt" in commands("demo")
+    assert f" demo bench test lint > {tmp_path}/requirements.txt" in commands("test")
+    (tmp_path / ".onepass-installed").touch()
+    assert f" demo bench test lint > {tmp_path}/requirements.txt" in commands("demo")

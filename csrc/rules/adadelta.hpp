@@ -7,7 +7,7 @@ namespace onepass::rules {
 struct Adadelta {
   static constexpr int n_state = 2;                                    // memory streams besides param and grad
   static constexpr const char* state_names = "square_avg, acc_delta";  // by the names of torch's state
-  static constexpr const char* state_kinds = "square, square";
+  static constexpr const char* state_kinds = "square, square";         // how few bits they may have
   static constexpr bool reads_grad = true;
 
   ONEPASS_HYPER(lr, rho, eps, weight_decay);  // doubles; Python passes them by these names

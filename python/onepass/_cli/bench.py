@@ -147,13 +147,16 @@ def _table(result: Json) -> str:
         best = best_peer(row)
         low, median, high = row["ratios"][best]
         times = [milliseconds(row["variants"][name]["median_ms"]) for name in variants]
-        rows.append([row["name"], *times, best, f"{median:.2f}x", f"{low:.2f} to {high:.2f}"])
+        mark = " *" if _is_unreliable(row) else ""
+        rows.append([row["name"] + mark, *times, best, f"{median:.2f}x", f"{low:.2f} to {high:.2f}"])
     header = ["step", "onepass ms", *(f"{path} ms" for path in _TORCH_PATHS), "best of torch", "ratio", "quartiles"]
-    unreliable = [row["name"] for row in result["rows"] if _is_unreliable(row)]
-    notes = ["", "Milliseconds: medians. Ratio: the median over interleaved rounds of best of torch / onepass."]
-    if unreliable:
-        why = "other processes took a core, or the ratio varied"
-        notes.append(f"Unreliable, because {why}: {', '.join(unreliable)}.")
+    notes = [
+        "",
+        "ms: the median of the rounds",
+        "ratio: the median of the rounds' ratios, not the ratio of the medians",
+    ]
+    if any(map(_is_unreliable, result["rows"])):
+        notes.append("* unreliable: other processes took a core, or the ratio varied much")
     return "\n".join([text_table(header, rows), *notes])
 
 

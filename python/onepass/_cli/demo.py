@@ -1,4 +1,4 @@
-"""Train small networks with torch and with onepass: the same losses, less time.
+"""Train small networks with torch and with onepass: the same losses, and their times.
 
 A character GPT and a character MLP learn the text of Python's help; a CNN learns handwritten digits where scikit-learn, which
 has them, is installed. Nothing is downloaded. Each is trained twice from the same seed on the same batches: once with torch
@@ -203,7 +203,8 @@ def comparisons() -> list[Comparison]:
     ]
     images = digits()
     if images is None:
-        print("scikit-learn is not installed: the CNN on its handwritten digits is left out", file=sys.stderr)
+        why = "scikit-learn is not installed: the CNN on its handwritten digits is left out (pip install scikit-learn)"
+        print(why, file=sys.stderr)
     else:
         result.append(
             Comparison("CNN", momentum, images, run(cnn, sgd_torch), run(cnn, sgd_onepass, True), dropout=True)
@@ -213,7 +214,7 @@ def comparisons() -> list[Comparison]:
 
 def table(results: list[Comparison]) -> str:
     header = ["model", "optimizer", "loss\ntorch", "onepass", "test accuracy\ntorch", "onepass", "optimizer\nratio"]
-    header += ["whole step\ntorch ms", "ratio", "quartiles", "outside of\nproducts", "there\nratio"]
+    header += ["whole step\ntorch ms", "ratio", "quartiles", "share not\nin matmuls", "ratio of\nthat share"]
     lines = []
     for result in results:
         runs = (result.torch, result.onepass)
@@ -232,8 +233,11 @@ def table(results: list[Comparison]) -> str:
                 f"{result.rest_ratio:.2f}x",
             ]
         )
-    note = "outside of products: the share of torch's step that is not in matrix products and convolutions"
-    return f"{text_table(header, lines)}\n{note}"
+    notes = [
+        "share not in matmuls: of torch's step; what is outside of matrix products and convolutions",
+        "ratio of that share: torch's time for it, divided by that of onepass",
+    ]
+    return "\n".join([text_table(header, lines), *notes])
 
 
 def smooth(losses: list[float], width: int = 20) -> list[float]:
@@ -247,18 +251,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    torch.set_num_threads(1)  # networks this small are no faster on more threads, and the times vary less
-    print(f"onepass {__version__}, torch {torch.__version__}, one thread")
+    torch.set_num_threads(1)  # the times vary less, too
+    print(f"onepass {__version__}, torch {torch.__version__}, one thread: networks this small are no faster on more")
     results = comparisons()
     for comparison in results:
         train(comparison, args.quick)
     print(table(results))
     for result in results:
         verdict = "the same" if result.agrees else "NOT the same"
+        steps, difference = len(result.torch.losses), result.loss_difference
         if result.dropout:
-            how = f"on average, the masks differ (relative difference {result.loss_difference:.1%})"
+            how = f"on average: the masks differ, and the means of {steps} steps by {difference:.1%}"
         else:
-            how = f"to rounding (largest difference of {len(result.torch.losses)} steps {result.loss_difference:.1e})"
+            how = f"to rounding: in {steps} steps they differ by {difference:.1e} at most"
         print(f"{result.network}: losses of torch and onepass are {verdict} {how}")
     if args.plot:
         from .demo_plot import picture

@@ -6,6 +6,7 @@ import io
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .demo import Comparison, smooth
 
@@ -21,6 +22,9 @@ def picture(results: list[Comparison], file_format: str) -> bytes:
         axes.plot(smooth(result.torch.losses), color=TORCH, linewidth=5, label="torch")
         axes.plot(smooth(result.onepass.losses), color=ONEPASS, linewidth=1.5, label="onepass, on top of it")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("step")
         axes.set_title(f"{result.network}: {result.optimizer}", loc="left", fontweight="bold")
     curves[0].set_ylabel("training loss (mean of 20 steps)")
@@ -53,4 +57,4 @@ def _draw_times(axes: Axes, results: list[Comparison]) -> None:
     axes.set_xticks([0, 50, 100], ["0 %", "50 %", "100 %"])
     axes.set_xlabel("of torch's step; grey: matrix products and convolutions")
     axes.tick_params(axis="y", length=0)
-    axes.set_title("Less time for everything else", loc="left", fontweight="bold")
+    axes.set_title("Where the time of a step goes", loc="left", fontweight="bold")

@@ -23,7 +23,10 @@ class UsageError(argparse.ArgumentTypeError):
 class OutputFile:
     """A file to write at the end of a command. Whether it can be written is known before the work starts."""
 
+    kind = "file"
+
     def __init__(self, path: str) -> None:
+        self._name = path
         self.path = Path(os.path.realpath(path))  # a link stays, the file that it points to is replaced
         self._unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.unfinished")
         if os.path.exists(self.path) and not self.path.is_file():
@@ -33,13 +36,14 @@ class OutputFile:
         self._unfinished.unlink()
 
     def write(self, content: bytes) -> None:
-        """Replace the file by one with this content."""
+        """Replace the file by one with this content, and say so."""
         self._write_beside(content)
         try:
             os.replace(self._unfinished, self.path)
         except OSError as error:
             self._unfinished.unlink()
             raise self._refusal(error) from None
+        print(f"{self.kind}: {self._name}")
 
     def _write_beside(self, content: bytes) -> None:
         try:
@@ -55,6 +59,8 @@ class OutputFile:
 
 class PictureFile(OutputFile):
     """A picture in a format that matplotlib writes."""
+
+    kind = "picture"
 
     def __init__(self, path: str) -> None:
         if importlib.util.find_spec("matplotlib") is None:

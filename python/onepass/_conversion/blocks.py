@@ -1,7 +1,7 @@
 """Forwards of blocks whose neighbouring modules run in one pass: norm and activation, dropout, residual and norm.
 
 Each computes what its block's own forward does. Where a module inside is not what the fused kernel stands for (it has hooks,
-or was exchanged), that module is called as usual.
+or was exchanged), that module is called as usual. `fuses` is for the report.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .swap import original_class
 class Sequential:
     """torch.nn.Sequential: BatchNorm and the ReLU behind it."""
 
+    fuses: ClassVar[str] = "BatchNorm + ReLU"
     arity: ClassVar[int] = 1
     takes_options: ClassVar[bool] = False
 
@@ -55,6 +56,7 @@ class ResidualBlock:
 
     convolutions: int
 
+    fuses: ClassVar[str] = "BatchNorm + ReLU, BatchNorm + residual + ReLU"
     arity: ClassVar[int] = 1
     takes_options: ClassVar[bool] = False
 
@@ -106,6 +108,7 @@ def _has_own_parts(module: nn.Module) -> bool:
 class EncoderLayer:
     """torch.nn.TransformerEncoderLayer in training; torch has a fast path of its own for evaluation."""
 
+    fuses: ClassVar[str] = "dropout + residual + LayerNorm"
     arity: ClassVar[int] = 1
     takes_options: ClassVar[bool] = True
 
@@ -140,6 +143,7 @@ class EncoderLayer:
 class DecoderLayer:
     """torch.nn.TransformerDecoderLayer."""
 
+    fuses: ClassVar[str] = "dropout + residual + LayerNorm"
     arity: ClassVar[int] = 2
     takes_options: ClassVar[bool] = True
 
@@ -190,6 +194,7 @@ class DecoderLayer:
 class DenseDropoutAddNorm:
     """LayerNorm(dropout(dense(h)) + residual): the outputs of BERT and its relatives."""
 
+    fuses: ClassVar[str] = "dropout + residual + LayerNorm"
     arity: ClassVar[int] = 2
     takes_options: ClassVar[bool] = False
 
@@ -211,6 +216,7 @@ class DenseDropoutAddNorm:
 class VisionBlock:
     """x + attention(norm1(x)), then x + mlp(norm2(x)): timm's Block, without layer scales and dropped paths."""
 
+    fuses: ClassVar[str] = "residual + norm"
     arity: ClassVar[int] = 1
     takes_options: ClassVar[bool] = False
 
@@ -240,6 +246,7 @@ class VisionBlock:
 class VisionLayer:
     """As VisionBlock, with a dropout after each part: the layers of transformers' ViT and its relatives."""
 
+    fuses: ClassVar[str] = "dropout + residual + LayerNorm"
     arity: ClassVar[int] = 1
     takes_options: ClassVar[bool] = False
 
@@ -268,6 +275,7 @@ class VisionLayer:
 class DecoderBlock:
     """x + attention(norm(x)), then x + mlp(norm(x)): the layers of Llama, Mistral, Qwen and their relatives."""
 
+    fuses: ClassVar[str] = "residual + norm"
     arity: ClassVar[int] = 1
     takes_options: ClassVar[bool] = True
 

@@ -154,6 +154,10 @@ def _convert_layer(name: str, module: nn.Module, probe: Probe) -> Iterator[Row]:
     if is_registered(module):
         yield from _convert_by(name, module, layer_candidates, probe)
         return
+    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+        why = "its dropout is a call inside attention, which onepass.patch() reaches"
+        yield Row(name, type(module).__qualname__, None, why)
+        return
     is_related = isinstance(module, _RELATED) and not isinstance(module, _OURS)
     reason = _reason_to_leave(module, kind) if is_related else None
     if reason is not None:
@@ -207,6 +211,8 @@ def _reason_to_keep_forward(module: nn.Module) -> str | None:
 
 
 def _describe(forward: Any) -> str:
+    if hasattr(forward, "fuses"):
+        return f"fused: {forward.fuses}"
     return _path(forward) if hasattr(forward, "__qualname__") else repr(forward)
 
 

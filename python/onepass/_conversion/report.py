@@ -18,6 +18,8 @@ class Report(list[Row]):
     """The rows of a conversion; printed, a table."""
 
     def __str__(self) -> str:
+        if not self:
+            return "nothing to convert: there are no norms and no dropouts, or all are converted already"
         cells = [("module", "was", "is", "why not"), *(tuple(cell or "" for cell in row) for row in self)]
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
         return "\n".join(

@@ -11,6 +11,7 @@ from .devices import (
     is_on_cuda,
     isa,
     isas,
+    no_cuda_kernels,
     thread_runtime,
     use_isa,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "isa",
     "isas",
     "new_plan",
+    "no_cuda_kernels",
     "norm_of",
     "rules",
     "state_names",

@@ -22,6 +22,14 @@ compiler: str = _C.compiler
 thread_runtime: str = _C.thread_runtime()
 
 
+def no_cuda_kernels(what: str, device: object) -> str:
+    """The text of the error for a tensor on a GPU in a build for the CPU alone."""
+    return (
+        f"{what} is on {device}, but this build of onepass has no CUDA kernels. Build it where nvcc >= 12.1 is found, in "
+        f"the folder of the source: pip install --force-reinstall --no-deps . -C cmake.define.ONEPASS_CUDA=ON"
+    )
+
+
 def is_on_cuda(tensor: Tensor) -> bool:
     """Whether the CUDA kernels take this tensor."""
     return tensor.is_cuda or _C.cuda_on_host

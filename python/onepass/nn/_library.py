@@ -80,10 +80,7 @@ def _make_fold(schema: str, options: Sequence[type[tuple[Any, ...]]]) -> Callabl
 
 def _refuse_cuda(*args: Any) -> Any:
     device = next(a.device for a in args if isinstance(a, Tensor))
-    raise RuntimeError(
-        f"The input is on {device}, but this build of onepass has no CUDA kernels. Install it where nvcc >= 12.1 is "
-        f"found: pip install --force-reinstall --no-binary onepass -C cmake.define.ONEPASS_CUDA=ON onepass"
-    )
+    raise RuntimeError(_native.no_cuda_kernels("The input", device))
 
 
 def pad_missing(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from ._checkpoints import take_loaded_states, with_full_states
 from ._checks import check_params, name_of
 from ._distributed import reduce_sharded
 from ._formats import REMAINDER, STORAGE_OPTIONS, Formats, formats_of, is_sharded, missing_entries
-from ._options import SHARED, as_python_number, check_agreement, check_scalar, check_shared_options, options_of
+from ._options import SHARED, as_python_number, check_agreement, check_new_options, check_shared_options, options_of
 from ._parameter_states import restore_precision, scalar_tensor
 from ._staging import Staging
 
@@ -66,8 +66,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise for options that are out of range or exclude each other. Subclasses add their own."""
-        check_scalar("lr", group["lr"])
         check_shared_options(group, type(self).__name__)
+        check_new_options(group)
         self._formats(group)
 
     def _formats(self, group: dict[str, Any]) -> Formats:

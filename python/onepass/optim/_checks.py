@@ -118,10 +118,7 @@ def check_dtensors(label: str, param: Tensor, grad: Tensor | None, states: Mappi
 def check_param(label: str, param: Tensor) -> None:
     _check_memory(label, "data", param)
     if param.device.type == "cuda" and not _native.cuda_kernels:
-        raise RuntimeError(
-            f"{label} is on {param.device}, but this build of onepass has no CUDA kernels. Install it where nvcc >= 12.1 is "
-            f"found: pip install --force-reinstall --no-binary onepass -C cmake.define.ONEPASS_CUDA=ON onepass"
-        )
+        raise RuntimeError(_native.no_cuda_kernels(label, param.device))
     if param.dtype not in FLOATS and param.dtype not in _COMPLEX_DTYPES:
         raise RuntimeError(
             f"{label} has dtype {param.dtype}; float32, float64, bfloat16, float16, complex64 and complex128 are supported."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -21,20 +22,45 @@ def check_not_negative(group: dict[str, Any], *options: str) -> None:
     """Raise torch.optim's ValueError for the first of these options that is negative or NaN."""
     texts = {"lr": "Invalid learning rate", "eps": "Invalid epsilon value"}
     for name in options:
+        check_scalar(name, group[name])
         check(group[name] >= 0, texts.get(name, f"Invalid {name} value"), group[name])
 
 
 def check_betas(group: dict[str, Any]) -> None:
     """Raise torch.optim's ValueError unless each of the betas is one number in [0, 1)."""
-    for index, beta in enumerate(group["betas"]):
-        check_scalar(f"betas[{index}]", beta)
+    for index, beta in enumerate(check_pair("betas", group["betas"])):
         check(0 <= beta < 1, f"Invalid beta parameter at index {index}", beta)
 
 
 def check_scalar(name: str, value: float | Tensor) -> None:
-    """Raise torch.optim's ValueError for a hyper-parameter that is a tensor of several elements."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element")
+    """Raise for a hyper-parameter that is no number; torch.optim's ValueError for a tensor of several elements."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+    elif not hasattr(value, "__float__"):  # which numbers of NumPy and of torch.compile have, too
+        raise TypeError(
+            f"{name} is {value!r:.60} ({type(value).__name__}); a number or a tensor of one element is expected"
+        )
+
+
+def check_pair(name: str, value: Any) -> Any:
+    """Return an option that has to be two numbers; raise if it is not."""
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r:.60} ({type(value).__name__}); two numbers are expected") from None
+    check_scalar(f"{name}[0]", first)
+    check_scalar(f"{name}[1]", second)
+    return value
+
+
+def check_new_options(group: dict[str, Any]) -> None:
+    """What a step does not check again, for options of every optimizer."""
+    check_scalar("lr", group["lr"])
+    if "params" in group and group["max_norm"] is not None and group["max_norm"] == 0:
+        warnings.warn(
+            "max_norm=0 makes every gradient 0, so nothing is trained; None switches clipping off", stacklevel=2
+        )
 
 
 def check_shared_options(group: dict[str, Any], optimizer: str) -> None:

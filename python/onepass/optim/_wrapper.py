@@ -29,11 +29,12 @@ class Wrapper(torch.optim.Optimizer):
 
     kept: ClassVar[str]  # name of the state that the wrapper keeps per parameter
     prefix: ClassVar[str]  # of its options' names in the groups
+    usage: ClassVar[str]  # for whoever passes something that is no optimizer
     base_optimizer: torch.optim.Optimizer
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):  # the sentence of torch.optim.lr_scheduler
-            raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+            raise TypeError(f"{type(optimizer).__name__} is not an Optimizer; {self.usage}")
         options = {name: as_python_number(value) for name, value in options.items()}
         # The base class's __init__ would make groups of its own; __setstate__ does everything else.
         self.__setstate__({"base_optimizer": optimizer, "_own_state": {}})

@@ -44,6 +44,7 @@ class Lookahead(Wrapper):
 
     kept = "slow_param"
     prefix = "lookahead_"
+    usage = "Lookahead wraps an optimizer: Lookahead(onepass.optim.AdamW(params), k=5)"
 
     def __init__(self, optimizer: torch.optim.Optimizer, k: int = 5, alpha: float | str = 0.5) -> None:
         options = {"lookahead_k": k, "lookahead_alpha": alpha, "lookahead_step": 0}
@@ -59,7 +60,8 @@ class Lookahead(Wrapper):
             check(operator.index(k) >= 1, "Invalid k value", k)
         except TypeError:
             check(False, "Invalid k value (an integer from 1)", k)
-        check_scalar("alpha", alpha)
+        if not isinstance(alpha, str):
+            check_scalar("alpha", alpha)
         check(
             alpha == "quadratic" if isinstance(alpha, str) else 0 <= alpha <= 1,
             "Invalid alpha value (a number from 0 to 1 or 'quadratic')",

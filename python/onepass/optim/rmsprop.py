@@ -77,7 +77,7 @@ class RMSprop(FusedOptimizer):
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         centered = ("grad_avg",) if group["centered"] else ()
-        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+        momentum = ("momentum_buffer",) if group["momentum"] != 0 else ()
         return ("square_avg", *centered, *momentum)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check_not_negative
+from ._options import check_not_negative, check_pair
 
 _VARIANTS = ("irprop-", "rprop-")
 
@@ -70,7 +70,8 @@ class Rprop(FusedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        eta_minus, eta_plus = group["etas"]
+        eta_minus, eta_plus = check_pair("etas", group["etas"])
+        check_pair("step_sizes", group["step_sizes"])
         check_not_negative(group, "lr")
         if not 0 < eta_minus < 1 < eta_plus:
             raise ValueError(f"Invalid eta values: {eta_minus}, {eta_plus}")

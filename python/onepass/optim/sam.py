@@ -49,6 +49,7 @@ class SAM(Wrapper):
 
     kept = "old_param"
     prefix = "sam_"
+    usage = "base_optimizer has to be a class of optimizers, or a function that returns an optimizer"
     # GradScaler then calls step() even after an overflow, which it must, to restore the weights.
     _step_supports_amp_scaling = True
 

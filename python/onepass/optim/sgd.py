@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check_not_negative
+from ._options import check_not_negative, check_scalar
 
 
 class SGD(FusedOptimizer):
@@ -69,6 +69,7 @@ class SGD(FusedOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         check_not_negative(group, "lr", "momentum", "weight_decay")
+        check_scalar("dampening", group["dampening"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if group["dampening"] != 0 and group["lr_in_velocity"]:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
 from ._checks import name_of
-from ._options import check, check_betas
+from ._options import check, check_betas, check_scalar
 
 
 class SparseAdam(FusedOptimizer):
@@ -62,6 +62,7 @@ class SparseAdam(FusedOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         check(group["lr"] > 0, "Invalid learning rate", group["lr"])
+        check_scalar("eps", group["eps"])
         check(group["eps"] > 0, "Invalid epsilon value", group["eps"])
         check_betas(group)
 
