@@ -181,7 +181,7 @@ def trainer(data: Any, network: Callable[[], nn.Module], optimizer: Callable[...
 
 
 def tasks(quick: bool) -> dict[str, Train]:
-    steps, text_steps = (5, 2) if quick else (800, 500)
+    steps, text_steps = (2, 1) if quick else (800, 500)
 
     def adamw(params: Any, **options: Any) -> Any:
         return onepass.optim.AdamW(params, lr=1e-3, **options)
@@ -201,6 +201,7 @@ def tasks(quick: bool) -> dict[str, Train]:
 
 def losses(quick: bool, seeds: int) -> list[Json]:
     """One row per task, dtype of the parameters and option: mean and standard deviation over the seeds."""
+    torch.set_num_threads(1)  # the networks are small
     rows: list[Json] = []
     for task, train in tasks(quick).items():
         for dtype, named in BY_DTYPE.items():
