@@ -18,6 +18,9 @@ from pathlib import Path
 
 from sass import Kernel, inspect, objects_in, table
 
+# Kernels of a few bytes, and those compiled for accesses of fewer than 16: the second template argument is the width.
+NARROW = r"prepare|join|finish|_kernel<(float, [12]|double, 1|__half, [124]|__nv_bfloat16, [124]),"
+
 
 def faults_of(kernel: Kernel, budget: int, wide_loads: bool, wide_stores: bool) -> list[str]:
     faults = []
@@ -43,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, help="build folders, object files or libraries with CUDA code")
     parser.add_argument("--registers", type=int, default=64, help="budget a thread, 64 unless stated otherwise")
     parser.add_argument("--budget", action="append", default=[], metavar="REGEX=N", help="another one for some kernels")
-    parser.add_argument(
-        "--narrow", default="prepare|join|finish|narrow", metavar="REGEX", help="need no 16-byte access"
-    )
+    parser.add_argument("--narrow", default=NARROW, metavar="REGEX", help="need no 16-byte access")
     parser.add_argument(
         "--reads", default="reduce|moments|sums|columns", metavar="REGEX", help="need 16-byte loads, but no such stores"
     )

@@ -81,6 +81,7 @@ class Case:
     total: int = 0  # bytes that a launch loads from memory
     row: int = 0  # of them, bytes that one team loads together; a row of a norm
     floor: float = 0  # KB in flight per SM on sm_90
+    share: float = 1  # of the arrays that the kernels can load, those that this call has
     narrow: int = 0  # unless 0: this call's misaligned array is loaded by accesses of so many bytes
 
     @property
@@ -108,15 +109,16 @@ def batch_cases() -> Iterable[Case]:
                 batch, space = 128, width * width
                 size = batch * channels * space * BYTES[dtype]
                 layout = "channels last" if last else "NCHW"
-                for kind, kernels, arrays, what in (
-                    ("batch_norm", "^batch_moments", 1, "statistics"),
-                    ("batch_norm", "^batch_norm_kernel", 1, "result"),
-                    ("batch_norm_backward", "^batch_sums_kernel", 2, "backward, sums"),
-                    ("batch_norm_backward", "^batch_norm_backward", 2, "backward, result"),
+                for kind, kernels, arrays, possible, what in (
+                    ("batch_norm", "^batch_moments", 1, 1, "statistics"),
+                    ("batch_norm", "^batch_norm_kernel", 1, 2, "result"),  # no residual
+                    ("batch_norm_backward", "^batch_sums_kernel", 2, 3, "backward, sums"),  # no activation
+                    ("batch_norm_backward", "^batch_norm_backward", 2, 3, "backward, result"),
                 ):
                     call = f"{kind} {dtype} {batch} {channels} {space} {last}"
                     name = f"BatchNorm {width} x {width} {layout}, {what}"
-                    yield Case(name, call, kernels, size * arrays)
+                    floor = 18 if (dtype, width, last) == ("bfloat16", 14, 0) else 0
+                    yield Case(name, call, kernels, size * arrays, floor=floor, share=arrays / possible)
 
 
 def list_cases() -> Iterable[Case]:
@@ -196,10 +198,17 @@ def estimate(case: Case, launch: Launch, kernel: Kernel, arch: str) -> Estimate:
     machine = MACHINES[arch]
     blocks = blocks_per_sm(kernel, machine, launch.threads, launch.dynamic_shared)
     resident = min(blocks, launch.grid / machine.sms)
-    widths = max((burst for burst in kernel.bursts if not case.narrow or case.narrow in burst), key=sum, default=())
-    per_block = launch.threads * sum(widths)
+    bursts = [
+        burst
+        if case.narrow
+        else [width for width in burst if width == max(burst)]  # the others: rare paths, statistics
+        for burst in kernel.bursts
+        if not case.narrow or case.narrow in burst
+    ]
+    widths = max(bursts, key=lambda burst: (sum(burst), max(burst)), default=[])
+    per_block = launch.threads * sum(widths) * case.share
     if case.row and launch.integers:  # a team cannot have more in flight than its row
-        team = launch.integers[0]
+        team = 1 << launch.integers[0]
         per_block = launch.threads // team * min(team * sum(widths), case.row)
     per_block = min(per_block, case.total / launch.grid)  # nor a block more than its part
     stores = [width for width in (16, 8, 4, 2) if kernel.stores(width)]

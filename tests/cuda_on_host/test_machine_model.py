@@ -68,7 +68,7 @@ def test_waiting_loads(lines, expected):
 
 
 def kernel(registers: int, shared: int = 0) -> Kernel:
-    return Kernel("sm_90", "k", "k", registers=registers, shared=shared, bursts={(16, 16), (4, 4)})
+    return Kernel("sm_90", "k", "k", registers=registers, shared=shared, bursts={(4, 16, 16), (4, 4)})
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,10 @@ def test_estimate():
 
     assert kilobytes() == 8 * 256 * 32 / 1024
     assert kilobytes(grid=66) == 0.5 * 256 * 32 / 1024
-    assert kilobytes(integers=(64,), row=1000) == 8 * 4 * 1000 / 1024 // 0.1 / 10
+    assert kilobytes(integers=(6,), row=1000) == 8 * 4 * 1000 / 1024 // 0.1 / 10
     assert kilobytes(total=10_000 * 512) == 8 * 512 / 1024
-    assert kilobytes(narrow=4) == 8 * 256 * 8 / 1024
+    assert kilobytes(share=0.5) == 4 * 256 * 32 / 1024
+    assert kilobytes(narrow=4) == 8 * 256 * 36 / 1024
 
 
 def test_a_starving_kernel_is_found(tmp_path, capsys, monkeypatch):
