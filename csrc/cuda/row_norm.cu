@@ -82,7 +82,7 @@ struct RowShare {
 };
 
 template <class T, int w, int threads, bool has_residual>
-__global__ void __launch_bounds__(threads, tuning::row_blocks_per_sm(w, threads, has_residual))
+__global__ void __launch_bounds__(threads, tuning::row_blocks_per_sm(sizeof(T), w, threads, has_residual))
     row_norm_kernel(ONEPASS_GRID_CONSTANT(RowNorm) call, int log2_team) {
   using F = Compute<T>;
   constexpr int rounds = tuning::row_rounds<sizeof(T), w>;

@@ -62,11 +62,11 @@ constexpr int row_rounds =
     row_elements<element_bytes> / width < max_rounds ? row_elements<element_bytes> / width : max_rounds;
 // The largest block. With a residual, rows take more registers.
 constexpr int row_threads(bool has_residual) { return has_residual ? 512 : 1024; }
-// Blocks per SM that the register limit of a thread must allow for: 64 registers, or 80 with a residual, unless 16
-// bytes hold 8 elements.
-constexpr int row_blocks_per_sm(int width, int threads, bool has_residual) {
-  const int blocks = (has_residual && width < 8 ? 768 : 1024) / threads;
-  return blocks > 0 ? blocks : 1;
+// Blocks per SM that the register limit of a thread must allow for: 64 registers; with a residual 80, or 96 and more if
+// accesses are narrow, because each takes an address. 8 elements in 16 bytes take fewer.
+constexpr int row_blocks_per_sm(int element_bytes, int width, int threads, bool has_residual) {
+  const int resident = !has_residual || width == 8 ? 1024 : element_bytes * width == 16 ? 768 : 640;
+  return resident > threads ? resident / threads : 1;
 }
 
 // Backward keeps the gradients of its columns' weights besides x and dy: up to 128 registers per thread, 512 threads
