@@ -11,13 +11,14 @@ namespace {
 constexpr int lanes = 32;
 
 // Loads dy and, with an activation, y; computes dz from them.
-template <class T, int w, int rounds>
-__device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offsets)[rounds],
-                        Elements<Compute<T>, w> (&dz)[rounds]) {
+template <class T, class Layout, int w, int rounds>
+__device__ void load_dz(const BatchNormBackward& call, const Accesses<Layout, w, 2>& now, std::int64_t size,
+                        Elements<T, w> (&x)[rounds], Elements<Compute<T>, w> (&dz)[rounds]) {
   using F = Compute<T>;
   Elements<T, w> dy[rounds], y[rounds];
-  load_at(offsets, call.dy, dy);
-  load_at(offsets, call.activate ? call.y : nullptr, y);
+  now.load(call.dx != nullptr || call.phase != Phase::apply ? call.x : nullptr, size, x);
+  now.load(call.dy, size, dy);
+  now.load(call.activate ? call.y : nullptr, size, y);
   ONEPASS_UNROLL
   for (int k = 0; k < rounds * w; ++k) {
     const int r = k / w, e = k % w;
@@ -27,31 +28,30 @@ __device__ void load_dz(const BatchNormBackward& call, const std::int64_t (&offs
 }
 
 // partials[part][2][channels].
-template <class T, class Access, class Layout>
+template <class T, int w, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     batch_sums_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Compute<T>;
-  constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
-  const std::int64_t channels = call.shape.channels;
+  constexpr int own = Layout::template own<w>, rounds = Accesses<Layout, w, 2>::rounds;
+  const std::int64_t channels = call.shape.channels, size = call.shape.batch * channels * call.shape.space;
   Layout walk;
   walk.template start<w>(call.shape, part, columns);
   F mean[own] = {}, sums[2 * own] = {};
   if (walk.has_channel(call.shape)) {
     ONEPASS_UNROLL
-    for (int c = 0; c < own; ++c) mean[c] = static_cast<const F*>(call.stats)[walk.channel + c];
+    for (int c = 0; c < own; ++c) mean[c] = __ldg(static_cast<const F*>(call.stats) + walk.channel + c);
   }
   while (walk.has()) {
-    std::int64_t offsets[rounds];
+    const Accesses<Layout, w, 2> now(walk);
     Elements<T, w> x[rounds];
     Elements<F, w> dz[rounds];
-    next_offsets(walk, offsets);
-    load_at(offsets, call.x, x);
-    load_dz<T>(call, offsets, dz);
+    load_dz<T>(call, now, size, x, dz);
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
       const int r = k / w, e = k % w, c = Layout::last ? e : 0;
-      sums[c] += dz[r].at[e];
-      sums[own + c] += dz[r].at[e] * (decode(x[r].at[e]) - mean[c]);
+      const bool meant = now.is_meant(r, e);
+      sums[c] += meant ? dz[r].at[e] : F(0);
+      sums[own + c] += meant ? dz[r].at[e] * (decode(x[r].at[e]) - mean[c]) : F(0);
     }
   }
   column_totals(sums, columns);
@@ -81,29 +81,28 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_
   if (threadIdx.x % lanes == 0) rows::finish_channel_gradient<F, Numbers>(call, c, all);
 }
 
-template <class T, class Access, class Layout>
+template <class T, int w, class Layout>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     batch_norm_backward_kernel(ONEPASS_GRID_CONSTANT(BatchNormBackward) call, std::int64_t part, int columns) {
   using F = Compute<T>;
-  constexpr int w = Access::template width<T>, own = Layout::template own<w>, rounds = tuning::column_rounds<sizeof(T)>;
+  constexpr int own = Layout::template own<w>, rounds = Accesses<Layout, w, 2>::rounds;
+  const std::int64_t size = call.shape.batch * call.shape.channels * call.shape.space;
   Layout walk;
   walk.template start<w>(call.shape, part, columns);
-  if (!walk.has_channel(call.shape)) return;
+  if (!walk.has()) return;
   rows::InputGradient<F> gradient[own];
   ONEPASS_UNROLL
   for (int c = 0; c < own; ++c) gradient[c] = rows::input_gradient_of<F, Numbers>(call, walk.channel + c);
   while (walk.has()) {
-    std::int64_t offsets[rounds];
+    const Accesses<Layout, w, 2> now(walk);
     Elements<T, w> x[rounds];
     Elements<F, w> dz[rounds];
-    next_offsets(walk, offsets);
-    load_at(offsets, call.training && call.dx != nullptr ? call.x : nullptr, x);
-    load_dz<T>(call, offsets, dz);
+    load_dz<T>(call, now, size, x, dz);
     if (call.dresidual != nullptr) {
       Elements<T, w> dresidual[rounds];
       ONEPASS_UNROLL
       for (int k = 0; k < rounds * w; ++k) encode(dresidual[k / w].at[k % w], dz[k / w].at[k % w]);
-      store_at(offsets, call.dresidual, dresidual);
+      now.store(call.dresidual, dresidual);
     }
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_
       encode(x[r].at[e],
              call.training ? gradient[c].at(dz[r].at[e], F(decode(x[r].at[e]))) : dz[r].at[e] * gradient[c].scale);
     }
-    store_at(offsets, call.dx, x);
+    now.store(call.dx, x);
   }
 }
 
@@ -119,23 +118,23 @@ template <class T>
 void launch_batch_norm_backward(BatchNormBackward call, void* stream) {
   using F = Compute<T>;
   const BatchShape& s = call.shape;
-  const bool wide = is_wide<T>(s, {call.x, call.dy, call.activate ? call.y : nullptr, call.dx, call.dresidual});
-  with_layout<T>(wide, s.channels_last, [&](auto access, auto layout) {
-    using Access = decltype(access);
+  const auto arrays = {call.x, call.dy, call.activate ? call.y : nullptr, static_cast<const void*>(call.dx),
+                       static_cast<const void*>(call.dresidual)};
+  if (call.sums == nullptr) call.sums = static_cast<F*>(call.workspace) + max_batch_parts(s) * 2 * s.channels;
+  with_layout<T>(s, arrays, [&](auto layout, auto elements) {
     using Layout = decltype(layout);
-    const BatchGrid grid(s, Access::template width<T>);
-    const auto& parts = grid.parts;
-    if (call.sums == nullptr) call.sums = static_cast<F*>(call.workspace) + parts.count * 2 * s.channels;
+    constexpr int w = elements;
+    const BatchGrid<Layout, w> grid(s);
     if (call.phase != Phase::apply && (call.training || call.dweight != nullptr || call.dbias != nullptr)) {
-      launch("batch_sums", batch_sums_kernel<T, Access, Layout>, grid.blocks, dim3(tuning::column_threads), 0, stream,
-             call, parts.size, grid.columns);
+      launch("batch_sums", batch_sums_kernel<T, w, Layout>, grid.blocks, dim3(tuning::column_threads), 0, stream, call,
+             grid.part, grid.columns);
       constexpr int warps = tuning::column_threads / lanes;
       launch("batch_sums_finish", batch_sums_finish_kernel<F>, dim3(unsigned((s.channels + warps - 1) / warps)),
-             dim3(tuning::column_threads), 0, stream, call, parts.count);
+             dim3(tuning::column_threads), 0, stream, call, std::int64_t(grid.blocks.y));
     }
     if (call.phase != Phase::statistics && (call.dx != nullptr || call.dresidual != nullptr))
-      launch("batch_norm_backward", batch_norm_backward_kernel<T, Access, Layout>, grid.blocks,
-             dim3(tuning::column_threads), 0, stream, call, parts.size, grid.columns);
+      launch("batch_norm_backward", batch_norm_backward_kernel<T, w, Layout>, grid.blocks, dim3(tuning::column_threads),
+             0, stream, call, grid.part, grid.columns);
   });
 }
 

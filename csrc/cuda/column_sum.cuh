@@ -6,10 +6,10 @@
 namespace onepass::cuda {
 
 // Replaces x by its sum over the block's threads with the same threadIdx.x % columns; `columns` is a power of two up to
-// 32. All tuning::column_threads threads of the block call it, at most once per kernel for each n.
-template <class F, int n>
+// 32. All threads of the block call it, at most once per kernel for each n.
+template <int threads = tuning::column_threads, class F, int n>
 __device__ void column_totals(F (&x)[n], int columns) {
-  constexpr int lanes = 32, warps = tuning::column_threads / lanes;
+  constexpr int lanes = 32, warps = threads / lanes;
   ONEPASS_SHARED(F, warp_sums, n * warps * lanes);
   for (int distance = columns; distance < lanes; distance *= 2) {
     ONEPASS_UNROLL

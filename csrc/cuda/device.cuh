@@ -53,8 +53,9 @@ struct DeviceGuard {
 #endif
 
 // For kernels whose blocks loop: a large array has more parts than the grid has blocks.
-inline dim3 grid_of(std::int64_t blocks) {
-  return dim3(unsigned(blocks < tuning::max_blocks ? blocks : tuning::max_blocks));
+inline dim3 grid_of(std::int64_t blocks, int threads) {
+  const std::int64_t most = tuning::max_threads / threads;
+  return dim3(unsigned(blocks < most ? blocks : most));
 }
 
 }  // namespace onepass::cuda

@@ -62,8 +62,8 @@ void launch_dropout(const DropoutCall& call, void* stream) {
   constexpr std::int64_t at_once = std::int64_t(tuning::dropout_threads) * group<T>;  // per block
   const std::int64_t blocks = (call.size + at_once - 1) / at_once;
   if (blocks == 0) return;
-  launch("dropout", dropout_kernel<T>, grid_of(blocks), dim3(tuning::dropout_threads), 0, stream, call,
-         is_aligned16(call.x) && is_aligned16(call.y));
+  launch("dropout", dropout_kernel<T>, grid_of(blocks, tuning::dropout_threads), dim3(tuning::dropout_threads), 0,
+         stream, call, is_aligned16(call.x) && is_aligned16(call.y));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 //   launch(name, kernel, grid, block, dynamic_shared, stream, arguments...)
 //   allow_dynamic_shared(name, kernel, bytes)  before launches with more than 48 KB of dynamic shared memory
 //   as_wide<Wide>(pointer)               the same memory as elements of type Wide, for accesses of 16 bytes
+//   load_here(x)                         x, just loaded, is not loaded later
 #pragma once
 
 #include <cstddef>
@@ -55,6 +56,15 @@ void allow_dynamic_shared(const char* name, void (*kernel)(Parameters...), std::
 
 __device__ __forceinline__ void require_aligned(const volatile void*, std::size_t) {}
 
+// What was loaded into x is loaded here: without this, the compiler moves loads down to their first use, where they no
+// longer wait together. Adds no instruction.
+__device__ __forceinline__ void load_here(uint4& x) { asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)); }
+__device__ __forceinline__ void load_here(uint2& x) { asm volatile("" : "+r"(x.x), "+r"(x.y)); }
+__device__ __forceinline__ void load_here(unsigned int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void load_here(float& x) { asm volatile("" : "+f"(x)); }
+template <class Element>
+__device__ __forceinline__ void load_here(Element&) {}
+
 }  // namespace onepass::cuda
 
 #elif defined(ONEPASS_CUDA_ON_HOST)
@@ -73,6 +83,8 @@ namespace onepass::cuda {
 using cuda_on_host::allow_dynamic_shared;
 using cuda_on_host::launch;
 using cuda_on_host::require_aligned;
+template <class Word>
+void load_here(Word&) {}
 }  // namespace onepass::cuda
 
 #else

@@ -36,13 +36,50 @@ __device__ double block_total(Total total, double x) {
   return x;
 }
 
+// Adds the elements from `begin` to `end` to the thread's total, w adjacent ones per access. Squares of floats are
+// summed in float, some accesses at a time, because many GPUs convert to float64 at 1/64 of the rate.
+template <class T, Total kind, int w>
+__device__ double add_elements(const Reduction& reduction, double total, const T* data, const T* weight, int begin,
+                               int end) {
+  constexpr int rounds = kind == Total::magnitudes ? 2 : tuning::reduce_rounds<w>;  // pow takes registers
+  constexpr int step = tuning::reduce_threads * w;
+  constexpr bool weighted = kind == Total::weighted_squares;
+  for (int i = begin + int(threadIdx.x) * w; i < end; i += step * rounds) {
+    Elements<T, w> e[rounds], factors[rounds];
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      e[r] = Elements<T, w>::load(data + i + r * step, i + r * step < end);
+      if constexpr (weighted) factors[r] = Elements<T, w>::load(weight + i + r * step, i + r * step < end);
+    }
+    if constexpr (kind == Total::squares && !std::is_same_v<T, double>) {
+      SumOfSquares squares;
+      ONEPASS_UNROLL
+      for (int k = 0; k < rounds * w; ++k) squares.add(decode(e[k / w].at[k % w]));
+      if (squares.is_accurate()) {
+        total += squares.total();
+        continue;
+      }
+    }
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) {
+      if (i + r * step >= end) break;
+      ONEPASS_UNROLL
+      for (int j = 0; j < w; ++j) {
+        double x = decode(e[r].at[j]);
+        if constexpr (weighted) x *= double(decode(factors[r].at[j]));
+        total = add_element(reduction, total, x);
+      }
+    }
+  }
+  return total;
+}
+
 // `kind` is squares, weighted_squares or, for all other totals, magnitudes; these take their kind from the table at run
 // time. The two kinds of squares are compiled apart, so that their loops have no branch.
 template <class T, Total kind>
 __global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_per_sm)
     reduce_kernel(ONEPASS_GRID_CONSTANT(ReduceTable) table) {
   constexpr int w = width<T>;
-  constexpr bool weighted = kind == Total::weighted_squares;
   Reduction reduction = table.reduction;
   if constexpr (kind != Total::magnitudes) reduction.total = Total::squares;
   const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
@@ -50,26 +87,12 @@ __global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_
   const std::int64_t left = table.size[tensor] - offset;
   const int n = left < tuning::reduce_chunk ? int(left) : tuning::reduce_chunk;
   const T* const data = static_cast<const T*>(table.data[tensor]) + offset;
-  const T* const weight = weighted ? static_cast<const T*>(table.weight[tensor]) + offset : data;
+  const T* const weight = kind == Total::weighted_squares ? static_cast<const T*>(table.weight[tensor]) + offset : data;
 
-  double total = empty_total(reduction.total);
   const int whole = is_aligned16(data) && is_aligned16(weight) ? n / w * w : 0;
-  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::reduce_threads * w) {
-    const auto e = Elements<T, w>::load(data + i);
-    Elements<T, w> factors;
-    if constexpr (weighted) factors = Elements<T, w>::load(weight + i);
-    ONEPASS_UNROLL
-    for (int j = 0; j < w; ++j) {
-      double x = decode(e.at[j]);
-      if constexpr (weighted) x *= double(decode(factors.at[j]));
-      total = add_element(reduction, total, x);
-    }
-  }
-  for (int i = whole + int(threadIdx.x); i < n; i += tuning::reduce_threads) {
-    double x = decode(data[i]);
-    if constexpr (weighted) x *= double(decode(weight[i]));
-    total = add_element(reduction, total, x);
-  }
+  double total = empty_total(reduction.total);
+  total = add_elements<T, kind, w>(reduction, total, data, weight, 0, whole);
+  total = add_elements<T, kind, 1>(reduction, total, data, weight, whole, n);
 
   total = block_total<tuning::reduce_threads>(reduction.total, total);
   if (threadIdx.x == 0) table.partials[blockIdx.x] = total;

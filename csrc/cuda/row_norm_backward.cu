@@ -1,7 +1,7 @@
 // The backward of LayerNorm and RMSNorm.
 //   Rows that fit a team's registers: one pass over memory computes dx and, per block, sums for the gradients of weight
 //     and bias, which a second kernel joins in order.
-//   Longer or unaligned rows: one kernel reads them twice for dx, another one sums over the columns.
+//   Longer rows: one kernel reads them twice for dx, another one sums over the columns.
 #include <algorithm>
 
 #include "cuda/device.cuh"
@@ -24,7 +24,7 @@ struct Gradients {
   Elements<T, w> x[rounds], dy[rounds];
 
   __device__ Gradients(const RowNormBackward& c, std::int64_t row) : call(c), begin(row * c.size), stats{0, 0, 0} {
-    if (row < c.rows) stats = rows::Stats<F>::kept(c.stats, c.rows, row);
+    if (row < c.rows) stats = rows::Stats<F>::kept(c.stats, c.rows, row, Cached{});
     stats.rstd = rows::backward_rstd(stats.rstd, c.rms, c.size);
   }
 
@@ -35,16 +35,13 @@ struct Gradients {
       dy[r] = share.load(static_cast<const T*>(call.dy) + begin + base, r);
     }
   }
-  static __device__ Affine<T> weight_of(const RowNormBackward& call) {
-    return {call.weight, call.weight_dtype != call.dtype, call.scalar_affine, F(1)};
-  }
   __device__ F xhat(int r, int e) const { return stats.normalised(F(decode(x[r].at[e]))); }
 
   // sums: of g and of g * xhat.
-  __device__ void add_up(const Share<w>& share, std::int64_t base, F (&sums)[2]) const {
+  __device__ void add_up(const Share<w>& share, std::int64_t base, const Affine<T>& weights, F (&sums)[2]) const {
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
-      const Elements<F, w> weight = weight_of(call).load(share, base, r);
+      const Elements<F, w> weight = weights.load(share, base, r);
       ONEPASS_UNROLL
       for (int e = 0; e < w; ++e) {
         const F g = weight.at[e] * decode(dy[r].at[e]);
@@ -54,11 +51,12 @@ struct Gradients {
     }
   }
 
-  // Computes and stores this share of dx and dbranch.
-  __device__ void write(const Share<w>& share, std::int64_t base, const F (&sums)[2]) {
-    const F mean_g = call.rms ? F(0) : sums[0] / F(call.size), mean_gx = sums[1] / F(call.size);
+  // Computes and stores this share of dx and dbranch. per_element: 1 / size.
+  __device__ void write(const Share<w>& share, std::int64_t base, const Affine<T>& weights, F per_element,
+                        const F (&sums)[2]) {
+    const F mean_g = call.rms ? F(0) : sums[0] * per_element, mean_gx = sums[1] * per_element;
     const auto gradient = rows::InputGradient<F>::of(stats, F(1), mean_g, mean_gx);
-    const DropoutBits<F> dropout(call.dropout);
+    const DropoutBits<F> dropout(call.dropout);  // here, because registers are scarce
     unsigned bits[rounds];
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r)
@@ -66,12 +64,12 @@ struct Gradients {
     Elements<T, w> dsum[rounds];
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
-      dsum[r] = Elements<T, w>{};
-      if (call.dsum != nullptr) dsum[r] = share.load(static_cast<const T*>(call.dsum) + begin + base, r);
+      const bool added = call.dsum != nullptr && share.has(r);
+      dsum[r] = Elements<T, w>::load(static_cast<const T*>(call.dsum) + begin + base + share.offset(r), added);
     }
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
-      const Elements<F, w> weight = weight_of(call).load(share, base, r);
+      const Elements<F, w> weight = weights.load(share, base, r);
       ONEPASS_UNROLL
       for (int e = 0; e < w; ++e) {
         const F g = weight.at[e] * decode(dy[r].at[e]);
@@ -90,9 +88,9 @@ struct Gradients {
 
 // Writes a block's gradients of weight and bias to partials[block][2][columns] or, for scalars, [block][2]. Every team
 // of the block has gradients for all columns, spread over its threads; they are added up first.
-template <class F, int w, int rounds>
+template <class F, int w, int rounds, int threads>
 __device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w> (&dbias)[rounds],
-                               const Share<w>& share, bool scalar, int& buffer, F* partials) {
+                               const Share<w>& share, bool scalar, F* partials) {
   if (scalar) {
     F total[2] = {0, 0};
     ONEPASS_UNROLL
@@ -100,7 +98,7 @@ __device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w>
       total[0] += dweight[k / w].at[k % w];
       total[1] += dbias[k / w].at[k % w];
     }
-    team_totals(total, int(blockDim.x), buffer);
+    column_totals<threads>(total, 1);
     if (threadIdx.x < 2) partials[std::int64_t(blockIdx.x) * 2 + threadIdx.x] = threadIdx.x == 0 ? total[0] : total[1];
     return;
   }
@@ -114,10 +112,11 @@ __device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w>
   }
   // Teams (at least whole warps) add their gradients one after the other; the last team has the sums. A team that is
   // the whole block needs no shared memory.
-  constexpr int most_columns = (rounds == 1 ? lanes : tuning::row_threads / 2) * rounds * w;
+  constexpr int most_columns = (threads > small_block ? 1 : small_block / 2) * rounds * w;
   ONEPASS_SHARED(F, sums, 2 * most_columns);
-  const int whole = share.team < lanes ? lanes : share.team, teams = int(blockDim.x) / whole;
+  const int whole = share.team < lanes ? lanes : share.team, teams = threads / whole;
   F* const out = partials + std::int64_t(blockIdx.x) * 2 * share.n;
+  ONEPASS_NO_UNROLL
   for (int team = 0; team < teams; ++team) {
     if (int(threadIdx.x) / whole == team && int(threadIdx.x) % whole < share.team) {
       ONEPASS_UNROLL
@@ -145,24 +144,24 @@ __device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w>
   }
 }
 
-template <class T, int rounds>
-__global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::long_gradient_threads,
-                                  rounds == 1 ? tuning::blocks_per_sm_at_128_registers : 1)
-    row_norm_backward_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
+template <class T, int w, int threads>
+__global__ void __launch_bounds__(threads, tuning::gradient_threads / threads)
+    row_norm_backward_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int log2_team) {
   using F = Compute<T>;
-  constexpr int w = width<T>;
+  constexpr int rounds = tuning::gradient_rounds<sizeof(T), w>;
   const bool affine = call.dweight != nullptr || call.dbias != nullptr;
-  const int teams = int(blockDim.x) / team, lane = int(threadIdx.x) % team;
-  const Share<w> columns{lane, team, int(call.size)};
+  const Team<threads> team{log2_team};
+  const Affine<T> weights(call.weight, call.weight_dtype, call.dtype, call.scalar_affine, F(1));
+  const F per_element = 1 / F(call.size);
   Elements<F, w> dweight[rounds]{}, dbias[rounds]{};
   int buffer = 0;
 
   // All teams of a block make the same number of iterations, because they meet at barriers; in the last one a team may
   // have no row.
-  for (std::int64_t first = std::int64_t(blockIdx.x) * teams; first < call.rows;
-       first += std::int64_t(gridDim.x) * teams) {
-    const std::int64_t row = first + threadIdx.x / team;
-    const Share<w> share{lane, team, row < call.rows ? int(call.size) : 0};
+  for (std::int64_t first = std::int64_t(blockIdx.x) * team.per_block(); first < call.rows;
+       first += std::int64_t(gridDim.x) * team.per_block()) {
+    const std::int64_t row = first + team.number();
+    const Share<w> share{team.lane(), team.size(), row < call.rows ? int(call.size) : 0};
     Gradients<T, w, rounds> row_of_team(call, row);
     row_of_team.load(share, 0);
     if (affine) {
@@ -175,99 +174,92 @@ __global__ void __launch_bounds__(rounds == 1 ? tuning::row_threads : tuning::lo
     }
     if (call.dx == nullptr) continue;
     F sums[2] = {0, 0};
-    row_of_team.add_up(share, 0, sums);
-    team_totals(sums, team, buffer);
-    row_of_team.write(share, 0, sums);
+    row_of_team.add_up(share, 0, weights, sums);
+    team.totals(sums, buffer);
+    row_of_team.write(share, 0, weights, per_element, sums);
   }
-  if (affine) write_partials(dweight, dbias, columns, call.scalar_affine, buffer, static_cast<F*>(call.workspace));
+  const Share<w> columns{team.lane(), team.size(), int(call.size)};
+  if (affine)
+    write_partials<F, w, rounds, threads>(dweight, dbias, columns, call.scalar_affine, static_cast<F*>(call.workspace));
 }
 
-// dx of rows that do not fit the registers: each is read twice.
-template <class T, int w, int rounds>
-__device__ void differentiate_rows(const RowNormBackward& call, int team) {
+// dx of rows that do not fit the registers, each processed by a block: they are read twice.
+template <class T, int w>
+__global__ void __launch_bounds__(tuning::gradient_threads, 2)
+    row_norm_backward_long_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call) {
   using F = Compute<T>;
-  const std::int64_t tile = std::int64_t(team) * rounds * w, teams = blockDim.x / team;
+  constexpr int rounds = tuning::long_gradient_rounds<sizeof(T), w>, threads = tuning::gradient_threads;
+  constexpr int tile = threads * rounds * w;
+  const Team<threads> team{};
+  const Affine<T> weights(call.weight, call.weight_dtype, call.dtype, call.scalar_affine, F(1));
+  const F per_element = 1 / F(call.size);
   int buffer = 0;
-  for (std::int64_t first = blockIdx.x * teams; first < call.rows; first += gridDim.x * teams) {
-    const std::int64_t row = first + threadIdx.x / team;
-    Gradients<T, w, rounds> row_of_team(call, row);
+  for (std::int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
+    Gradients<T, w, rounds> of_row(call, row);
     const auto load_from = [&](std::int64_t base) {
       const std::int64_t left = call.size - base;
-      const Share<w> share{int(threadIdx.x) % team, team, row < call.rows ? int(left < tile ? left : tile) : 0};
-      row_of_team.load(share, base);
+      const Share<w> share{team.lane(), threads, int(left < tile ? left : tile)};
+      of_row.load(share, base);
       return share;
     };
     F sums[2] = {0, 0};
-    for (std::int64_t base = 0; base < call.size; base += tile) row_of_team.add_up(load_from(base), base, sums);
-    team_totals(sums, team, buffer);
-    for (std::int64_t base = 0; base < call.size; base += tile) row_of_team.write(load_from(base), base, sums);
+    for (std::int64_t base = 0; base < call.size; base += tile) of_row.add_up(load_from(base), base, weights, sums);
+    team.totals(sums, buffer);
+    for (std::int64_t base = 0; base < call.size; base += tile)
+      of_row.write(load_from(base), base, weights, per_element, sums);
   }
 }
-
-template <class T>
-__global__ void __launch_bounds__(tuning::long_gradient_threads, 2)
-    row_norm_backward_long_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
-  differentiate_rows<T, width<T>, 1>(call, team);
-}
-template <class T>
-__global__ void __launch_bounds__(tuning::long_gradient_threads, 1)
-    row_norm_backward_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int team) {
-  differentiate_rows<T, 1, tuning::narrow_rounds>(call, team);
-}
-
-template <class T>
-constexpr std::int64_t longest_row = tuning::long_gradient_threads * tuning::row_rounds<sizeof(T)> * width<T>;
 
 template <class T>
 void launch_row_norm_backward(const RowNormBackward& call, void* stream) {
   using F = Compute<T>;
-  constexpr int w = width<T>, lanes = 32, rounds = tuning::row_rounds<sizeof(T)>;
-  constexpr int most = tuning::long_gradient_threads;
+  constexpr int lanes = 32, most = tuning::gradient_threads;
   const bool affine = call.dweight != nullptr || call.dbias != nullptr;
-  bool wide = call.size % w == 0;
+  CommonWidth<T> common(call.size);
   for (const void* p :
        {call.x, call.dy, call.dsum, static_cast<const void*>(call.dx), static_cast<const void*>(call.dbranch)})
-    wide = wide && is_aligned16(p);
-  if (!call.scalar_affine) wide = wide && is_aligned16(call.weight);
+    common.add(p);
+  if (!call.scalar_affine) common.add(call.weight, size_of(call.weight_dtype));
   const std::int64_t columns = call.scalar_affine ? 1 : call.size;
   std::int64_t n_partials = 0;
 
-  if (call.rows > 0 && wide && call.size <= longest_row<T>) {
-    const bool fits_warp = call.size <= lanes * w;
-    const int team = fits_warp ? team_of(call.size, w, lanes) : team_of(call.size, rounds * w, most);
-    const int threads = team < tuning::row_threads ? tuning::row_threads : team, teams = threads / team;
-    const std::int64_t blocks = std::min<std::int64_t>((call.rows + teams - 1) / teams, tuning::gradient_blocks);
-    const auto kernel = fits_warp ? &row_norm_backward_kernel<T, 1> : &row_norm_backward_kernel<T, rounds>;
-    launch("row_norm_backward", kernel, dim3(unsigned(blocks)), dim3(threads), 0, stream, call, team);
-    n_partials = blocks;
-  } else if (call.rows > 0) {
-    const int team = team_of(call.size, wide ? w : tuning::narrow_rounds, most);
-    const int threads = team < tuning::row_threads ? tuning::row_threads : team, teams = threads / team;
+  common.with([&](auto width) {
+    constexpr int w = width, per_thread = tuning::gradient_rounds<sizeof(T), w> * w;
+    if (call.rows == 0) return;
+    if (call.size <= most * per_thread) {
+      const int team = team_of(call.size, per_thread, most);
+      with_block<most>(team, [&](auto threads) {
+        const std::int64_t teams = threads / team;
+        n_partials = std::min((call.rows + teams - 1) / teams, tuning::gradient_blocks(call.rows, call.size));
+        launch("row_norm_backward", row_norm_backward_kernel<T, w, threads>, dim3(unsigned(n_partials)), dim3(threads),
+               0, stream, call, log2_of(team));
+      });
+      return;
+    }
     if (call.dx != nullptr)
-      launch("row_norm_backward", wide ? &row_norm_backward_long_kernel<T> : &row_norm_backward_narrow_kernel<T>,
-             grid_of((call.rows + teams - 1) / teams), dim3(threads), 0, stream, call, team);
+      launch("row_norm_backward", row_norm_backward_long_kernel<T, w>, grid_of(call.rows, most), dim3(most), 0, stream,
+             call);
     if (affine) {
-      const int adjacent = team_of(call.size, wide ? w : 1, lanes), strip = adjacent * (wide ? w : 1);
+      const int adjacent = team_of(call.size, w, lanes), strip = adjacent * w;
       const std::int64_t strips = (call.size + strip - 1) / strip, parts = column_parts(call.rows, call.size);
-      launch("row_norm_columns", wide ? &row_norm_columns_kernel<T> : &row_norm_columns_narrow_kernel<T>,
-             dim3(unsigned(strips), unsigned(parts)), dim3(tuning::column_threads), 0, stream, call, adjacent);
+      launch("row_norm_columns", row_norm_columns_kernel<T, w>, dim3(unsigned(strips), unsigned(parts)),
+             dim3(tuning::column_threads), 0, stream, call, adjacent);
       n_partials = call.scalar_affine ? parts * strips : parts;
     }
-  }
+  });
+  constexpr int together = tuning::join_columns;
   if (affine)
-    launch("row_norm_join", row_norm_join_kernel<F>, dim3(unsigned((2 * columns + lanes - 1) / lanes)),
+    launch("row_norm_join", row_norm_join_kernel<F>, dim3(unsigned((2 * columns + together - 1) / together)),
            dim3(tuning::column_threads), 0, stream, static_cast<const F*>(call.workspace), n_partials, columns,
            call.weight_dtype, call.dweight, call.dbias);
 }
 
 }  // namespace
 
+// Enough for either way: the addresses, which decide between them, are not all known yet.
 std::int64_t row_norm_backward_workspace(const RowNormBackward& call) {
-  const std::int64_t longest =
-      with_dtype(call.dtype, [](auto type) -> std::int64_t { return longest_row<typename decltype(type)::type>; });
-  const std::int64_t blocks = call.size <= longest ? std::min<std::int64_t>(call.rows, tuning::gradient_blocks)
-                                                   : column_parts(call.rows, call.size);
-  return blocks * 2 * call.size * size_of(compute_dtype(call.dtype));
+  const std::int64_t blocks = std::min(call.rows, tuning::gradient_blocks(call.rows, call.size));
+  return std::max(blocks, column_parts(call.rows, call.size)) * 2 * call.size * size_of(compute_dtype(call.dtype));
 }
 
 void row_norm_backward(const RowNormBackward& call, const StreamRef& where) {

@@ -14,9 +14,10 @@ namespace {
 // A block sums over a strip of columns and a part of the rows, and writes partials[part][2][size] or, for scalars,
 // [part][strip][2]. `columns` adjacent threads have w columns each.
 template <class T, int w>
-__device__ void sum_columns(const RowNormBackward& call, int columns) {
+__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
+    row_norm_columns_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
   using F = Compute<T>;
-  constexpr int rounds = tuning::column_rounds<sizeof(T)>;
+  constexpr int rounds = tuning::column_rounds<w>;
   const int together = tuning::column_threads / columns;  // rows
   const std::int64_t column = (std::int64_t(blockIdx.x) * columns + threadIdx.x % columns) * w;
   const bool exists = column < call.size;
@@ -27,13 +28,12 @@ __device__ void sum_columns(const RowNormBackward& call, int columns) {
     rows::Stats<F> stats[rounds];
     ONEPASS_UNROLL
     for (int r = 0; r < rounds; ++r) {
-      x[r] = dy[r] = Elements<T, w>{};
-      stats[r] = {0, 0, 0};
       const std::int64_t at = row + r * together;
-      if (!exists || at >= call.rows) continue;
-      x[r] = Elements<T, w>::load(static_cast<const T*>(call.x) + at * call.size + column);
-      dy[r] = Elements<T, w>::load(static_cast<const T*>(call.dy) + at * call.size + column);
-      stats[r] = rows::Stats<F>::kept(call.stats, call.rows, at);
+      const bool here = exists && at < call.rows;
+      x[r] = Elements<T, w>::load(static_cast<const T*>(call.x) + at * call.size + column, here);
+      dy[r] = Elements<T, w>::load(static_cast<const T*>(call.dy) + at * call.size + column, here);
+      stats[r] = {0, 0, 0};
+      if (here) stats[r] = rows::Stats<F>::kept(call.stats, call.rows, at, Cached{});
     }
     ONEPASS_UNROLL
     for (int k = 0; k < rounds * w; ++k) {
@@ -65,31 +65,27 @@ __device__ void sum_columns(const RowNormBackward& call, int columns) {
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
-    row_norm_columns_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
-  sum_columns<T, width<T>>(call, columns);
-}
-template <class T>
-__global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
-    row_norm_columns_narrow_kernel(ONEPASS_GRID_CONSTANT(RowNormBackward) call, int columns) {
-  sum_columns<T, 1>(call, columns);
-}
-
-// Adds up the partial sums in order; each of the eight warps adds every eighth.
+// Adds up the partial sums, each thread every so many of a column, then the threads in order.
 template <class F>
 __global__ void __launch_bounds__(tuning::column_threads, tuning::blocks_per_sm_at_128_registers)
     row_norm_join_kernel(const F* partials, std::int64_t n, std::int64_t columns, DType dtype, void* dweight,
                          void* dbias) {
-  constexpr int lanes = 32, warps = tuning::column_threads / lanes;
-  const std::int64_t column = std::int64_t(blockIdx.x) * lanes + threadIdx.x % lanes;
+  constexpr int together = tuning::join_columns, rounds = tuning::join_rounds;
+  constexpr int groups = tuning::column_threads / together;
+  const std::int64_t column = std::int64_t(blockIdx.x) * together + threadIdx.x % together;
+  const bool exists = column < 2 * columns;
   F total[1] = {0};
-  if (column < 2 * columns)
-    for (std::int64_t i = threadIdx.x / lanes; i < n; i += warps) total[0] += partials[i * 2 * columns + column];
-  column_totals(total, lanes);
+  for (std::int64_t i = threadIdx.x / together; exists && i < n; i += groups * rounds) {
+    Elements<F, 1> part[rounds];
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r)
+      part[r] = Elements<F, 1>::load(partials + (i + r * groups) * 2 * columns + column, i + r * groups < n);
+    ONEPASS_UNROLL
+    for (int r = 0; r < rounds; ++r) total[0] += part[r].at[0];
+  }
+  column_totals(total, together);
   void* const out = column < columns ? dweight : dbias;
-  if (threadIdx.x < lanes && column < 2 * columns && out != nullptr)
-    set_number_at(dtype, out, column % columns, double(total[0]));
+  if (threadIdx.x < together && exists && out != nullptr) set_number_at(dtype, out, column % columns, double(total[0]));
 }
 
 // Number of parts of the rows: about 1024 blocks in all, with 128 columns and at least 32 rows each.

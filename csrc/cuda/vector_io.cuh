@@ -51,27 +51,41 @@ struct Numbers {
   static __device__ void set(DType dtype, void* p, std::int64_t i, double x) { set_number_at(dtype, p, i, x); }
 };
 
-// Elements that a thread processes at once: 16 bytes of the parameter.
+// The most elements of T that one access moves: 16 bytes.
 template <class T>
 constexpr int width = 16 / sizeof(T);
 
-// n elements in registers, moved by 16-byte accesses: one access for a parameter, two for the float32 state of a 16-bit
-// one. A single element may have any address.
+// The words that memory is accessed by: 16, 8 or 4 bytes, or one element.
+template <int bytes>
+struct WordOf {
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+
+// n elements in registers, moved by as few accesses as there can be: one of up to 16 bytes, two for 8 float32 beside 8
+// elements of 16 bits. Addresses must be multiples of the access.
 template <class T, int n>
 struct alignas(16) Elements {
+  static constexpr int access = sizeof(T) * n < 16 ? sizeof(T) * n : 16, words = sizeof(T) * n / access;
+  using Word = std::conditional_t<n == 1, T, typename WordOf<access>::type>;
+
   T at[n];
 
-  static __device__ Elements load(const T* p) {
-    static_assert(n == 1 || sizeof(T) * n % sizeof(uint4) == 0, "whole 16-byte words");
-    Elements e;
-    if constexpr (n == 1) {
-      e.at[0] = *p;
-    } else {
-      ONEPASS_UNROLL
-      for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
-        reinterpret_cast<uint4*>(&e)[word] = as_wide<uint4>(p)[word];
-    }
-    return e;
+  // Zeros unless `exists`.
+  static __device__ Elements load(const T* p, bool exists = true) {
+    return from_words(exists, [&](int i) { return as_wide<Word>(p)[i]; });
+  }
+  // Of memory that no running kernel writes and that many threads read: weights, statistics. The machine model of the
+  // gate tells these loads from those that stream.
+  static __device__ Elements load_cached(const T* p, bool exists = true) {
+    return from_words(exists, [&](int i) { return __ldg(as_wide<Word>(p) + i); });
   }
   // By an intrinsic, because the compiler may split an assignment into narrower stores.
   __device__ void store(T* p) const {
@@ -79,14 +93,72 @@ struct alignas(16) Elements {
       *p = at[0];
     } else {
       ONEPASS_UNROLL
-      for (unsigned word = 0; word < sizeof(Elements) / sizeof(uint4); ++word)
-        __stwb(as_wide<uint4>(p) + word, reinterpret_cast<const uint4*>(this)[word]);
+      for (int i = 0; i < words; ++i) __stwb(as_wide<Word>(p) + i, reinterpret_cast<const Word*>(this)[i]);
     }
+  }
+
+ private:
+  // Chosen word by word, because for whole Elements the compiler would choose element by element.
+  template <class Load>
+  static __device__ Elements from_words(bool exists, const Load& load) {
+    Elements e;
+    if constexpr (n == 1) {
+      T x{};
+      if (exists) x = load(0);
+      load_here(x);
+      e.at[0] = x;
+    } else {
+      ONEPASS_UNROLL
+      for (int i = 0; i < words; ++i) {
+        Word word{};
+        if (exists) word = load(i);
+        load_here(word);
+        reinterpret_cast<Word*>(&e)[i] = word;
+      }
+    }
+    return e;
+  }
+};
+
+// The loader of rows::Stats::kept().
+struct Cached {
+  template <class F>
+  __device__ F operator()(const F* p) const {
+    return __ldg(p);
   }
 };
 
 // Null counts as aligned.
 ONEPASS_HD bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+
+// Finds the widest accesses that a size and all addresses allow.
+template <class T>
+class CommonWidth {
+ public:
+  explicit CommonWidth(std::int64_t size) : bits_(16 | std::uintptr_t(size) * sizeof(T)) {}
+
+  void add(const void* p) { bits_ |= reinterpret_cast<std::uintptr_t>(p); }
+  // Of an array with elements of another size, which is accessed by as many elements.
+  void add(const void* p, std::int64_t element_bytes) {
+    bits_ |= reinterpret_cast<std::uintptr_t>(p) % 16 * sizeof(T) / std::uintptr_t(element_bytes);
+  }
+  // f(std::integral_constant<int, w>) for w elements of T.
+  template <class F>
+  auto with(const F& f) const {
+    return with_at_most<width<T>>(std::int64_t(bits_ & (~bits_ + 1)) / std::int64_t(sizeof(T)), f);
+  }
+
+ private:
+  template <int w, class F>
+  static auto with_at_most(std::int64_t elements, const F& f) {
+    if constexpr (w > 1) {
+      if (elements < w) return with_at_most<w / 2>(elements, f);
+    }
+    return f(std::integral_constant<int, w>{});
+  }
+
+  std::uintptr_t bits_;  // the lowest one set is the number of bytes
+};
 
 // Index of the tensor that a chunk belongs to: the last one whose first chunk is not after it. All threads of the block
 // take the same branches, and the table is in the constant bank.

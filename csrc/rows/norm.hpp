@@ -5,15 +5,27 @@
 
 namespace onepass::rows {
 
+struct Plain {
+  template <class F>
+  ONEPASS_HD F operator()(const F* p) const {
+    return *p;
+  }
+};
+
 // The mean is the sum of two F: one alone is too coarse where the mean is much larger than the deviation.
 template <class F>
 struct Stats {
   F mean, mean_low, rstd;
 
-  // Read and written as forward stores them for backward, in F[3][rows]: mean, rstd, mean_low.
-  ONEPASS_HD static Stats kept(const void* stats, std::int64_t rows, std::int64_t row) {
+  // Read and written as forward stores them for backward, in F[3][rows]: mean, rstd, mean_low. load(address) reads a
+  // number.
+  template <class Load>
+  ONEPASS_HD static Stats kept(const void* stats, std::int64_t rows, std::int64_t row, const Load& load) {
     const F* const s = static_cast<const F*>(stats) + row;
-    return {s[0], s[2 * rows], s[rows]};
+    return {load(s), load(s + 2 * rows), load(s + rows)};
+  }
+  ONEPASS_HD static Stats kept(const void* stats, std::int64_t rows, std::int64_t row) {
+    return kept(stats, rows, row, Plain{});
   }
   ONEPASS_HD void keep(void* stats, std::int64_t rows, std::int64_t row) const {
     F* const s = static_cast<F*>(stats) + row;

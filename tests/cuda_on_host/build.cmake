@@ -50,3 +50,12 @@ foreach(sanitizers IN LISTS ONEPASS_SANITIZE)
   add_sanitized_module(${sanitizers})  # before _C has plain kernels to pass on
 endforeach()
 add_host_kernels(cuda_kernels _C)
+
+# For machine_model.py, built on demand: which kernels a call launches. -no-pie: addresses are those of the symbol table.
+add_executable(launch_shapes EXCLUDE_FROM_ALL ${CMAKE_CURRENT_LIST_DIR}/launch_shapes.cpp)
+target_include_directories(launch_shapes PRIVATE csrc tests/cuda_on_host)
+target_include_directories(launch_shapes SYSTEM PRIVATE ${ONEPASS_CUDA_INCLUDE})
+target_compile_definitions(launch_shapes PRIVATE ONEPASS_CUDA_ON_HOST)
+target_compile_options(launch_shapes PRIVATE ${warnings})
+target_link_options(launch_shapes PRIVATE -no-pie)
+target_link_libraries(launch_shapes PRIVATE cuda_kernels)

@@ -40,6 +40,15 @@ inline std::map<const void*, std::size_t> allowed_dynamic_shared;
 inline std::set<const void*> kernels_so_far;
 inline bool order_is_set = false;
 
+// If set, launches are passed to it and not run; with the kernel's integer arguments. See launch_shapes.cpp.
+inline void (*instead_of_running)(const char* name, const void* kernel, dim3 grid, dim3 block,
+                                  std::size_t dynamic_shared, const std::vector<long long>& integers) = nullptr;
+
+template <class T>
+void append_integer(std::vector<long long>& to, const T& argument) {
+  if constexpr (std::is_integral_v<T>) to.push_back(static_cast<long long>(argument));
+}
+
 // The same order and seed give the same schedule.
 inline void set_order_locked(ThreadOrder order, std::uint64_t seed) {
   machine.order = order;
@@ -134,6 +143,12 @@ inline void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared,
             void* /*stream*/, Arguments&&... arguments) {
+  if (instead_of_running != nullptr) {
+    std::vector<long long> integers;
+    (append_integer(integers, arguments), ...);
+    instead_of_running(name, reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, integers);
+    return;
+  }
   auto body = [&] { kernel(arguments...); };
   using Body = decltype(body);
   run_grid(

@@ -30,8 +30,8 @@ def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def build(folder: Path, **options: str) -> None:
-    """Configure and compile the project with these CMake options; an up-to-date build takes a second or two."""
+def build(folder: Path, *targets: str, **options: str) -> None:
+    """Configure and compile the project, or some targets, with these CMake options; an up-to-date build takes a second or two."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake = shutil.which("cmake", path=path)
     assert cmake, "cmake is neither beside this Python nor on PATH"
@@ -44,7 +44,14 @@ def build(folder: Path, **options: str) -> None:
     definitions = [f"-D{key}={value}" for key, value in options.items()]
     for command in (
         [cmake, "-S", str(CSRC.parent), "-B", str(folder), *generator, *definitions],
-        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
+        [
+            cmake,
+            "--build",
+            str(folder),
+            "--parallel",
+            str(os.cpu_count()),
+            *(["--target", *targets] if targets else []),
+        ],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
         if done.returncode != 0:

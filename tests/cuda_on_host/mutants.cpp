@@ -121,9 +121,9 @@ bool updates() {
   return right;
 }
 
-// Aligned and unaligned arrays, each with an aligned and an unaligned second stream.
+// Aligned and unaligned arrays, each with an aligned and an unaligned second stream; of numbers times a power of two.
 template <class T>
-bool sums(DType dtype, Total kind) {
+bool sums(DType dtype, Total kind, int exponent = 0) {
   const bool weighted = kind == Total::weighted_squares;
   std::vector<Array<T>> arrays, factors;
   std::vector<std::int64_t> sizes = {1, chunk - 1, 0, chunk, chunk + 1, 2 * chunk + 100, chunk - 8};
@@ -135,7 +135,7 @@ bool sums(DType dtype, Total kind) {
     const auto& array = arrays.emplace_back(n, int(arrays.size() % 2));
     const auto& factor = factors.emplace_back(n, int(factors.size() % 3 == 1));
     for (std::int64_t i = 0; i < n; ++i) {
-      encode(array.data[i], float(i % 13) - 6);
+      encode(array.data[i], std::ldexp(float(i % 13) - 6, exponent));
       encode(factor.data[i], float(i % 5) - 2);
       const double x = double(decode(array.data[i])) * (weighted ? decode(factor.data[i]) : 1);
       expected += x * x;  // exact
@@ -160,6 +160,7 @@ int main() {
   try {
     if (updates<__nv_bfloat16>() && sums<__nv_bfloat16>(DType::bfloat16, Total::squares) &&
         sums<__nv_bfloat16>(DType::bfloat16, Total::weighted_squares) && sums<float>(DType::float32, Total::squares) &&
+        sums<float>(DType::float32, Total::squares, 100) && sums<float>(DType::float32, Total::squares, -80) &&
         sums<float>(DType::float32, Total::weighted_squares))
       return 0;
     std::puts("wrong result");

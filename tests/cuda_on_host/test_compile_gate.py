@@ -6,12 +6,13 @@ import subprocess
 
 import compile_gate
 import pytest
+import sass
 from host_compiler import CSRC, HERE
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
     pytest.mark.skipif(
-        not (compile_gate.find_tool("cuobjdump") and compile_gate.find_tool("nvdisasm")),
+        not (sass.find_tool("cuobjdump") and sass.find_tool("nvdisasm")),
         reason="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
     ),
 ]

@@ -55,10 +55,26 @@ MUTANTS = [
     Mutant(
         "bound off by one",
         "reduce.cu",
-        "int(threadIdx.x); i < n; i",
-        "int(threadIdx.x); i <= n; i",
+        "e[r] = Elements<T, w>::load(data + i + r * step, i + r * step < end)",
+        "e[r] = Elements<T, w>::load(data + i + r * step)",
         "asan+ubsan",
         "heap overflow",
+    ),
+    Mutant(
+        "overflow of squares not noticed",
+        "../core/reduction.hpp",
+        "sum >= smallest && sum <= most",
+        "sum >= smallest",
+        "plain",
+        "wrong result",
+    ),
+    Mutant(
+        "underflow of squares not noticed",
+        "../core/reduction.hpp",
+        "sum >= smallest && sum <= most",
+        "sum <= most",
+        "plain",
+        "wrong result",
     ),
     Mutant(
         "alignment not tested",
