@@ -21,6 +21,18 @@ constexpr const char* state_kinds = "";
 template <class Rule>
 constexpr const char* state_kinds<Rule, decltype(void(Rule::state_kinds))> = Rule::state_kinds;
 
+// Whether any of them may have fewer bits: whether some kind is not "float32", the only one that begins with an f.
+constexpr bool any_may_shrink(const char* kinds) {
+  for (bool at_start = true; *kinds != 0; at_start = *kinds == ' ', ++kinds)
+    if (at_start && *kinds != 'f') return true;
+  return false;
+}
+// Whether a parameter of type T, or its states, can be in another format. float64 has none; rules that read no gradient
+// work on weights.
+template <class Rule, class T, class Bfloat16>
+constexpr bool has_formats =
+    Rule::reads_grad && same_type<Compute<T>, float> && (same_type<T, Bfloat16> || any_may_shrink(state_kinds<Rule>));
+
 // Two optional traits of a rule:
 //   static constexpr bool writes_state = false;  // the states are only read
 //   static constexpr bool overwrites = true;     // it writes the parameter or a state without using the old values

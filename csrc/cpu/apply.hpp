@@ -102,9 +102,6 @@ struct ApplyJob {
   static constexpr std::int64_t bytes_per_element =
       (Rule::reads_grad ? 3 : 2) * sizeof(T) + (writes_state<Rule> ? 2 : 1) * Rule::n_state * sizeof(Compute<T>);
 
-  // float64 has no other format.
-  static constexpr bool has_formats = Rule::reads_grad && same_type<Compute<T>, float>;
-
   const Apply& call;
   std::int64_t total;
   const Step* steps;  // one per key
@@ -124,7 +121,7 @@ struct ApplyJob {
       const std::int64_t from = begin > first ? begin - first : 0;
       const std::int64_t to = end - first < item->size ? end - first : item->size;
       if (from >= to) continue;
-      if constexpr (has_formats) {
+      if constexpr (has_formats<Rule, T, bfloat16>) {
         if (job.call.storage != nullptr) {
           update_stored<Rule, T>(*item, job.call.storage[item - job.call.items], whole_groups(from, *item),
                                  whole_groups(to, *item), job.steps[item->key], job.call.keys[item->key].t);

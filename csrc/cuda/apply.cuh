@@ -296,7 +296,7 @@ template <class Rule, class T>
 void apply_to(const Apply& call) {
   using F = Compute<T>;
   if (call.workspace != nullptr) launch_prepare<Rule, F>(call);
-  if constexpr (has_formats<Rule, T>) {
+  if constexpr (has_formats<Rule, T, __nv_bfloat16>) {
     if (call.storage != nullptr)
       return Launcher<Rule, F, StoredParams<Rule, T>, &apply_stored_kernel<Rule, T>>(call).run();
   }

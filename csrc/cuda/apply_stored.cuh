@@ -13,10 +13,6 @@ namespace onepass::cuda {
 constexpr int stored_elements = 8;  // of a thread
 constexpr int scale_lanes = scale_group / stored_elements;
 
-// Rules that read no gradient work on weights, and float64 has no other format.
-template <class Rule, class T>
-constexpr bool has_formats = Rule::reads_grad && same_type<Compute<T>, float>;
-
 template <class Rule, class T>
 struct StoredParams {
   using Step = typename Rule::template Step<float>;

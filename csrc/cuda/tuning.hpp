@@ -13,8 +13,14 @@ namespace onepass::cuda::tuning {
 //     (its divisions and roots do); 40 KB in flight with three states.
 // Without a second number in __launch_bounds__, ptxas aims at 48 registers on sm_90, and spills.
 constexpr int apply_threads = 256;
+// sm_120 has less bandwidth per SM: 3 blocks are enough there.
 constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool by_rows) {
-  return param_bytes == 8 || n_state > 2 || by_rows ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
+  const bool many_registers = param_bytes == 8 || n_state > 2 || by_rows;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  return many_registers ? 2 : 3;
+#else
+  return many_registers ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
+#endif
 }
 
 // Elements of a block's chunk: 8 rounds of 16-byte loads of float32. Looking up the tensor, a binary search among at
@@ -68,7 +74,8 @@ constexpr int row_threads(bool has_residual) { return has_residual ? 512 : 1024;
 // Blocks per SM that the register limit of a thread must allow for: 64 registers; with a residual 80, or 96 and more if
 // accesses are narrow, because each takes an address. 8 elements in 16 bytes take fewer.
 constexpr int row_blocks_per_sm(int element_bytes, int width, int threads, bool has_residual) {
-  const int resident = !has_residual || width == 8 ? 1024 : element_bytes * width == 16 ? 768 : 640;
+  const int bytes = element_bytes * width;
+  const int resident = !has_residual || width == 8 ? 1024 : bytes == 16 ? 768 : bytes == 4 ? 512 : 640;
   return resident > threads ? resident / threads : 1;
 }
 
@@ -88,9 +95,9 @@ constexpr std::int64_t gradient_blocks(std::int64_t rows, std::int64_t size) {
 }
 // Rows that do not fit the registers: loads at once of x and dy.
 template <int element_bytes, int width>
-constexpr int long_gradient_rounds = width * element_bytes == 16 ? 1
-                                     : width == 1                ? 4
-                                                                 : 2;
+constexpr int long_gradient_rounds = width * element_bytes == 16       ? 1
+                                     : width == 1 && element_bytes < 8 ? 4
+                                                                       : 2;
 
 // Sums over columns: threads of a block, and rows that a thread loads at once. With 8 columns of 16-bit elements per
 // thread, 4 rows would take more than 128 registers.

@@ -13,7 +13,7 @@ struct RMSprop {
       : has_momentum ? "square_avg, momentum_buffer"
                      : "square_avg";
   // The difference of the centered form has no digits left where its terms have few.
-  static constexpr const char* state_kinds = centered ? has_momentum ? "float32, float32, signed" : "float32, float32"
+  static constexpr const char* state_kinds = centered       ? "float32, float32, float32"
                                              : has_momentum ? "square, signed"
                                                             : "square";
   static constexpr bool reads_grad = true;

@@ -19,7 +19,7 @@ from pathlib import Path
 from sass import Kernel, inspect, objects_in, table
 
 # Kernels of a few bytes, and those compiled for accesses of fewer than 16: the second template argument is the width.
-NARROW = r"prepare|join|finish|_kernel<(float, [12]|double, 1|__half, [124]|__nv_bfloat16, [124]),"
+NARROW = r"prepare|join|finish|_kernel<(float, [12]|double, 1|__half, [124]|__nv_bfloat16, [124])[,>]"
 
 
 def faults_of(kernel: Kernel, budget: int, wide_loads: bool, wide_stores: bool) -> list[str]:

@@ -180,6 +180,35 @@ def test_chunks_and_alignment(rule, case, offset, dtype):
     assert_fences(wholes, SIZES, offset)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@EVERY_KERNEL
+def test_formats_at_the_ends_of_chunks(rule, case, offset, dtype):
+    """States in 8 bits, or in bfloat16 for rules that need more digits; bfloat16 parameters have a master as well.
+
+    test_optim_formats.py compares the numbers; this is about memory that is not theirs.
+    """
+    master = {"master_bits": 32} if dtype == torch.bfloat16 else {}
+    wholes, views = zip(*(fenced(n, dtype, offset) for n in SIZES), strict=True)
+    params = [parameter(view) for view in views]
+    for states in ({"state_dtype": "8bit"}, {"state_dtype": torch.bfloat16}, {}):
+        try:
+            optimizer = rule.ours(params, **case, **states, **master)
+        except (TypeError, ValueError):  # SparseAdam has no formats
+            continue
+        break
+    if (not states and not master) or dtype == torch.float64:
+        pytest.skip("nothing of it has another format")
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        for p, n in zip(params, SIZES, strict=True):
+            p.grad = fenced(n, dtype, offset)[1]
+        optimizer.step()
+    assert_fences(wholes, SIZES, offset)
+    for p, old in zip(params, before, strict=True):
+        assert p.isfinite().all()
+        assert not p.numel() or (p != old).any()
+
+
 @pytest.mark.parametrize("unaligned", ["gradient", "state"])
 @EVERY_RULE
 def test_one_unaligned_stream(rule, unaligned, dtype):
