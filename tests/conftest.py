@@ -37,6 +37,9 @@ NOT_ON_HOST = {
     "test_example": "its processes load the installed extension",
     "test_hogwild": "its processes load the installed extension",
     "test_every_combination_of_arguments": "a minute; test_every_pair_of_arguments runs",
+    "test_same_bits_for_any_thread_count_and_isa": "threads and instruction sets of the CPU kernels",
+    "test_states_in_other_formats": "its processes load the installed extension",
+    "test_a_slow_average_follows_its_gradient": "as many launches; the bits are those of the CPU kernels, which it tests",
     "test_no_drift_in_ten_thousand_steps": "as many launches; the bits are those of the CPU kernels, which it tests",
 }
 
