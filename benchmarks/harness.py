@@ -227,11 +227,16 @@ def _last_level_cache() -> int:
     return max((int(size.strip().removesuffix("K")) * 1024 for size in sizes), default=32 * 2**20)
 
 
+def path_of(result: Mapping[str, Any], folder: Path, benchmark: str) -> Path:
+    """Where save() writes."""
+    environment = result["environment"]
+    return folder / f"{benchmark}-{environment['date'][:10]}-{machine.slug(environment)}.json"
+
+
 def save(result: Mapping[str, Any], folder: Path, benchmark: str) -> Path:
     """Write ``<folder>/<benchmark>-<date>-<machine>.json`` atomically and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = result["environment"]
-    path = folder / f"{benchmark}-{environment['date'][:10]}-{machine.slug(environment)}.json"
+    path = path_of(result, folder, benchmark)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(_rounded(result), indent=1) + "\n")
     unfinished.replace(path)

@@ -70,7 +70,7 @@ def plot(result: Json, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [f"{row['dtype']}, {row['name']}" for row in rows], size=9)
     axes.set_xlabel("bytes per parameter", size=9)
     axes.set_title("Memory of weights, gradients and states", loc="left", size=11, weight="bold")
-    axes.legend(frameon=False, size=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

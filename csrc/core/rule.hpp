@@ -33,9 +33,10 @@ template <class Rule, class T, class Bfloat16>
 constexpr bool has_formats =
     Rule::reads_grad && same_type<Compute<T>, float> && (same_type<T, Bfloat16> || any_may_shrink(state_kinds<Rule>));
 
-// Two optional traits of a rule:
+// Three optional traits of a rule:
 //   static constexpr bool writes_state = false;  // the states are only read
 //   static constexpr bool overwrites = true;     // it writes the parameter or a state without using the old values
+//   static constexpr bool many_registers = true; // its arithmetic does not fit 64 registers of a CUDA thread
 template <class Rule, class = void>
 constexpr bool writes_state = true;
 template <class Rule>
@@ -45,6 +46,11 @@ template <class Rule, class = void>
 constexpr bool overwrites = false;
 template <class Rule>
 constexpr bool overwrites<Rule, decltype(void(Rule::overwrites))> = Rule::overwrites;
+
+template <class Rule, class = void>
+constexpr bool many_registers = false;
+template <class Rule>
+constexpr bool many_registers<Rule, decltype(void(Rule::many_registers))> = Rule::many_registers;
 
 // What prepare() knows about the current step besides the hyper-parameters.
 struct StepContext {

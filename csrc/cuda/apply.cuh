@@ -81,7 +81,8 @@ __device__ __forceinline__ void update_elements(const Step& k, T* param, const T
 }
 
 template <class Rule, class T, bool by_rows>
-__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state, by_rows))
+__global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state,
+                                                                                     by_rows || many_registers<Rule>))
     apply_kernel(ONEPASS_GRID_CONSTANT(ApplyParams<Rule, T, by_rows>) params) {
   using F = Compute<T>;
   using Step = typename ApplyParams<Rule, T, by_rows>::Step;

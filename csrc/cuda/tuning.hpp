@@ -9,18 +9,14 @@ namespace onepass::cuda::tuning {
 // The apply kernel: threads of a block, and the blocks per SM that the register limit of a thread must allow for.
 //   4 blocks: 64 registers; Adam in float32 has 1024 threads * 4 loads * 16 bytes = 64 KB in flight per SM.
 //   3 blocks: 80 registers, for 16-bit parameters with one state, which spill on sm_80 with 64; 48 KB in flight.
-//   2 blocks: 128 registers, for three states, for rows of a table (their indices take registers), and for float64
+//   2 blocks: 128 registers, for three states, for rows of a table (their indices take registers), for rules that say
+//   so,
+//     and for float64
 //     (its divisions and roots do); 40 KB in flight with three states.
 // Without a second number in __launch_bounds__, ptxas aims at 48 registers on sm_90, and spills.
 constexpr int apply_threads = 256;
-// sm_120 has less bandwidth per SM: 3 blocks are enough there.
-constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool by_rows) {
-  const bool many_registers = param_bytes == 8 || n_state > 2 || by_rows;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  return many_registers ? 2 : 3;
-#else
-  return many_registers ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
-#endif
+constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool many_registers) {
+  return param_bytes == 8 || n_state > 2 || many_registers ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
 }
 
 // Elements of a block's chunk: 8 rounds of 16-byte loads of float32. Looking up the tensor, a binary search among at

@@ -9,6 +9,7 @@ struct Adadelta {
   static constexpr const char* state_names = "square_avg, acc_delta";  // by the names of torch's state
   static constexpr const char* state_kinds = "square, square";         // how few bits they may have
   static constexpr bool reads_grad = true;
+  static constexpr bool many_registers = true;  // two roots and a division
 
   ONEPASS_HYPER(lr, rho, eps, weight_decay);  // doubles; Python passes them by these names
 
