@@ -78,7 +78,7 @@ BatchNormBackward batch_norm_backward_of(DType dtype, const Numbers& n) {
 void update(ApplyFunction apply, DType dtype, const Numbers& n) {
   std::vector<Item> items(std::size_t(n.at(0)),
                           Item{array(1), array(2, n.at(2)), {array(3), array(4)}, n.at(1), 0, nullptr, 0});
-  const StepKey key{1, 1, nullptr, nullptr, false};
+  const StepKey key{1, {}, nullptr, {}, false};
   const std::vector<Scalar> hyper(16, Scalar{0.5, nullptr, DType::float64});
   Apply call{};
   call.dtype = dtype, call.items = items.data(), call.n_items = n.at(0);
