@@ -322,7 +322,7 @@ def test_memory_runs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     (saved,) = tmp_path.glob("*.json")
     peaks = {row["name"]: row["peak_bytes"] for row in json.loads(saved.read_text())["rows"]}
-    assert peaks["8-bit states, inside backward"] < peaks["updates inside backward"] < peaks["onepass"]
+    assert peaks["8-bit states, inside backward"] < peaks["updates inside backward"] <= peaks["onepass"]
     assert peaks["bfloat16 weights, 32-bit master, 8-bit states"] < 0.7 * peaks["onepass"]
 
 
