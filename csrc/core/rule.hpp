@@ -27,11 +27,15 @@ constexpr bool any_may_shrink(const char* kinds) {
     if (at_start && *kinds != 'f') return true;
   return false;
 }
-// Whether a parameter of type T, or its states, can be in another format. float64 has none; rules that read no gradient
-// work on weights.
+template <class Rule, class = void>
+constexpr bool declares_state_kinds = false;
+template <class Rule>
+constexpr bool declares_state_kinds<Rule, decltype(void(Rule::state_kinds))> = true;
+// Whether a parameter of type T, or its states, can be in another format. float64 has none, nor has a pass that is no
+// optimizer's rule and so says nothing about its states.
 template <class Rule, class T, class Bfloat16>
-constexpr bool has_formats =
-    Rule::reads_grad && same_type<Compute<T>, float> && (same_type<T, Bfloat16> || any_may_shrink(state_kinds<Rule>));
+constexpr bool has_formats = declares_state_kinds<Rule> && same_type<Compute<T>, float> &&
+                             (same_type<T, Bfloat16> || any_may_shrink(state_kinds<Rule>));
 
 // Three optional traits of a rule:
 //   static constexpr bool writes_state = false;  // the states are only read

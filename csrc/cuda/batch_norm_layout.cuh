@@ -233,7 +233,9 @@ void with_layout(const BatchShape& s, std::initializer_list<const void*> arrays,
     constexpr std::integral_constant<int, w> constant{};
     if (s.channels_last) return f(ChannelsLast{}, constant);
     if constexpr (w == width<T> && w > 1) {
-      if (masked) return f(ChannelsFirst<true>{}, constant);
+      if constexpr (sizeof(T) < 8) {
+        if (masked) return f(ChannelsFirst<true>{}, constant);
+      }
     }
     f(ChannelsFirst<false>{}, constant);
   });
