@@ -59,7 +59,7 @@ RUNS = [  # longest first
         ("libtsan.so",),
         SANITIZED["thread"],
         # Threads synchronise at the same points for every dtype, and are 20 times slower here.
-        select="not (float64 or float16 or turn)",
+        select="not (float64 or float16 or turn or every_width)",
     ),
     Run(
         "kernels, Address- and UndefinedBehaviorSanitizer",

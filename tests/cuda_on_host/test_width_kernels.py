@@ -29,7 +29,7 @@ def compare(came: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
-def test_rows(width, has_residual, dtype):
+def test_rows_of_every_width(width, has_residual, dtype):
     """Forward and backward of LayerNorm, alone and after an addition."""
     torch.manual_seed(0)
     for target in TARGETS:
@@ -56,7 +56,7 @@ def test_rows(width, has_residual, dtype):
     "shape", [(4, 12, 5, 5), (3, 5, 7, 7), (3, 4, 14, 14), (2, 3, 6, 6), (4, 9, 3, 3), (5, 6, 4, 4)], ids=str
 )
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
-def test_channels(shape, channels_last, dtype):
+def test_channels_of_every_width(shape, channels_last, dtype):
     """Forward and backward of BatchNorm over spaces and channels of every width."""
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
