@@ -84,7 +84,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_keys, Scalars scalars) {
   *found_inf.data = skipping;
   Scalar numbers[n_hyper];
   for (int i = 0; i < n_hyper; ++i) numbers[i] = {hyper[i], nullptr, DType::float64};
-  Array<unsigned char> workspace(n_keys * sizeof(Rule::Step<float>), 0);
+  Array<unsigned char> workspace(apply_workspace(n_keys), 0);
   Apply call{};
   call.items = items.data(), call.n_items = std::int64_t(items.size());
   call.keys = keys.data(), call.n_keys = n_keys;

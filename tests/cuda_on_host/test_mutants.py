@@ -178,8 +178,8 @@ MUTANTS = [
     Mutant(
         "second launch prepares over the first",
         "apply.cuh",
-        "steps + first);",
-        "steps);",
+        "(call) + first, prepared_t",
+        "(call), prepared_t",
         "plain",
         "wrong result",
     ),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._options import check_not_negative
+from ._options import check_not_negative, check_scalar
 
 
 class ASGD(FusedOptimizer):
@@ -71,6 +71,8 @@ class ASGD(FusedOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         check_not_negative(group, "lr", "weight_decay")
+        for name in ("lambd", "alpha", "t0"):
+            check_scalar(name, group[name])
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("ax",)
