@@ -43,14 +43,14 @@ void prefetch_tensor(PyObject* object) {
 namespace {
 
 Formats formats_named(const std::vector<std::string>& states, const std::string& param) {
-  const std::map<std::string, StateFormat> state_formats = {{"full", StateFormat::full},
-                                                            {"bfloat16", StateFormat::bfloat16},
-                                                            {"signed8", StateFormat::signed8},
-                                                            {"unsigned8", StateFormat::unsigned8}};
-  const std::map<std::string, ParamFormat> param_formats = {{"plain", ParamFormat::plain},
-                                                            {"stochastic", ParamFormat::stochastic},
-                                                            {"remainder16", ParamFormat::remainder16},
-                                                            {"remainder8", ParamFormat::remainder8}};
+  static const std::map<std::string, StateFormat> state_formats = {{"full", StateFormat::full},
+                                                                   {"bfloat16", StateFormat::bfloat16},
+                                                                   {"signed8", StateFormat::signed8},
+                                                                   {"unsigned8", StateFormat::unsigned8}};
+  static const std::map<std::string, ParamFormat> param_formats = {{"plain", ParamFormat::plain},
+                                                                   {"stochastic", ParamFormat::stochastic},
+                                                                   {"remainder16", ParamFormat::remainder16},
+                                                                   {"remainder8", ParamFormat::remainder8}};
   Formats out{{}, param_formats.at(param), 0, param == "plain"};
   for (const std::string& name : states) {
     const StateFormat format = out.states.emplace_back(state_formats.at(name));

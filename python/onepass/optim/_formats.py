@@ -50,26 +50,16 @@ class Formats(NamedTuple):
         state_formats: the format of each.
         param_format: the format of the parameters.
         entries: the tensors of a parameter's state, in the order in which the kernels take them.
+        names: theirs; interned, because every step looks them up.
+        usual: whether everything is in the dtype of arithmetic.
     """
 
     states: tuple[str, ...]
     state_formats: tuple[str, ...]
     param_format: str
     entries: tuple[Entry, ...]
-
-    @property
-    def usual(self) -> bool:
-        """Whether everything is in the dtype of arithmetic."""
-        return self.param_format == "plain" and all(format_ == "full" for format_ in self.state_formats)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return _names(self.entries)
-
-
-@functools.cache
-def _names(entries: tuple[Entry, ...]) -> tuple[str, ...]:
-    return tuple(sys.intern(entry.name) for entry in entries)  # interned: looked up in every step
+    names: tuple[str, ...]
+    usual: bool
 
 
 def codes_name(state: str) -> str:
@@ -105,11 +95,19 @@ def formats_of(optimizer: str, rule: str, states: tuple[str, ...], group: dict[s
     Raises:
         ValueError: an option has no such value, or a state of this rule needs more bits.
     """
-    state_option, bits = group.get("state_dtype"), group.get("master_bits")
-    stochastic = group.get("stochastic_rounding", False)
-    if not any(
-        state_option is known or (known == "8bit" and state_option == known) for known in (None, torch.bfloat16, "8bit")
-    ):
+    options = group.get("state_dtype"), group.get("master_bits"), group.get("stochastic_rounding", False)
+    try:
+        return _formats_of(optimizer, rule, states, *options)
+    except TypeError:  # an option that cannot be hashed: check its value without the cache
+        return _formats_of.__wrapped__(optimizer, rule, states, *options)
+
+
+@functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1, nor 32 a 32.0
+def _formats_of(
+    optimizer: str, rule: str, states: tuple[str, ...], state_option: Any, bits: Any, stochastic: Any
+) -> Formats:
+    known = state_option is None or state_option is torch.bfloat16
+    if not known and not (isinstance(state_option, str) and state_option == "8bit"):
         raise ValueError(f"Invalid state_dtype: {state_option!r}; expected is None, torch.bfloat16 or '8bit'")
     if not (bits is None or (type(bits) is int and bits in (24, 32))):
         raise ValueError(f"Invalid master_bits: {bits!r}; expected is None, 24 or 32")
@@ -119,13 +117,6 @@ def formats_of(optimizer: str, rule: str, states: tuple[str, ...], group: dict[s
         raise ValueError(
             "master_bits and stochastic_rounding exclude each other: a parameter with a float32 master needs no rounding"
         )
-    return _formats_of(optimizer, rule, states, state_option, bits, stochastic)
-
-
-@functools.cache
-def _formats_of(
-    optimizer: str, rule: str, states: tuple[str, ...], state_option: Any, bits: int | None, stochastic: bool
-) -> Formats:
     formats, entries = [], []
     for state, kind in zip(states, _native.find_variant(rule, states)[1].kinds, strict=True):
         too_few = {"exact": ("8bit",), "float32": ("8bit", torch.bfloat16)}.get(kind, ())
@@ -149,7 +140,9 @@ def _formats_of(
     param = {None: "stochastic" if stochastic else "plain", 32: "remainder16", 24: "remainder8"}[bits]
     if bits is not None:
         entries.append(Entry(REMAINDER, f"master_bits={bits}", "remainder", _REMAINDERS[param]))
-    return Formats(states, tuple(formats), param, tuple(entries))
+    usual = param == "plain" and all(format_ == "full" for format_ in formats)
+    names = tuple(sys.intern(entry.name) for entry in entries)
+    return Formats(states, tuple(formats), param, tuple(entries), names, usual)
 
 
 def check_storable(label: str, param: Tensor, formats: Formats) -> None:
