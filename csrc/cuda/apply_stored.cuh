@@ -96,7 +96,7 @@ struct alignas(8) Some {
 };
 
 // Where a thread's elements are: i is the index of the first in the tensor.
-struct Place {
+struct StoredPlace {
   std::int64_t i;
   int count;  // 0 behind the end of the tensor: its lanes still take part in shuffles
   bool is_wide;
@@ -106,7 +106,7 @@ struct Place {
   }
 };
 
-__device__ inline void load_state(StateFormat format, const void* state, const void* scale, const Place& place,
+__device__ inline void load_state(StateFormat format, const void* state, const void* scale, const StoredPlace& place,
                                   float (&x)[stored_elements]) {
   if (format == StateFormat::full) {
     const auto e = Some<float>::load(state, place.i, place.count, place.is_wide);
@@ -133,7 +133,7 @@ __device__ inline void load_state(StateFormat format, const void* state, const v
 }
 
 // Every lane of the warp calls it.
-__device__ inline void store_state(StateFormat format, void* state, void* scale, const Place& place,
+__device__ inline void store_state(StateFormat format, void* state, void* scale, const StoredPlace& place,
                                    std::uint32_t start, const float (&x)[stored_elements]) {
   if (format == StateFormat::full) {
     Some<float> e;
@@ -186,7 +186,7 @@ __device__ inline float with_lower(float upper, int lower) {
 }
 
 template <class T>
-__device__ void load_param(ParamFormat format, const void* param, const void* remainder, const Place& place,
+__device__ void load_param(ParamFormat format, const void* param, const void* remainder, const StoredPlace& place,
                            float (&x)[stored_elements]) {
   const auto e = Some<T>::load(param, place.i, place.count, place.is_wide);
   ONEPASS_UNROLL
@@ -204,7 +204,7 @@ __device__ void load_param(ParamFormat format, const void* param, const void* re
   }
 }
 
-__device__ inline void store_bfloat16(ParamFormat format, void* param, void* remainder, const Place& place,
+__device__ inline void store_bfloat16(ParamFormat format, void* param, void* remainder, const StoredPlace& place,
                                       std::uint32_t start, const float (&x)[stored_elements]) {
   Some<std::uint16_t> upper;
   Some<std::int16_t> lower16;
@@ -228,8 +228,8 @@ __device__ inline void store_bfloat16(ParamFormat format, void* param, void* rem
 }
 
 template <class T>
-__device__ void store_param(ParamFormat format, void* param, void* remainder, const Place& place, std::uint32_t start,
-                            const float (&x)[stored_elements]) {
+__device__ void store_param(ParamFormat format, void* param, void* remainder, const StoredPlace& place,
+                            std::uint32_t start, const float (&x)[stored_elements]) {
   if constexpr (same_type<T, __nv_bfloat16>) {
     if (format != ParamFormat::plain) return store_bfloat16(format, param, remainder, place, start, x);
   }
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
   for (int s = 0; s < Params::n_streams; ++s) aligned = aligned && is_aligned16(params.stream[s][tensor]);
 
   for (std::int64_t first = offset; first < end; first += round) {
-    Place place{first + std::int64_t(threadIdx.x) * stored_elements, 0, false};
+    StoredPlace place{first + std::int64_t(threadIdx.x) * stored_elements, 0, false};
     const std::int64_t left = end - place.i;
     place.count = left <= 0 ? 0 : left < stored_elements ? int(left) : stored_elements;
     place.is_wide = aligned && place.count == stored_elements;

@@ -26,9 +26,8 @@ inline std::int64_t max_batch_parts(const BatchShape& s) {
 // The accesses of a thread, one after the other: w adjacent elements, which belong to `own` channels. Of the elements
 // from `offset` on, only those whose bits are in the mask are meant.
 //   channels first, [batch, channels, space]: the block walks along one channel, from sample to sample. Where space is
-//   no
-//     multiple of w, accesses are `masked`: aligned in the whole array, so the first and the last one of a sample may
-//     also cover elements of the neighbouring channels;
+//   no multiple of w, accesses are `masked`: aligned in the whole array, so the first and the last one of a sample may
+//   also cover elements of the neighbouring channels;
 //   channels last, [rows, channels]: `columns` adjacent threads, with w channels each, walk down the rows.
 struct Place {
   std::int64_t offset;
@@ -232,10 +231,8 @@ void with_layout(const BatchShape& s, std::initializer_list<const void*> arrays,
     constexpr int w = elements * sizeof(T) >= 8 ? int(elements) : 1;
     constexpr std::integral_constant<int, w> constant{};
     if (s.channels_last) return f(ChannelsLast{}, constant);
-    if constexpr (w == width<T> && w > 1) {
-      if constexpr (sizeof(T) < 8) {
-        if (masked) return f(ChannelsFirst<true>{}, constant);
-      }
+    if constexpr (w == width<T> && w > 1 && sizeof(T) < 8) {
+      if (masked) return f(ChannelsFirst<true>{}, constant);
     }
     f(ChannelsFirst<false>{}, constant);
   });

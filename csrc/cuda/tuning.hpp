@@ -108,8 +108,7 @@ constexpr int join_columns = 8;
 
 // BatchNorm: the least number of elements per block, so that the statistics it writes are small compared with what it
 // reads: 24 bytes per channel, and with channels last a block has up to 128 of them (3 KB beside 32 KB of 16-bit
-// elements). A large array is
-// divided into about batch_blocks blocks, 4 waves as above.
+// elements). A large array is divided into about batch_blocks blocks, 4 waves as above.
 constexpr int batch_part = 8192;
 constexpr int batch_part_last = 16384;
 constexpr int batch_columns_last = 128;
