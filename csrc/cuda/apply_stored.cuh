@@ -55,46 +55,6 @@ struct StoredParams {
   }
 };
 
-// Up to 8 adjacent elements of one stream; U is an integer of its size, or float. What is not there is loaded as 0.
-template <class U>
-struct alignas(8) Some {
-  U at[stored_elements];
-
-  __device__ static Some load(const void* p, std::int64_t i, int count, bool is_wide) {
-    using Wide = std::conditional_t<sizeof(U) == 1, uint2, uint4>;
-    const U* const from = static_cast<const U*>(p) + i;
-    Some e{};
-    if (is_wide) {
-      ONEPASS_UNROLL
-      for (unsigned word = 0; word < sizeof(Some) / sizeof(Wide); ++word) {
-        const Wide loaded = as_wide<Wide>(from)[word];
-        memcpy(reinterpret_cast<char*>(&e) + word * sizeof(Wide), &loaded, sizeof(Wide));
-      }
-    } else {
-      ONEPASS_UNROLL
-      for (int k = 0; k < stored_elements; ++k)
-        if (k < count) e.at[k] = from[k];
-    }
-    return e;
-  }
-  __device__ void store(void* p, std::int64_t i, int count, bool is_wide) const {
-    using Wide = std::conditional_t<sizeof(U) == 1, uint2, uint4>;
-    U* const to = static_cast<U*>(p) + i;
-    if (is_wide) {
-      ONEPASS_UNROLL
-      for (unsigned word = 0; word < sizeof(Some) / sizeof(Wide); ++word) {
-        Wide stored;
-        memcpy(&stored, reinterpret_cast<const char*>(this) + word * sizeof(Wide), sizeof(Wide));
-        __stwb(as_wide<Wide>(to) + word, stored);
-      }
-    } else {
-      ONEPASS_UNROLL
-      for (int k = 0; k < stored_elements; ++k)
-        if (k < count) to[k] = at[k];
-    }
-  }
-};
-
 // Where a thread's elements are: i is the index of the first in the tensor.
 struct StoredPlace {
   std::int64_t i;
@@ -106,18 +66,38 @@ struct StoredPlace {
   }
 };
 
+// A thread's elements of one stream; U is an integer of its size, or its type. What is not there is loaded as 0.
+template <class U>
+__device__ Elements<U, stored_elements> load_some(const void* p, const StoredPlace& place) {
+  const U* const from = static_cast<const U*>(p) + place.i;
+  auto e = Elements<U, stored_elements>::load(from, place.is_wide);
+  if (place.is_wide) return e;
+  ONEPASS_UNROLL
+  for (int k = 0; k < stored_elements; ++k)
+    if (k < place.count) e.at[k] = from[k];
+  return e;
+}
+template <class U>
+__device__ void store_some(const Elements<U, stored_elements>& e, void* p, const StoredPlace& place) {
+  U* const to = static_cast<U*>(p) + place.i;
+  if (place.is_wide) return e.store(to);
+  ONEPASS_UNROLL
+  for (int k = 0; k < stored_elements; ++k)
+    if (k < place.count) to[k] = e.at[k];
+}
+
 __device__ inline void load_state(StateFormat format, const void* state, const void* scale, const StoredPlace& place,
                                   float (&x)[stored_elements]) {
   if (format == StateFormat::full) {
-    const auto e = Some<float>::load(state, place.i, place.count, place.is_wide);
+    const auto e = load_some<float>(state, place);
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) x[k] = e.at[k];
   } else if (format == StateFormat::bfloat16) {
-    const auto e = Some<std::uint16_t>::load(state, place.i, place.count, place.is_wide);
+    const auto e = load_some<std::uint16_t>(state, place);
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) x[k] = storage::from_bits<float>(std::uint32_t(e.at[k]) << 16);
   } else {
-    const auto e = Some<std::uint8_t>::load(state, place.i, place.count, place.is_wide);
+    const auto e = load_some<std::uint8_t>(state, place);
     const float s = place.count > 0 ? static_cast<const float*>(scale)[place.i / scale_group] : 0;
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) {
@@ -136,16 +116,16 @@ __device__ inline void load_state(StateFormat format, const void* state, const v
 __device__ inline void store_state(StateFormat format, void* state, void* scale, const StoredPlace& place,
                                    std::uint32_t start, const float (&x)[stored_elements]) {
   if (format == StateFormat::full) {
-    Some<float> e;
+    Elements<float, stored_elements> e;
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) e.at[k] = x[k];
-    e.store(state, place.i, place.count, place.is_wide);
+    store_some(e, state, place);
   } else if (format == StateFormat::bfloat16) {
-    Some<std::uint16_t> e;
+    Elements<std::uint16_t, stored_elements> e;
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k)
       e.at[k] = static_cast<std::uint16_t>(storage::bfloat16_of(x[k], place.random(start, k)));
-    e.store(state, place.i, place.count, place.is_wide);
+    store_some(e, state, place);
   } else {
     std::uint32_t largest = 0;
     ONEPASS_UNROLL
@@ -161,7 +141,7 @@ __device__ inline void store_state(StateFormat format, void* state, void* scale,
     const std::uint32_t bits = storage::scale_bits(format, largest);
     const bool overflows = bits >= storage::infinity_bits;
     const float inverse = overflows ? 0 : storage::from_bits<float>(storage::inverse_bits(bits));
-    Some<std::uint8_t> e;
+    Elements<std::uint8_t, stored_elements> e;
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) {
       const std::uint32_t element = storage::bits_of(x[k]), magnitude = element & 0x7fffffffu;
@@ -175,7 +155,7 @@ __device__ inline void store_state(StateFormat format, void* state, void* scale,
       }
       e.at[k] = static_cast<std::uint8_t>(overflows ? 1 : code);
     }
-    e.store(state, place.i, place.count, place.is_wide);
+    store_some(e, state, place);
     if (place.count > 0 && threadIdx.x % scale_lanes == 0)
       static_cast<float*>(scale)[place.i / scale_group] = storage::from_bits<float>(bits);
   }
@@ -188,16 +168,16 @@ __device__ inline float with_lower(float upper, int lower) {
 template <class T>
 __device__ void load_param(ParamFormat format, const void* param, const void* remainder, const StoredPlace& place,
                            float (&x)[stored_elements]) {
-  const auto e = Some<T>::load(param, place.i, place.count, place.is_wide);
+  const auto e = load_some<T>(param, place);
   ONEPASS_UNROLL
   for (int k = 0; k < stored_elements; ++k) x[k] = decode(e.at[k]);
   if constexpr (same_type<T, __nv_bfloat16>) {
     if (format == ParamFormat::remainder16) {
-      const auto lower = Some<std::int16_t>::load(remainder, place.i, place.count, place.is_wide);
+      const auto lower = load_some<std::int16_t>(remainder, place);
       ONEPASS_UNROLL
       for (int k = 0; k < stored_elements; ++k) x[k] = with_lower(x[k], lower.at[k]);
     } else if (format == ParamFormat::remainder8) {
-      const auto lower = Some<std::int8_t>::load(remainder, place.i, place.count, place.is_wide);
+      const auto lower = load_some<std::int8_t>(remainder, place);
       ONEPASS_UNROLL
       for (int k = 0; k < stored_elements; ++k) x[k] = with_lower(x[k], lower.at[k] * 256);
     }
@@ -206,9 +186,9 @@ __device__ void load_param(ParamFormat format, const void* param, const void* re
 
 __device__ inline void store_bfloat16(ParamFormat format, void* param, void* remainder, const StoredPlace& place,
                                       std::uint32_t start, const float (&x)[stored_elements]) {
-  Some<std::uint16_t> upper;
-  Some<std::int16_t> lower16;
-  Some<std::int8_t> lower8;
+  Elements<std::uint16_t, stored_elements> upper;
+  Elements<std::int16_t, stored_elements> lower16;
+  Elements<std::int8_t, stored_elements> lower8;
   ONEPASS_UNROLL
   for (int k = 0; k < stored_elements; ++k) {
     const std::uint32_t random = place.random(start, k);
@@ -222,9 +202,9 @@ __device__ inline void store_bfloat16(ParamFormat format, void* param, void* rem
       lower8.at[k] = static_cast<std::int8_t>(master >> 8 & 0xffu);
     }
   }
-  upper.store(param, place.i, place.count, place.is_wide);
-  if (format == ParamFormat::remainder16) lower16.store(remainder, place.i, place.count, place.is_wide);
-  if (format == ParamFormat::remainder8) lower8.store(remainder, place.i, place.count, place.is_wide);
+  store_some(upper, param, place);
+  if (format == ParamFormat::remainder16) store_some(lower16, remainder, place);
+  if (format == ParamFormat::remainder8) store_some(lower8, remainder, place);
 }
 
 template <class T>
@@ -233,10 +213,10 @@ __device__ void store_param(ParamFormat format, void* param, void* remainder, co
   if constexpr (same_type<T, __nv_bfloat16>) {
     if (format != ParamFormat::plain) return store_bfloat16(format, param, remainder, place, start, x);
   }
-  Some<T> e;
+  Elements<T, stored_elements> e;
   ONEPASS_UNROLL
   for (int k = 0; k < stored_elements; ++k) encode(e.at[k], x[k]);
-  e.store(param, place.i, place.count, place.is_wide);
+  store_some(e, param, place);
 }
 
 template <class Rule, class T>
@@ -268,7 +248,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
     float param[stored_elements], grad[stored_elements], state[array_size][stored_elements];
     load_param<T>(params.param_format, params.stream[0][tensor], params.stream[Params::remainder][tensor], place,
                   param);
-    const auto g = Some<T>::load(params.stream[Params::grad][tensor], place.i, place.count, place.is_wide);
+    const auto g = load_some<T>(params.stream[Params::grad][tensor], place);
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) grad[k] = decode(g.at[k]);
     ONEPASS_UNROLL
