@@ -259,13 +259,14 @@ def _described(value: Any) -> str:
 
 
 def code_format(rule: str, state: str) -> str:
-    """How codes of a rule's state are read."""
-    kinds = {
-        name: kind
+    """How codes of a rule's state are read. A variant that keeps its states in float32 says nothing about them."""
+    signed = any(
+        kind == "signed"
         for variant in _native.variants(rule)
         for name, kind in zip(variant.states, variant.kinds, strict=True)
-    }
-    return "signed8" if kinds[state] == "signed" else "unsigned8"
+        if name == state
+    )
+    return "signed8" if signed else "unsigned8"
 
 
 def convert(label: str, param: Tensor, rule: str, formats: Formats, states: dict[str, Any]) -> None:
