@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
     for (int s = 0; s < n_state; ++s)
       load_state(params.format[s], params.stream[Params::first_state + 2 * s][tensor],
                  params.stream[Params::first_state + 2 * s + 1][tensor], place, state[s]);
+    __syncwarp();  // a group's scale is read by all of its lanes, and written by the first
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) {
       float element_state[array_size];

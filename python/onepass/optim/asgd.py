@@ -81,6 +81,7 @@ class ASGD(FusedOptimizer):
         return float(group["lr"]) if name == "eta" else super()._initial_value(group, name)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float | Tensor]:
-        # Where the host keeps eta, it has to know lr.
-        lr = group["lr"] if self._counts_on_device(group) else float(group["lr"])
-        return {"lr": lr, **{name: group[name] for name in ("lambd", "alpha", "t0", "weight_decay")}}
+        hyper = {name: group[name] for name in ("lr", "lambd", "alpha", "t0", "weight_decay")}
+        if self._counts_on_device(group):
+            return hyper
+        return {name: float(value) for name, value in hyper.items()}  # the host computes eta and mu from them
