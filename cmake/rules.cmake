@@ -1,7 +1,7 @@
 # onepass_generate(): from ONEPASS_RULES, ONEPASS_PASSES and ONEPASS_ISAS
 #   - one translation unit per rule for the CPU (compiled once per instruction set) and one for CUDA
 #   - onepass_rules.hpp, the X-macros that the binding expands
-# in the folder ONEPASS_GENERATED. Sets ONEPASS_CPU_SOURCES, ONEPASS_CUDA_SOURCES.
+# in the folder ONEPASS_GENERATED. Sets ONEPASS_CPU_SOURCES, ONEPASS_CUDA_SOURCES and, of these, ONEPASS_SAME_BITS_SOURCES.
 function(onepass_generate)
   set(out ${CMAKE_CURRENT_BINARY_DIR}/generated)
   set(includes "")
@@ -34,6 +34,7 @@ function(onepass_generate)
 #define ONEPASS_ISAS_OF(X, rule)@each_isa_of@
 ")
   set(ONEPASS_GENERATED ${out} PARENT_SCOPE)
+  set(ONEPASS_SAME_BITS_SOURCES ${cuda_sources} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/reduce.cu PARENT_SCOPE)
   set(ONEPASS_CPU_SOURCES ${cpu_sources} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/reduce.cpp PARENT_SCOPE)
   foreach(source reduce dropout row_norm row_norm_backward batch_norm batch_norm_backward)
     list(APPEND cuda_sources ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/${source}.cu)

@@ -106,9 +106,11 @@ PYBIND11_MODULE(_C, m) {
 #if defined(ONEPASS_HAS_CUDA)
   m.attr("cuda_archs") = ONEPASS_CUDA_ARCHS_BUILT;
   m.def("cuda_device_count", &cuda::device_count);
+  m.def("cuda_versions", [] { return std::make_pair(cuda::versions().built, cuda::versions().driver); });
 #else
   m.attr("cuda_archs") = "";
   m.def("cuda_device_count", [] { return 0; });
+  m.def("cuda_versions", [] { return std::make_pair(0, 0); });
 #endif
 #if defined(ONEPASS_CUDA_ON_HOST)
   m.attr("cuda_on_host") = true;

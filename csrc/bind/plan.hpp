@@ -81,8 +81,8 @@ class Plan {
   // multiplies each gradient by its parameter, element by element.
   double cpu_total(double norm_type, bool weighted, int max_threads) const;
   // The same for the gradients on a CUDA device. Writes to `total` in its memory, without waiting. partials:
-  // cuda_partials(device) doubles of workspace.
-  void cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
+  // cuda_partials(device) doubles of workspace. root: of the total its square root.
+  void cuda_total(double norm_type, bool weighted, bool root, int device, std::uintptr_t partials, std::uintptr_t total,
                   std::uintptr_t stream) const;
   std::int64_t cuda_partials(int device) const;
 

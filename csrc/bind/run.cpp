@@ -68,7 +68,7 @@ double Plan::cpu_total(double norm_type, bool weighted, int max_threads) const {
   std::vector<double> partials(partials_of(engine, on_cpu));
   const std::int64_t n = reduce(engine, reduction, partials.data(), where, on_cpu);
   double total = 0;
-  engine.join(reduction.total, partials.data(), n, &total, where);
+  engine.join(reduction.total, partials.data(), n, false, &total, where);
   return total;
 }
 
@@ -76,15 +76,15 @@ std::int64_t Plan::cuda_partials(int device) const {
   return partials_of(engine_for(true), [device](const Entry& e) { return e.cuda && e.device == device; });
 }
 
-void Plan::cuda_total(double norm_type, bool weighted, int device, std::uintptr_t partials, std::uintptr_t total,
-                      std::uintptr_t stream) const {
+void Plan::cuda_total(double norm_type, bool weighted, bool root, int device, std::uintptr_t partials,
+                      std::uintptr_t total, std::uintptr_t stream) const {
   const Reduction reduction = reduction_of(norm_type, weighted);
   const Engine& engine = engine_for(true);
   const StreamRef where{1, device, reinterpret_cast<void*>(stream)};
   auto* const at = reinterpret_cast<double*>(partials);
   const auto there = [device](const Entry& e) { return e.cuda && e.device == device; };
   const std::int64_t n = reduce(engine, reduction, at, where, there);
-  engine.join(reduction.total, at, n, reinterpret_cast<double*>(total), where);
+  engine.join(reduction.total, at, n, root, reinterpret_cast<double*>(total), where);
 }
 
 bool Plan::has_cpu() const {

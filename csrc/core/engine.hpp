@@ -51,7 +51,8 @@ struct Reduce {
 struct Engine {
   void (*reduce)(const Reduce&);
   std::int64_t (*reduce_partials)(std::int64_t size);
-  void (*join)(Total, const double* partials, std::int64_t n, double* out, const StreamRef&);
+  // root: write the total's square root.
+  void (*join)(Total, const double* partials, std::int64_t n, bool root, double* out, const StreamRef&);
 
   // The layers. On CUDA backward recomputes the dropout mask, which is cheaper than storing it; only `dropout` reads or
   // writes a mask given in a call.

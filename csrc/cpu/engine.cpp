@@ -8,7 +8,7 @@ namespace onepass::cpu::ONEPASS_ISA {
 
 void reduce(const Reduce& call);
 std::int64_t reduce_partials(std::int64_t size);
-void join_partials(Total total, const double* partials, std::int64_t n, double* out, const StreamRef& where);
+void join_partials(Total total, const double* partials, std::int64_t n, bool root, double* out, const StreamRef& where);
 
 extern const Engine engine;
 const Engine engine = {

@@ -20,6 +20,7 @@ struct ApplyParams {
   using Step = typename Rule::template Step<Compute<T>>;
   static constexpr int n_streams = 1 + (Rule::reads_grad ? 1 : 0) + Rule::n_state;
   static constexpr int fixed_bytes = tuning::max_steps * sizeof(Step) + 64;
+  static constexpr int bytes_per_element = (n_streams - Rule::n_state) * sizeof(T) + Rule::n_state * sizeof(Compute<T>);
   static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4 + (by_rows ? 16 : 0);
   static constexpr int capacity = (tuning::parameter_bytes - fixed_bytes) / bytes_per_tensor;
 
@@ -32,7 +33,8 @@ struct ApplyParams {
   Step steps[tuning::max_steps];  // prepared by the host
   const Step* prepared;           // prepared by the prepare kernel, or null
   const float* found_inf;         // unless null: if it is not 0, the launch changes nothing
-  std::int32_t n_tensors;
+  std::int32_t n_tensors, chunk;  // chunk: its elements
+  bool reversed;                  // the first block updates the last chunk
 
   static bool takes(const Item& item) { return (item.rows != nullptr) == by_rows; }
   // Fills in what the kernel needs to know of a tensor and of a step besides sizes and Steps.
@@ -50,16 +52,18 @@ struct ApplyParams {
   void set_prepared(const Step* steps, const double*) { prepared = steps; }
 };
 
-// Updates n adjacent elements, from element `at` of param and states on; grad points to their gradients.
-template <class Rule, int n, class T, class Step, class Index>
+// Updates n adjacent elements, from element `at` of param and states on; grad points to their gradients, which are
+// loaded grad_n at a time. `skip` is tested as late as can be: it comes from memory, and the loads need not wait for
+// it.
+template <class Rule, int n, int grad_n, class T, class Step, class Index>
 __device__ __forceinline__ void update_elements(const Step& k, T* param, const T* grad,
                                                 Compute<T>* const (&state)[Rule::n_state > 0 ? Rule::n_state : 1],
-                                                Index at) {
+                                                Index at, bool skip) {
   using F = Compute<T>;
   constexpr int n_state = Rule::n_state, array_size = n_state > 0 ? n_state : 1;
   auto p = Elements<T, n>::load(param + at);
   Elements<T, n> g;
-  if constexpr (Rule::reads_grad) g = Elements<T, n>::load(grad);
+  if constexpr (Rule::reads_grad) g = Elements<T, n>::template load_by<grad_n>(grad);
   Elements<F, n> s[array_size];
   ONEPASS_UNROLL
   for (int j = 0; j < n_state; ++j) s[j] = Elements<F, n>::load(state[j] + at);
@@ -73,58 +77,99 @@ __device__ __forceinline__ void update_elements(const Step& k, T* param, const T
     ONEPASS_UNROLL
     for (int j = 0; j < n_state; ++j) s[j].at[e] = element_state[j];
   }
-  p.store(param + at);
+  if (skip) return;
+  p.template store<tuning::state_store>(param + at);
   if constexpr (writes_state<Rule>) {
     ONEPASS_UNROLL
-    for (int j = 0; j < n_state; ++j) s[j].store(state[j] + at);
+    for (int j = 0; j < n_state; ++j) s[j].template store<tuning::state_store>(state[j] + at);
   }
 }
+
+// Where param and states have the elements that a thread's gradients update, one gradient after another. Two divisions
+// at the start replace one per gradient, which would take longer than the update.
+class RowCursor {
+ public:
+  // From the gradient with index `first` on, in steps of `step`.
+  __device__ RowCursor(const std::int64_t* rows, std::int64_t row_size, std::int64_t first, int step)
+      : rows_(rows), row_size_(row_size), row_(first / row_size), row_step_(step / row_size) {
+    column_ = first - row_ * row_size;
+    column_step_ = step - row_step_ * row_size;
+  }
+  __device__ std::int64_t index() const { return rows_[row_] * row_size_ + column_; }
+  __device__ void advance() {
+    row_ += row_step_;
+    column_ += column_step_;
+    if (column_ < row_size_) return;
+    column_ -= row_size_;
+    ++row_;
+  }
+
+ private:
+  const std::int64_t* rows_;
+  std::int64_t row_size_, row_, row_step_, column_, column_step_;
+};
 
 template <class Rule, class T, bool by_rows>
 __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_per_sm(sizeof(T), Rule::n_state,
                                                                                      by_rows || many_registers<Rule>))
     apply_kernel(ONEPASS_GRID_CONSTANT(ApplyParams<Rule, T, by_rows>) params) {
   using F = Compute<T>;
-  using Step = typename ApplyParams<Rule, T, by_rows>::Step;
+  using Params = ApplyParams<Rule, T, by_rows>;
   constexpr int w = width<T>, n_state = Rule::n_state;
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
-
-  const int tensor = find_tensor(params.first_chunk, params.n_tensors, blockIdx.x);
-  const Step k = params.prepared != nullptr ? params.prepared[params.step[tensor]] : params.steps[params.step[tensor]];
-  const std::int64_t offset = std::int64_t(blockIdx.x - params.first_chunk[tensor]) * tuning::apply_chunk;
-  const std::int64_t left = params.size[tensor] - offset;
-  const int n = left < tuning::apply_chunk ? int(left) : tuning::apply_chunk;
+  const bool skip = params.found_inf != nullptr && *params.found_inf != 0;
+  const Chunk chunk = chunk_of(params, params.reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x, params.chunk);
+  const int tensor = chunk.tensor, n = chunk.size;
+  const std::int64_t offset = chunk.begin;
+  const int key = params.step[tensor];
+  const typename Params::Step k = params.prepared != nullptr ? params.prepared[key] : params.steps[key];
 
   const std::int64_t first = by_rows ? 0 : offset;  // element of param and states
   T* const param = static_cast<T*>(params.stream[0][tensor]) + first;
   const T* grad = nullptr;
   if constexpr (Rule::reads_grad) grad = static_cast<const T*>(params.stream[1][tensor]) + offset;
   F* state[n_state > 0 ? n_state : 1] = {};
-  bool aligned = is_aligned16(param) && is_aligned16(grad);
+  bool aligned = is_aligned16(param);
   ONEPASS_UNROLL
   for (int s = 0; s < n_state; ++s) {
-    state[s] = static_cast<F*>(params.stream[ApplyParams<Rule, T, by_rows>::n_streams - n_state + s][tensor]) + first;
+    state[s] = static_cast<F*>(params.stream[Params::n_streams - n_state + s][tensor]) + first;
     aligned = aligned && is_aligned16(state[s]);
   }
-  // Index in param and states of the element that the chunk's i-th gradient updates.
-  const auto index_of = [&](int i) {
-    if constexpr (by_rows) {
-      const std::int64_t at = offset + i, row = at / params.row_size[tensor];
-      return at + (params.rows[tensor][row] - row) * params.row_size[tensor];
-    } else {
-      return i;
-    }
-  };
   if constexpr (by_rows) aligned = aligned && params.row_size[tensor] % w == 0;
 
+  // Updates the elements from `begin` to `end`, `width` adjacent ones per thread and round. Not unrolled: a store may
+  // alias the next loads, so unrolling would overlap nothing, only take registers.
+  const auto update = [&](auto width, auto grad_width, int begin, int end) {
+    constexpr int step = tuning::apply_threads * decltype(width)::value;
+    int i = begin + int(threadIdx.x) * decltype(width)::value;
+    const auto update_at = [&](auto at) {
+      update_elements<Rule, decltype(width)::value, decltype(grad_width)::value>(
+          k, param, Rule::reads_grad ? grad + i : nullptr, state, at, skip);
+    };
+    if constexpr (by_rows) {
+      if (i >= end) return;
+      RowCursor cursor(params.rows[tensor], params.row_size[tensor], offset + i, step);
+      std::int64_t at = cursor.index();
+      ONEPASS_NO_UNROLL
+      while (i < end) {
+        const std::int64_t now = at;
+        cursor.advance();
+        if (i + step < end) at = cursor.index();  // loaded together with the elements
+        update_at(now);
+        i += step;
+      }
+    } else {
+      ONEPASS_NO_UNROLL
+      for (; i < end; i += step) update_at(i);
+    }
+  };
+  using One = std::integral_constant<int, 1>;
+  using Wide = std::integral_constant<int, w>;
   const int whole = aligned ? n / w * w : 0;
-  for (int i = int(threadIdx.x) * w; i < whole; i += tuning::apply_threads * w)
-    update_elements<Rule, w>(k, param, Rule::reads_grad ? grad + i : nullptr, state, index_of(i));
-  // The tail of an aligned chunk, or all of an unaligned one. Not unrolled: a store may alias the next loads, so
-  // unrolling would overlap nothing, only take registers.
-  ONEPASS_NO_UNROLL
-  for (int i = whole + int(threadIdx.x); i < n; i += tuning::apply_threads)
-    update_elements<Rule, 1>(k, param, Rule::reads_grad ? grad + i : nullptr, state, index_of(i));
+  if (is_aligned16(grad))
+    update(Wide{}, Wide{}, 0, whole);
+  else  // as in the buckets of DistributedDataParallel, where only gradients are misaligned
+    update(Wide{}, One{}, 0, whole);
+  update(One{}, One{}, whole, n);
 }
 
 // The parameter block of the prepare kernel.
@@ -236,6 +281,11 @@ class Launcher {
     static_assert(sizeof(Params) <= tuning::parameter_bytes, "the table must fit the parameter block");
     if (call.workspace != nullptr) params_.set_prepared(prepared_steps<Step>(call), prepared_t(call));
     params_.found_inf = call.device_scaling.found_inf;
+    params_.reversed = tuning::reverse_after_norm && call.device_scaling.scaled_norm != nullptr;
+    std::int64_t elements = 0;
+    for (std::int64_t i = 0; i < call.n_items; ++i)
+      if (Params::takes(call.items[i])) elements += call.items[i].size;
+    params_.chunk = tuning::apply_chunk(elements, Params::bytes_per_element);
   }
 
   void run() {
@@ -247,7 +297,7 @@ class Launcher {
  private:
   void add(const Item& item, const Storage* storage) {
     if (item.size == 0) return;
-    const std::uint64_t chunks = (std::uint64_t(item.size) + tuning::apply_chunk - 1) / tuning::apply_chunk;
+    const std::uint64_t chunks = (std::uint64_t(item.size) + params_.chunk - 1) / std::uint64_t(params_.chunk);
     if (params_.n_tensors == Params::capacity || n_chunks_ + chunks > 0x7fffffffu) flush();
     int step = step_of(item.key);
     if (step < 0) {

@@ -19,8 +19,9 @@ struct StoredParams {
   // Streams: param, grad, remainder, then states and their scales.
   static constexpr int grad = 1, remainder = 2, first_state = 3, n_state = Rule::n_state;
   static constexpr int n_streams = first_state + 2 * n_state;
-  static constexpr int fixed_bytes = tuning::max_steps * (sizeof(Step) + sizeof(double)) + 96;
+  static constexpr int fixed_bytes = tuning::max_steps * (sizeof(Step) + sizeof(double)) + 112;
   static constexpr int bytes_per_tensor = sizeof(void*) * n_streams + 8 + 4 + 4;
+  static constexpr int bytes_per_element = 2 * sizeof(T) + n_state;  // the least: states in 8 bits
   static constexpr int capacity = (tuning::parameter_bytes - fixed_bytes) / bytes_per_tensor;
 
   void* stream[n_streams][capacity];
@@ -34,7 +35,8 @@ struct StoredParams {
   const double* prepared_t;
   StateFormat format[max_states];
   ParamFormat param_format;
-  std::int32_t n_tensors;
+  std::int32_t n_tensors, chunk;
+  bool reversed;
 
   static bool takes(const Item&) { return true; }
   void set_tensor(int i, const Item& item, const Storage* storage) {
@@ -80,7 +82,7 @@ __device__ Elements<U, stored_elements> load_some(const void* p, const StoredPla
 template <class U>
 __device__ void store_some(const Elements<U, stored_elements>& e, void* p, const StoredPlace& place) {
   U* const to = static_cast<U*>(p) + place.i;
-  if (place.is_wide) return e.store(to);
+  if (place.is_wide) return e.template store<tuning::state_store>(to);
   ONEPASS_UNROLL
   for (int k = 0; k < stored_elements; ++k)
     if (k < place.count) to[k] = e.at[k];
@@ -225,19 +227,19 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
   using Params = StoredParams<Rule, T>;
   constexpr int n_state = Rule::n_state, array_size = n_state > 0 ? n_state : 1;
   constexpr int round = tuning::apply_threads * stored_elements;
-  static_assert(tuning::apply_chunk % round == 0, "a warp's lanes share their loop");
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
-
-  const int tensor = find_tensor(params.first_chunk, params.n_tensors, blockIdx.x);
+  static_assert(tuning::smallest_chunk % round == 0, "a warp's lanes share their loop");
+  const bool skip = params.found_inf != nullptr && *params.found_inf != 0;
+  const Chunk chunk = chunk_of(params, params.reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x, params.chunk);
+  const int tensor = chunk.tensor;
+  const std::int64_t offset = chunk.begin, end = offset + chunk.size;
   const int key = params.step[tensor];
   const typename Params::Step step = params.prepared != nullptr ? params.prepared[key] : params.steps[key];
   const double t = params.prepared != nullptr ? params.prepared_t[key] : params.t[key];
-  const std::int64_t offset = std::int64_t(blockIdx.x - params.first_chunk[tensor]) * tuning::apply_chunk;
-  const std::int64_t size = params.size[tensor];
-  const std::int64_t end = size - offset < tuning::apply_chunk ? size : offset + tuning::apply_chunk;
   bool aligned = true;
   ONEPASS_UNROLL
-  for (int s = 0; s < Params::n_streams; ++s) aligned = aligned && is_aligned16(params.stream[s][tensor]);
+  for (int s = 0; s < Params::n_streams; ++s)
+    aligned = aligned && (s == Params::grad || is_aligned16(params.stream[s][tensor]));
+  const bool grad_aligned = is_aligned16(params.stream[Params::grad][tensor]);
 
   for (std::int64_t first = offset; first < end; first += round) {
     StoredPlace place{first + std::int64_t(threadIdx.x) * stored_elements, 0, false};
@@ -248,14 +250,17 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
     float param[stored_elements], grad[stored_elements], state[array_size][stored_elements];
     load_param<T>(params.param_format, params.stream[0][tensor], params.stream[Params::remainder][tensor], place,
                   param);
-    const auto g = load_some<T>(params.stream[Params::grad][tensor], place);
+    StoredPlace grad_place = place;  // only the gradient may be misaligned: a view of DistributedDataParallel's buckets
+    grad_place.is_wide = place.is_wide && grad_aligned;
+    const auto g = load_some<T>(params.stream[Params::grad][tensor], grad_place);
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) grad[k] = decode(g.at[k]);
     ONEPASS_UNROLL
     for (int s = 0; s < n_state; ++s)
       load_state(params.format[s], params.stream[Params::first_state + 2 * s][tensor],
                  params.stream[Params::first_state + 2 * s + 1][tensor], place, state[s]);
-    __syncwarp();  // a group's scale is read by all of its lanes, and written by the first
+    if (skip) return;  // not before the loads, which would wait for it
+    __syncwarp();      // a group's scale is read by all of its lanes, and written by the first
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) {
       float element_state[array_size];

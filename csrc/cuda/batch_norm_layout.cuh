@@ -193,7 +193,7 @@ struct Accesses {
     for (int r = 0; r < rounds; ++r) {
       if (p == nullptr || place[r].mask == 0) continue;
       if (always_whole || place[r].mask == all)
-        x[r].store(to + place[r].offset);
+        x[r].template store<tuning::output_store>(to + place[r].offset);
       else
         ONEPASS_UNROLL
       for (int e = 0; e < w; ++e)

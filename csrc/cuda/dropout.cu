@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(tuning::dropout_threads, tuning::dropout_block
     if (whole) {
       ONEPASS_UNROLL
       for (int j = 0; j < n; ++j) encode(e.at[j], drop(bits, j, decode(e.at[j]), scale));
-      e.store(y + i);
+      e.template store<tuning::output_store>(y + i);
     } else if (y != nullptr) {
       for (int j = 0; j < count; ++j) encode(y[i + j], drop(bits, j, decode(x[i + j]), scale));
     }

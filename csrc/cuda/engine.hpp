@@ -8,7 +8,7 @@ extern const Engine engine;
 
 void reduce(const Reduce& call);
 std::int64_t reduce_partials(std::int64_t size);
-void join_partials(Total total, const double* partials, std::int64_t n, double* out, const StreamRef& where);
+void join_partials(Total total, const double* partials, std::int64_t n, bool root, double* out, const StreamRef& where);
 
 void dropout(const DropoutCall& call, const StreamRef& where);
 void row_norm(const RowNorm& call, const StreamRef& where);
@@ -20,5 +20,10 @@ std::int64_t batch_norm_workspace(const BatchShape& shape);
 
 // Number of devices; 0 without a driver.
 int device_count();
+// Of the CUDA that this was built with, and the newest that the driver supports: 13000 for 13.0, 0 without a driver.
+struct Versions {
+  int built, driver;
+};
+Versions versions();
 
 }  // namespace onepass::cuda

@@ -9,6 +9,7 @@
 //   allow_dynamic_shared(name, kernel, bytes)  before launches with more than 48 KB of dynamic shared memory
 //   as_wide<Wide>(pointer)               the same memory as elements of type Wide, for accesses of 16 bytes
 //   load_here(x)                         x, just loaded, is not loaded later
+//   store_plain(pointer, x)              *pointer = x in one access
 #pragma once
 
 #include <cstddef>
@@ -56,6 +57,17 @@ void allow_dynamic_shared(const char* name, void (*kernel)(Parameters...), std::
 
 __device__ __forceinline__ void require_aligned(const volatile void*, std::size_t) {}
 
+// Stores that order nothing: the compiler may move accesses to other memory across them.
+__device__ __forceinline__ void store_plain(uint4* p, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
+}
+__device__ __forceinline__ void store_plain(uint2* p, uint2 x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y));
+}
+__device__ __forceinline__ void store_plain(unsigned int* p, unsigned int x) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(x));
+}
+
 // What was loaded into x is loaded here: without this, the compiler moves loads down to their first use, where they no
 // longer wait together. Adds no instruction.
 __device__ __forceinline__ void load_here(uint4& x) { asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)); }
@@ -85,6 +97,10 @@ using cuda_on_host::launch;
 using cuda_on_host::require_aligned;
 template <class Word>
 void load_here(Word&) {}
+template <class Word>
+void store_plain(Word* p, Word x) {
+  *p = x;
+}
 }  // namespace onepass::cuda
 
 #else

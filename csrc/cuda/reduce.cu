@@ -82,12 +82,11 @@ __global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_
   constexpr int w = width<T>;
   Reduction reduction = table.reduction;
   if constexpr (kind != Total::magnitudes) reduction.total = Total::squares;
-  const int tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
-  const std::int64_t offset = std::int64_t(blockIdx.x - table.first_chunk[tensor]) * tuning::reduce_chunk;
-  const std::int64_t left = table.size[tensor] - offset;
-  const int n = left < tuning::reduce_chunk ? int(left) : tuning::reduce_chunk;
-  const T* const data = static_cast<const T*>(table.data[tensor]) + offset;
-  const T* const weight = kind == Total::weighted_squares ? static_cast<const T*>(table.weight[tensor]) + offset : data;
+  const Chunk chunk = chunk_of(table, blockIdx.x, tuning::reduce_chunk);
+  const int tensor = chunk.tensor, n = chunk.size;
+  const T* const data = static_cast<const T*>(table.data[tensor]) + chunk.begin;
+  const T* const weight =
+      kind == Total::weighted_squares ? static_cast<const T*>(table.weight[tensor]) + chunk.begin : data;
 
   const int whole = is_aligned16(data) && is_aligned16(weight) ? n / w * w : 0;
   double total = empty_total(reduction.total);
@@ -99,11 +98,11 @@ __global__ void __launch_bounds__(tuning::reduce_threads, tuning::reduce_blocks_
 }
 
 __global__ void __launch_bounds__(tuning::join_threads)
-    join_kernel(Total kind, const double* partials, std::int64_t n, double* out) {
+    join_kernel(Total kind, const double* partials, std::int64_t n, bool root, double* out) {
   double total = empty_total(kind);
   for (std::int64_t i = threadIdx.x; i < n; i += tuning::join_threads) total = join(kind, total, partials[i]);
   total = block_total<tuning::join_threads>(kind, total);
-  if (threadIdx.x == 0) *out = total;
+  if (threadIdx.x == 0) *out = root ? sqrt(total) : total;
 }
 
 template <class T>
@@ -145,9 +144,10 @@ void reduce(const Reduce& call) {
   with_dtype(call.dtype, [&](auto type) { launch_reduce<typename decltype(type)::type>(call); });
 }
 
-void join_partials(Total total, const double* partials, std::int64_t n, double* out, const StreamRef& where) {
+void join_partials(Total total, const double* partials, std::int64_t n, bool root, double* out,
+                   const StreamRef& where) {
   const DeviceGuard guard(where.device);
-  launch("join", join_kernel, dim3(1), dim3(tuning::join_threads), 0, where.stream, total, partials, n, out);
+  launch("join", join_kernel, dim3(1), dim3(tuning::join_threads), 0, where.stream, total, partials, n, root, out);
 }
 
 int device_count() {
@@ -156,6 +156,15 @@ int device_count() {
   return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
 #else
   return 1;
+#endif
+}
+
+Versions versions() {
+#if defined(__CUDACC__)
+  int driver = 0;
+  return {CUDART_VERSION, cudaDriverGetVersion(&driver) == cudaSuccess ? driver : 0};
+#else
+  return {0, 0};
 #endif
 }
 

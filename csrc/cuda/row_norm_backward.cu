@@ -135,8 +135,8 @@ __device__ void write_partials(Elements<F, w> (&dweight)[rounds], Elements<F, w>
       if (team + 1 == teams) {
         ONEPASS_UNROLL
         for (int r = 0; r < rounds; ++r) {
-          share.store(out, r, dweight[r]);
-          share.store(out + share.n, r, dbias[r]);
+          share.template store<tuning::Store::write_back>(out, r, dweight[r]);
+          share.template store<tuning::Store::write_back>(out + share.n, r, dbias[r]);
         }
       }
     }

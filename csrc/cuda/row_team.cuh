@@ -21,9 +21,9 @@ struct Share {
   __device__ Elements<T, w> load_cached(const T* p, int round) const {
     return Elements<T, w>::load_cached(p + offset(round), has(round));
   }
-  template <class T>
+  template <tuning::Store how = tuning::output_store, class T>
   __device__ void store(T* p, int round, const Elements<T, w>& x) const {
-    if (has(round)) x.store(p + offset(round));
+    if (has(round)) x.template store<how>(p + offset(round));
   }
 };
 

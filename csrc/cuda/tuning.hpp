@@ -4,25 +4,35 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/tuned.hpp"
+
 namespace onepass::cuda::tuning {
 
 // The apply kernel: threads of a block, and the blocks per SM that the register limit of a thread must allow for.
 //   4 blocks: 64 registers; Adam in float32 has 1024 threads * 4 loads * 16 bytes = 64 KB in flight per SM.
 //   3 blocks: 80 registers, for 16-bit parameters with one state, which spill on sm_80 with 64; 48 KB in flight.
 //   2 blocks: 128 registers, for three states, for rows of a table (their indices take registers), for rules that say
-//   so,
-//     and for float64
-//     (its divisions and roots do); 40 KB in flight with three states.
+//     so, and for float64 (its divisions and roots do); 40 KB in flight with three states.
 // Without a second number in __launch_bounds__, ptxas aims at 48 registers on sm_90, and spills.
 constexpr int apply_threads = 256;
 constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool many_registers) {
   return param_bytes == 8 || n_state > 2 || many_registers ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
 }
 
-// Elements of a block's chunk: 8 rounds of 16-byte loads of float32. Looking up the tensor, a binary search among at
-// most 800, is then a small part of a block's work, while 4.3 million elements already fill a wave (132 SMs * 4
-// blocks). A multiple of every vector width.
-constexpr int apply_chunk = 8192;
+// Elements of a block's chunk. Looking up the tensor, a binary search among at most 800, is a small part of a block's
+// work if the chunk is large: up to chunk_bytes, of all streams together. But a launch has at least chunk_blocks, two
+// waves (132 SMs * 4 blocks), unless its chunks are the smallest. Powers of two, at least a round of any kernel.
+constexpr int smallest_chunk = 2048, chunk_blocks = 1024, chunk_bytes = ONEPASS_CHUNK_BYTES;
+constexpr int apply_chunk(std::int64_t elements, int bytes_per_element) {
+  int chunk = smallest_chunk;
+  while (2 * chunk * bytes_per_element <= chunk_bytes && elements / (2 * chunk) >= chunk_blocks) chunk *= 2;
+  return chunk;
+}
+constexpr bool reverse_after_norm = ONEPASS_REVERSE_AFTER_NORM != 0;
+
+// How results are stored; see tuned.hpp.
+enum class Store { write_back, streaming, plain };
+constexpr Store state_store{ONEPASS_STATE_STORE}, output_store{ONEPASS_OUTPUT_STORE};
 
 // With other formats a thread has 8 elements of every stream in registers: 80 of them, or 128 with three states.
 constexpr int stored_blocks_per_sm(int n_state) { return n_state > 2 ? 2 : 3; }

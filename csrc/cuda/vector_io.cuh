@@ -3,6 +3,7 @@
 #include "core/types.hpp"
 #include "core/value.hpp"
 #include "cuda/platform.cuh"
+#include "cuda/tuning.hpp"
 
 namespace onepass::cuda {
 
@@ -87,13 +88,36 @@ struct alignas(16) Elements {
   static __device__ Elements load_cached(const T* p, bool exists = true) {
     return from_words(exists, [&](int i) { return __ldg(as_wide<Word>(p) + i); });
   }
-  // By an intrinsic, because the compiler may split an assignment into narrower stores.
+  // By accesses of m elements, where an address is a multiple of no more.
+  template <int m>
+  static __device__ Elements load_by(const T* p) {
+    if constexpr (m == n) {
+      return load(p);
+    } else {
+      Elements e;
+      ONEPASS_UNROLL
+      for (int i = 0; i < n; i += m) {
+        const auto part = Elements<T, m>::load(p + i);
+        ONEPASS_UNROLL
+        for (int j = 0; j < m; ++j) e.at[i + j] = part.at[j];
+      }
+      return e;
+    }
+  }
+  // Not by an assignment, which the compiler may split into narrower stores.
+  template <tuning::Store how>
   __device__ void store(T* p) const {
     if constexpr (n == 1) {
       *p = at[0];
     } else {
       ONEPASS_UNROLL
-      for (int i = 0; i < words; ++i) __stwb(as_wide<Word>(p) + i, reinterpret_cast<const Word*>(this)[i]);
+      for (int i = 0; i < words; ++i) {
+        Word* const to = as_wide<Word>(p) + i;
+        const Word word = reinterpret_cast<const Word*>(this)[i];
+        if constexpr (how == tuning::Store::write_back) __stwb(to, word);
+        if constexpr (how == tuning::Store::streaming) __stcs(to, word);
+        if constexpr (how == tuning::Store::plain) store_plain(to, word);
+      }
     }
   }
 
@@ -160,6 +184,13 @@ class CommonWidth {
   std::uintptr_t bits_;  // the lowest one set is the number of bytes
 };
 
+// The part of a tensor that a block works on.
+struct Chunk {
+  int tensor;          // its index
+  std::int64_t begin;  // first element
+  int size;
+};
+
 // Index of the tensor that a chunk belongs to: the last one whose first chunk is not after it. All threads of the block
 // take the same branches, and the table is in the constant bank.
 __device__ inline int find_tensor(const std::uint32_t* first_chunk, int n_tensors, std::uint32_t chunk) {
@@ -172,6 +203,17 @@ __device__ inline int find_tensor(const std::uint32_t* first_chunk, int n_tensor
       high = middle;
   }
   return low;
+}
+
+// The block's chunk. Table: a parameter block that lists tensors.
+template <class Table>
+__device__ Chunk chunk_of(const Table& table, unsigned number, int chunk_size) {
+  Chunk chunk;
+  chunk.tensor = find_tensor(table.first_chunk, table.n_tensors, number);
+  chunk.begin = std::int64_t(number - table.first_chunk[chunk.tensor]) * chunk_size;
+  const std::int64_t left = table.size[chunk.tensor] - chunk.begin;
+  chunk.size = left < chunk_size ? int(left) : chunk_size;
+  return chunk;
 }
 
 }  // namespace onepass::cuda

@@ -7,6 +7,11 @@ find_path(ONEPASS_CUDA_INCLUDE cuda_bf16.h HINTS ${CUDA_INCLUDE_HINTS} ${wheels}
 
 set(host_sources ${ONEPASS_CUDA_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/counters.cpp)
 set_source_files_properties(${host_sources} PROPERTIES LANGUAGE CXX)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64") # the layers with fused multiply-adds, as nvcc compiles them
+  set(layer_sources ${ONEPASS_CUDA_SOURCES})
+  list(REMOVE_ITEM layer_sources ${ONEPASS_SAME_BITS_SOURCES})
+  set_source_files_properties(${layer_sources} PROPERTIES COMPILE_OPTIONS "-mfma;-ffp-contract=fast")
+endif()
 set(host_definitions ONEPASS_HAS_CUDA ONEPASS_CUDA_ON_HOST "ONEPASS_CUDA_ARCHS_BUILT=\"host\"")
 
 # Adds the kernels as library `kernels` and links them into the extension `module`.

@@ -136,7 +136,7 @@ def list_cases() -> Iterable[Case]:
                     ("SGD", "sgd", "^apply", 2 * size),
                     ("norm of", "norm", "^reduce", size),
                 ):
-                    floored = floor if offset == 0 else 0
+                    floored = floor if offset == 0 or call != "norm" else 0
                     yield Case(f"{what} {note}", f"{call} {tail}", kernels, n * loaded, floor=floored, narrow=offset)
         yield Case("dropout of 25000000", f"dropout {dtype} 25000000", "^dropout", 25_000_000 * size)
 

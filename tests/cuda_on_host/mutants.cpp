@@ -15,7 +15,8 @@ namespace {
 using Rule = rules::Adam<false>;
 constexpr double hyper[] = {0.1, 0.9, 0.999, 1e-4, 0, 0, 1, 0, 0};
 constexpr int n_hyper = sizeof hyper / sizeof *hyper;
-constexpr std::int64_t chunk = tuning::apply_chunk;
+constexpr std::int64_t chunk = tuning::reduce_chunk;
+static_assert(chunk % tuning::smallest_chunk == 0, "a size at the end of a chunk is one for both kernels");
 
 // Exactly n elements on the heap after `offset` others, so that AddressSanitizer detects the first access beyond them.
 template <class T>
@@ -75,6 +76,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_keys, Scalars scalars) {
   std::vector<Item> items;
   for (const Tensor<T>& tensor : tensors) items.push_back(tensor.item());
   Array<float> counts(n_keys, 0), grad_scale(1, 0), found_inf(1, 0);
+  double scaled_norm = 1, norm = 0;  // nothing is clipped, but chunks are walked in reverse
   std::vector<StepKey> keys;
   for (int u = 0; u < n_keys; ++u) {
     counts.data[u] = float(u);
@@ -95,6 +97,7 @@ bool update(std::vector<Tensor<T>>& tensors, int n_keys, Scalars scalars) {
     call.workspace = workspace.data;
     call.device_scaling.grad_scale = grad_scale.data;
     call.device_scaling.found_inf = found_inf.data;
+    call.device_scaling.scaled_norm = &scaled_norm, call.device_scaling.norm = &norm;
   }
   apply_to<Rule, T>(call);
 
@@ -147,8 +150,10 @@ bool sums(DType dtype, Total kind, int exponent = 0) {
   Array<double> partials(n_partials, 0), total(1, 0);
   for (std::int64_t i = 0; i < n_partials; ++i) partials.data[i] = NAN;
   reduce({{kind, 2}, dtype, data.data(), weights.data(), sizes.data(), std::int64_t(sizes.size()), partials.data, {}});
-  join_partials(kind, partials.data, n_partials, total.data, {});
-  return *total.data == expected;
+  join_partials(kind, partials.data, n_partials, false, total.data, {});
+  bool right = *total.data == expected;
+  join_partials(kind, partials.data, n_partials, true, total.data, {});
+  return right && *total.data == std::sqrt(expected);
 }
 
 }  // namespace

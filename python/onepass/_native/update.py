@@ -133,12 +133,12 @@ class GradientFactor:
         return self.max_norm is not None or self.normalize
 
 
-def _total_on_device(plan: _C.Plan, norm_type: float, weighted: bool, index: int) -> Tensor:
-    """Total over the gradients on a CUDA device: a float64 tensor there, no synchronisation."""
+def _total_on_device(plan: _C.Plan, norm_type: float, weighted: bool, root: bool, index: int) -> Tensor:
+    """Total over the gradients on a CUDA device, or its square root: a float64 tensor there, no synchronisation."""
     device = torch_device(index)
     partials = torch.empty(max(1, plan.cuda_partials(index)), dtype=torch.float64, device=device)
     total = torch.empty((), dtype=torch.float64, device=device)
-    plan.cuda_total(norm_type, weighted, index, partials.data_ptr(), total.data_ptr(), current_stream(index))
+    plan.cuda_total(norm_type, weighted, root, index, partials.data_ptr(), total.data_ptr(), current_stream(index))
     return total
 
 
@@ -156,8 +156,13 @@ def norm_of(
     weighted: the 2-norm of parameters times gradients, element by element.
     """
     devices = plan.cuda_devices()
-    totals = [_total_on_device(plan, norm_type, weighted, index) for index in devices]
-    if not devices or plan.has_cpu():
+    on_cpu_too = not devices or plan.has_cpu()
+    alone = len(devices) == 1 and not on_cpu_too and reduce is None
+    root = norm_type == 2.0 and alone  # the last kernel takes it: a launch less
+    totals = [_total_on_device(plan, norm_type, weighted, root, index) for index in devices]
+    if root:
+        return totals[0]
+    if on_cpu_too:
         on_cpu = plan.cpu_total(norm_type, weighted, torch.get_num_threads())
         totals.append(torch.tensor(on_cpu, dtype=torch.float64, device="cpu"))
     total = totals[0]
