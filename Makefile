@@ -88,7 +88,7 @@ cross: $(ENVIRONMENT) ## The CPU engine on aarch64, cross-compiled and emulated,
 
 gate: $(PACKAGE) ## What nvcc made of the CUDA kernels: registers, spills, wide accesses, bytes in flight
 	$(PY) tests/cuda_on_host/compile_gate.py $(subst {wheel_tag},*,$(BUILD_DIR)) \
-	  --budget 'double|Adam<true>|RMSprop|Sgd<true>|Lion|apply_stored|(float|half|bfloat16), true>|row_norm|batch_=128'
+	  --budget 'double|Adadelta|Adam<true>|RMSprop|Sgd<true>|Lion|apply_stored|(float|half|bfloat16), true>|row_norm|batch_=128'
 	$(PY) tests/cuda_on_host/machine_model.py $(subst {wheel_tag},*,$(BUILD_DIR)) --json build/machine-model.json
 
 lint: $(ENVIRONMENT) ## Style and types of Python, style of C++ and CUDA, spelling

@@ -332,6 +332,9 @@ def source_messages() -> list[str]:
                 found.append("".join(str(v.value) for v in node.values if isinstance(v, ast.Constant)))
     for path in (ROOT / "cmake").glob("*.cmake"):
         found += re.findall(r'FATAL_ERROR "([^)]*)"\)', re.sub(r'"\s+"', "", path.read_text()))
+    for path in (ROOT / "csrc").rglob("*.?pp"):
+        for literals in re.findall(r'"(?:[^"\\\n]|\\.)*"(?:\s+"(?:[^"\\\n]|\\.)*")*', path.read_text()):
+            found.append(re.sub(r'"\s+"', "", literals)[1:-1])
     return [normalised(text) for text in found]
 
 

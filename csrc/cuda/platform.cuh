@@ -21,10 +21,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-#include <utility>
-
 #define ONEPASS_SHARED(T, name, n) __shared__ T name[n]
 #define ONEPASS_DYNAMIC_SHARED(T, name)                                           \
   extern __shared__ __align__(128) unsigned char onepass_dynamic_shared_memory[]; \
@@ -35,17 +31,20 @@
 
 namespace onepass::cuda {
 
-inline void check(cudaError_t error, const char* name) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
-}
+// Throws std::runtime_error that names `what`, the device, the cause and a remedy, unless `error` is cudaSuccess.
+void check(cudaError_t error, const char* what);
 
 // The only launch. It does not wait or allocate, so it is legal while a stream is being captured; an error inside the
-// kernel shows at a later call.
+// kernel shows at a later call. The status is the launch's own: cudaGetLastError() could be an earlier call's.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared,
             void* stream, Arguments&&... arguments) {
-  kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check(cudaGetLastError(), name);
+  const auto start = [&](const Parameters&... parameters) {
+    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, dynamic_shared,
+                            static_cast<cudaStream_t>(stream));
+  };
+  check(start(arguments...), name);
 }
 
 template <class... Parameters>

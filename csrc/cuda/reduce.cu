@@ -150,22 +150,4 @@ void join_partials(Total total, const double* partials, std::int64_t n, bool roo
   launch("join", join_kernel, dim3(1), dim3(tuning::join_threads), 0, where.stream, total, partials, n, root, out);
 }
 
-int device_count() {
-#if defined(__CUDACC__)
-  int n = 0;
-  return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
-#else
-  return 1;
-#endif
-}
-
-Versions versions() {
-#if defined(__CUDACC__)
-  int driver = 0;
-  return {CUDART_VERSION, cudaDriverGetVersion(&driver) == cudaSuccess ? driver : 0};
-#else
-  return {0, 0};
-#endif
-}
-
 }  // namespace onepass::cuda

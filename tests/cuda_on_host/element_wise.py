@@ -21,9 +21,10 @@ from rules import RULES, Rule
 from sparse import SPARSE, Sparse, some_rows
 from support import DTYPES, bits, parameter
 
-# Sizes around a pack, a warp, a round of a block and a chunk in csrc/cuda/tuning.hpp.
+# Sizes around a pack, a warp, a round of a block and the smallest chunks in csrc/cuda/tuning.hpp.
 SIZES = (0, 1, 3, 4, 7, 8, 9, 31, 33, 0, 255, 257, 1023, 4099, 8191, 8192, 8193, 3 * 8192 + 5)
 MANY = tuple(i % 5 for i in range(1500))  # more than fit in one launch
+LARGE = (3 << 20, 4095, 0, (1 << 20) + 1, 4097, 1)  # in all so many that chunks are larger
 SPECIAL = torch.tensor([0.0, -0.0, 1, -1.5, math.nan, math.inf, -math.inf, 1e20, -1e30, 1e-20, 1e-40, -1e-44, 3e38])
 STEPS = 3
 # The formats of states and parameters, by the dtypes that take them.
@@ -111,6 +112,8 @@ def formats_stepped(device: torch.device) -> dict[str, str]:
                     found[f"{what}, many tensors"] = stepped(rule, case, drawn(MANY, dtype), device)
                     unscaled = {**case, "fused_unscale": True}
                     found[f"{what}, fused_unscale"] = stepped(rule, unscaled, drawn(SIZES, dtype), device)
+                    if dtype is dtypes[0]:
+                        found[f"{what}, large chunks"] = stepped(rule, case, drawn(LARGE, dtype), device)
     return found
 
 

@@ -59,7 +59,7 @@ RUNS = [  # longest first
         ("libtsan.so",),
         SANITIZED["thread"],
         # Threads synchronise at the same points for every dtype, and are 20 times slower here.
-        select="not (float64 or float16 or turn or every_width)",
+        select="not (float64 or float16 or turn or every_width or large_chunks)",
     ),
     Run(
         "kernels, Address- and UndefinedBehaviorSanitizer",

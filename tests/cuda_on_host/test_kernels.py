@@ -47,7 +47,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
 COUNTING_RULE = pytest.mark.parametrize("rule", COUNTING.values(), ids=COUNTING)
 EVERY_SPARSE = pytest.mark.parametrize("rule", SPARSE.values(), ids=SPARSE)
 
-# Chunks have 8192 elements (csrc/cuda/tuning.hpp); some tensors are empty.
+# Chunks of so few elements have 2048, those of the norm 8192 (csrc/cuda/tuning.hpp); some tensors are empty.
 SIZES = [0, 1, 8191, 0, 8192, 8193, 7, 3 * 8192 + 5, 0]
 MANY = [i % 5 for i in range(1875)]  # 1500 that are not empty: more than fit in one launch
 FENCE = 7.0
@@ -225,6 +225,24 @@ def test_one_unaligned_stream(rule, unaligned, dtype):
     for _ in range(2):
         both.step([fenced(n, dtype, unaligned == "gradient")[1]])
     assert_fences([whole], [n], 0)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])  # after a norm the chunks run in reverse
+@pytest.mark.parametrize("key", ["sgd", "adam"])
+def test_large_chunks(key, max_norm):
+    """From 4M elements on, chunks are larger; a misaligned gradient, tensors that end at every place of a chunk."""
+    sizes = [3 << 20, 4095, 0, (1 << 20) + 1, 4097, 1]
+    wholes, views = zip(*(fenced(n, torch.float32) for n in sizes), strict=True)
+    both = BesideReference(
+        KERNELS[key], {**KERNELS[key].usual, "max_norm": max_norm}, [parameter(view) for view in views]
+    )
+    grads = [fenced(n, torch.float32, i % 2)[1] for i, n in enumerate(sizes)]
+    before = backend.counters()["blocks"] if ON_HOST else 0
+    both.step(grads)
+    if ON_HOST:
+        blocks = backend.counters()["blocks"] - before
+        assert blocks < sum(sizes) / 2048, "the chunks are the smallest"
+    assert_fences(wholes, sizes, 0)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
