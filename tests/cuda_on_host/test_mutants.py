@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant(
         "weights of the chunk's beginning",
         "reduce.cu",
-        "static_cast<const T*>(table.weight[tensor]) + offset",
+        "static_cast<const T*>(table.weight[tensor]) + chunk.begin",
         "static_cast<const T*>(table.weight[tensor])",
         "plain",
         "wrong result",
@@ -137,7 +137,7 @@ MUTANTS = [
         "gradient's alignment not tested",
         "apply.cuh",
         "  if (is_aligned16(grad))\n",
-        "",
+        "  if (true)\n",
         "plain",
         "misaligned access",
     ),
@@ -181,10 +181,18 @@ MUTANTS = [
         "asan+ubsan",
         "fault",
     ),
-    # apply.cuh: scalars in device memory
+    Mutant(
+        "skipped step is made",
+        "apply.cuh",
+        "  if (skip) return;\n",
+        "",
+        "plain",
+        "wrong result",
+    ),
+    # prepare.cuh
     Mutant(
         "bound of the keys missing",
-        "apply.cuh",
+        "prepare.cuh",
         "  if (u >= from.n_keys) return;\n",
         "",
         "asan+ubsan",
@@ -192,7 +200,7 @@ MUTANTS = [
     ),
     Mutant(
         "second launch prepares over the first",
-        "apply.cuh",
+        "prepare.cuh",
         "(call) + first, prepared_t",
         "(call), prepared_t",
         "plain",
@@ -200,17 +208,9 @@ MUTANTS = [
     ),
     Mutant(
         "skipped step is counted",
-        "apply.cuh",
+        "prepare.cuh",
         "if (!skip) *from.keys[u].device_step",
         "*from.keys[u].device_step",
-        "plain",
-        "wrong result",
-    ),
-    Mutant(
-        "skipped step is made",
-        "apply.cuh",
-        "  if (skip) return;\n",
-        "",
         "plain",
         "wrong result",
     ),
