@@ -345,7 +345,7 @@ def test_troubleshooting_has_the_real_texts() -> None:
     assert len(quoted) >= 10, "troubleshooting.md quotes too few messages"
     messages = source_messages()
     for message in quoted:
-        text = normalised(re.sub(r"^\w+Error: ", "", message))
+        text = normalised(re.sub(r"^\w+(Error|Warning): ", "", message))
         pattern = re.compile(".*?".join(re.escape(part.strip()) for part in text.split("...")))
         assert any(map(pattern.search, messages)), (
             f"troubleshooting.md quotes a message that onepass does not have: {text}"

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import onepass
 import pytest
 import torch
-from onepass import _native
-from onepass._native import batch_norm, layers
+from onepass import _C, _native
+from onepass._native import batch_norm, devices, layers
 from onepass._native.batch_norm import BatchNormOptions, Operands, Running, Saved
 from onepass._native.layers import DropoutOptions, NormOptions
 from onepass.optim._staging import Staging
@@ -186,3 +187,27 @@ def test_import_needs_no_compiler():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "too_old"),
+    [
+        (13000, 12080, True),
+        (13000, 11020, True),
+        (13000, 13000, False),
+        (12080, 12010, False),  # any driver of the same major version runs machine code
+        (12040, 13010, False),
+        (13000, 0, False),  # no driver, no GPU
+        (0, 0, False),  # a build for the CPU
+    ],
+)
+def test_a_driver_older_than_the_build_is_told_at_import(monkeypatch, built, driver, too_old):
+    monkeypatch.setattr(_C, "cuda_versions", lambda: (built, driver))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        devices._warn_of_old_driver()
+    assert len(caught) == too_old
+    if too_old:
+        assert caught[0].category is RuntimeWarning
+        for part in ("CUDA 13.0", f"CUDA {driver // 1000}.{driver % 1000 // 10}", "newer driver"):
+            assert part in str(caught[0].message)

@@ -23,7 +23,9 @@ def environment() -> dict[str, str]:
         cuda = "not in this build (rebuild where nvcc >= 12.1 is found, with -C cmake.define.ONEPASS_CUDA=ON)"
     else:
         devices = _native.cuda_device_count()
-        cuda = f"architectures {_native.cuda_archs}; {devices} device{'' if devices == 1 else 's'} visible"
+        built, driver = _native.cuda_versions()
+        versions = f"{built} (driver {driver or 'missing'}, torch {torch.version.cuda or 'without'})"
+        cuda = f"{versions}; architectures {_native.cuda_archs}; {devices} device{'' if devices == 1 else 's'} visible"
     runtime = _native.thread_runtime
     threads = (
         "1 (no OpenMP runtime in this process)" if runtime == "none" else f"{torch.get_num_threads()} of {runtime}"

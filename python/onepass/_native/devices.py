@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,12 @@ def no_cuda_kernels(what: str, device: object) -> str:
         f"{what} is on {device}, but this build of onepass has no CUDA kernels. Build it where nvcc >= 12.1 is found, in "
         f"the folder of the source: pip install --force-reinstall --no-deps . -C cmake.define.ONEPASS_CUDA=ON"
     )
+
+
+def cuda_versions() -> tuple[str, str]:
+    """The CUDA that the kernels were built with and the newest one that the driver supports, as "13.0"; "" for none."""
+    built, driver = (f"{number // 1000}.{number % 1000 // 10}" if number else "" for number in _C.cuda_versions())
+    return built, driver
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
@@ -79,3 +86,19 @@ def _choose_isa() -> None:
 
 
 _choose_isa()
+
+
+def _warn_of_old_driver() -> None:
+    """At import, so that it is not the first step that fails. Within a major version any driver runs the machine code."""
+    built, driver = cuda_versions()
+    if driver and int(driver.partition(".")[0]) < int(built.partition(".")[0]):
+        warnings.warn(
+            f"onepass was built with CUDA {built}, but the GPU driver of this machine supports CUDA {driver} at most, so the "
+            f"kernels for GPUs will not run; those for the CPU will. Install a newer driver, or build onepass with an nvcc "
+            f"that the driver supports.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_warn_of_old_driver()
