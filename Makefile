@@ -112,24 +112,29 @@ clean: ## Remove what was built; the virtual environment stays
 	find python tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # On a machine with a GPU, torch with CUDA, nvcc, pybind11, scikit-build-core, CMake and pytest; no network is used. Ends
-# within 8 minutes: a part that runs out of its time is stopped and what it has found so far is printed and saved.
+# within 8 minutes: a part that runs out of its time is stopped and what it has found so far is printed and saved. While the
+# tests run, the kernels are built with other constants as well, and then measured; benchmarks/tune.py chooses.
 GPU_SITE := build/gpu-site
+GPU_VARIANTS := build/gpu-variants
 GPU_ARCHS ?= native
-GPU_TEST_SECONDS ?= 150
+GPU_TEST_SECONDS ?= 120
 GPU_BENCH_SECONDS ?= 100
 gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
-	rm -rf $(GPU_SITE)
+	rm -rf $(GPU_SITE) $(GPU_VARIANTS)
 	timeout 110 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
 	  --config-settings=build-dir=build/gpu-{wheel_tag} --config-settings=cmake.define.ONEPASS_CUDA=ON \
-	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=$(GPU_ARCHS) .
+	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=$(GPU_ARCHS) --config-settings=cmake.define.ONEPASS_TUNING= .
 	@export PYTHONPATH=$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1; result=0; \
-	part() { timeout --signal=INT --kill-after=10 "$$@" || result=$$?; }; \
-	part 30 $(PY) -m onepass; \
+	part() { timeout --signal=INT --kill-after=5 "$$@" || result=$$?; }; \
+	part 15 $(PY) -m onepass; \
+	timeout --kill-after=5 $(GPU_TEST_SECONDS) $(PY) benchmarks/gpu_variants.py $(GPU_VARIANTS) --build --archs $(GPU_ARCHS) & \
 	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -m cuda_kernels -k 'not compute_sanitizer' \
-	  --continue-on-collection-errors $(PYTEST_ARGS); \
-	part $$(($(GPU_BENCH_SECONDS) + 10)) $(PY) benchmarks/optimizers.py --device cuda --no-compile --seconds 1 \
-	  --budget $(GPU_BENCH_SECONDS) --out $(RESULTS) $(BENCH_ARGS); \
-	part 70 $(PY) -m pytest -q -k compute_sanitizer tests/test_gpu.py; \
+	  --continue-on-collection-errors $(PYTEST_ARGS) tests/test_gpu.py tests/cuda_on_host tests/test_*.py; \
+	wait; \
+	part $$(($(GPU_BENCH_SECONDS) + 5)) $(PY) benchmarks/gpu.py --seconds 0.4 --budget $(GPU_BENCH_SECONDS) \
+	  --out $(RESULTS) $(BENCH_ARGS); \
+	part 55 $(PY) benchmarks/gpu_variants.py $(GPU_VARIANTS) --seconds 45 --out $(RESULTS); \
+	part 60 $(PY) -m pytest -q -k compute_sanitizer tests/test_gpu.py; \
 	exit $$result
 
 # ---------------------------------------------------------------------------------------------------- the environment

@@ -36,6 +36,9 @@ QUIET_SHARE = 0.05
 # many of the least disturbed ones, and the result says so.
 MIN_QUIET = 5
 PATIENCE = 3
+# Before a run is timed on a GPU, it is kept busy for about half a millisecond: the run's kernels are waiting by then, and their
+# time does not include that of their launch, which ``Samples.cpu`` says.
+BUSY_CYCLES = 1_000_000
 _TASKS = Path("/proc/self/task")
 
 Json = dict[str, Any]
@@ -190,6 +193,7 @@ def _sample_cuda(variant: Variant, samples: Samples) -> None:
     variant.prepare()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
     begin.record()
     start = time.perf_counter()
     result = variant.run()

@@ -65,10 +65,14 @@ PERTURB = Pattern(read=(4,), update=(4,), overwrite=(4,))
 RESTORE = Pattern(read=(4,), overwrite=(4,))
 
 
-def passes(param_bytes: int, states: int, clip: bool) -> list[Pattern]:
-    """The passes of a step on parameters of 4 or 2 bytes and some float32 states; clipping reads the gradients first."""
+def passes(param_bytes: int, states: int, clip: bool, state_bytes: int = 4, remainder: int = 0) -> list[Pattern]:
+    """The passes of a step on parameters of 4 or 2 bytes and some states; clipping reads the gradients first.
+
+    remainder: bytes of what a bfloat16 parameter has beside it (``master_bits``). The scales of 8-bit states are left out.
+    """
     gradient = (param_bytes,)
-    return [Pattern(read=gradient)] * clip + [Pattern(read=gradient, update=(param_bytes, *(4,) * states))]
+    update = (param_bytes, *(state_bytes,) * states, *(remainder,) * (remainder > 0))
+    return [Pattern(read=gradient)] * clip + [Pattern(read=gradient, update=update)]
 
 
 def variants(patterns: Sequence[Pattern], elements: int, device: torch.device) -> list[Variant]:

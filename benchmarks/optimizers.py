@@ -54,6 +54,17 @@ RULES = {
 }
 USUAL_RULES = ("SGD", "Adam", "AdamW")  # those measured on whole networks
 SPARSE_RULES = ("Adagrad", "SparseAdam")  # on an embedding
+# How onepass keeps states and parameters; torch has nothing like it, and is measured without.
+FORMATS: dict[str, dict[str, object]] = {
+    "": {},
+    "bf16 states": {"state_dtype": torch.bfloat16},
+    "8-bit states": {"state_dtype": "8bit"},
+    "8-bit states, 24-bit master": {"state_dtype": "8bit", "master_bits": 24},
+    "8-bit states, 32-bit master": {"state_dtype": "8bit", "master_bits": 32},
+}
+STATE_BYTES: dict[object, int] = {None: 4, torch.bfloat16: 2, "8bit": 1}
+REMAINDER_BYTES: dict[object, int] = {None: 0, 24: 1, 32: 2}
+DTYPE_WORDS = {torch.float32: "", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TORCH_PATHS: dict[str, dict[str, bool]] = {
     "fused": {"fused": True},
     "foreach": {"foreach": True},
@@ -80,10 +91,11 @@ class Row:
     dtype: torch.dtype = torch.float32
     clip: bool = False
     rows: int = 0  # of a sparse gradient; 0: the gradient is dense
+    format: str = ""
 
     @property
     def name(self) -> str:
-        words = [self.case, self.rule.lower(), "clip" * self.clip, "bf16" * (self.dtype == torch.bfloat16)]
+        words = [self.case, self.rule.lower(), "clip" * self.clip, DTYPE_WORDS[self.dtype], self.format]
         return " ".join(filter(None, words))
 
     @property
@@ -101,7 +113,9 @@ class Row:
 
     @property
     def passes(self) -> list[limit.Pattern]:
-        return limit.passes(self.dtype.itemsize, self.states, self.clip)
+        kept = FORMATS[self.format]
+        states, remainder = STATE_BYTES[kept.get("state_dtype")], REMAINDER_BYTES[kept.get("master_bits")]
+        return limit.passes(self.dtype.itemsize, self.states, self.clip, states, remainder)
 
     @property
     def bytes_moved(self) -> int:
@@ -146,7 +160,8 @@ def make_optimizer(
     """The optimizer of a path ("onepass" or one of TORCH_PATHS) and the step that is timed."""
     rule = RULES[row.rule]
     if path == OURS:
-        ours = getattr(onepass.optim, rule.optimizer)(params, **rule.options, max_norm=MAX_NORM if row.clip else None)
+        options = {**rule.options, **FORMATS[row.format], "max_norm": MAX_NORM if row.clip else None}
+        ours = getattr(onepass.optim, rule.optimizer)(params, **options)
         return ours, ours.step
     hints = {key: hint for key, hint in TORCH_PATHS[path].items() if key in arguments_of(rule)}
     theirs = getattr(torch.optim, rule.optimizer)(params, **rule.options, **hints)
@@ -209,6 +224,16 @@ def first_steps(optimizer: torch.optim.Optimizer, step: Callable[[], object], de
     return {"state_bytes": states, "first_step_extra_bytes": max(0, first - states), "step_extra_bytes": later}
 
 
+def kernels_of(step: Callable[[], object]) -> int:
+    """How many kernels a step launches on the GPU."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events() or ())
+
+
 def paths_of(row: Row) -> list[str]:
     paths = [OURS] * (onepass is not None) + list(TORCH_PATHS)
     if row.rows or "fused" not in arguments_of(RULES[row.rule]):
@@ -234,6 +259,7 @@ def measure(row: Row, settings: runner.Settings) -> Json:
     compilation = compiled.left_out(reason)
     variants: list[Variant] = []
     memory: dict[str, Json] = {}
+    kernels: dict[str, int] = {}
     params = make_params(row, device)
     for path in paths_of(row):
         if path == compiled.NAME and reason:
@@ -248,6 +274,8 @@ def measure(row: Row, settings: runner.Settings) -> Json:
                 continue
         else:
             memory[path] = first_steps(optimizer, step, device)
+            if device.type == "cuda" and len(row.shapes) > 1:
+                kernels[path] = kernels_of(step)
         variants.append(Variant(path, step, prepare))
     description = {
         "case": row.case,
@@ -259,6 +287,7 @@ def measure(row: Row, settings: runner.Settings) -> Json:
         "elements": row.elements,
         "bytes_moved": row.bytes_moved,
         "memory": memory,
+        "kernels": kernels,
     }
     limits = [] if in_caches else limit.variants(row.passes, row.elements, device)
     return runner.row(description, variants, limits, compilation, settings)

@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = []
     for path in args.results:
+        if path.name.startswith("gpu-variants-"):  # tune.py reads those
+            continue
         try:
             results.append(load(path))
         except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ TITLES = {
     "optimizers": "An optimizer step, times faster than torch",
     "layers": "A layer, times faster than torch",
     "wrappers": "A pass of Lookahead or SAM, times faster than torch",
+    "gpu": "Updates and layers on a GPU, times faster than torch",
 }
 
 

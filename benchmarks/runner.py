@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import math
 import re
 import sys
@@ -64,13 +65,19 @@ def main(
     jobs: Callable[[bool], Iterable[Job]],
     argv: list[str] | None = None,
     compiles: bool = True,
+    device: str = "cpu",
+    summary: Callable[[Json], str] = report.footnotes,
 ) -> int:
-    """Measure the rows that the command line chooses; ``jobs(quick)`` yields them all.
+    """Measure the rows that the command line chooses; ``jobs(quick)`` yields them all. Gives the exit status.
 
-    ``compiles``: whether the benchmark knows torch.compile as a peer.
+    A row that fails is reported and left out. After Ctrl-C or SIGINT what there is so far is summed up.
+
+    compiles: whether the benchmark knows torch.compile as a peer.
+    device: the default of --device.
+    summary: what is printed below the table.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
     parser.add_argument("--quick", action="store_true", help="small rows and few samples, to show that it works")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches")
     parser.add_argument(
@@ -79,7 +86,11 @@ def main(
     parser.add_argument("--seconds", type=float, help="time per row without compilation (default 4, quick 0.1)")
     parser.add_argument("--budget", type=float, default=math.inf, help="start no row after this many seconds")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    parser.add_argument("--list", action="store_true", help="only print the names of the rows")
     args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(job.name for job in jobs(args.quick)))
+        return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     try:
@@ -99,8 +110,10 @@ def main(
         "compile": compiles,
         "rows": rows,
     }
+    name = f"{benchmark}-quick" if args.quick else benchmark
 
     print(report.heading(result))
+    failed = 0
     for job in jobs(args.quick):
         if not wanted.search(job.name):
             continue
@@ -111,14 +124,27 @@ def main(
             print(f"{job.name}: skipped, needs {job.bytes_needed / 2**30:.1f} GiB", file=sys.stderr)
             continue
         torch.manual_seed(0)
-        rows.append(job.measure(settings))
-        gc.collect()
+        try:
+            rows.append(job.measure(settings))
+        except KeyboardInterrupt:
+            print(f"stopped in {job.name}", file=sys.stderr)
+            break
+        except Exception as error:
+            failed += 1
+            print(f"{job.name}: failed, {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        finally:
+            gc.collect()
         print(report.line(rows[-1], result), flush=True)
-        path = harness.save(result, args.out, f"{benchmark}-quick" if args.quick else benchmark)
+        path = harness.save(result, args.out, name)
     if not rows:
-        print(f"--filter {args.filter!r}: no row matches", file=sys.stderr)
+        print(f"{failed} rows failed" if failed else f"--filter {args.filter!r}: no row matches", file=sys.stderr)
         return 1
-    print(report.footnotes(result))
-    report.plot(result, path.with_suffix(".png"))
-    print(f"saved {path} and its plot {path.with_suffix('.png').name}")
-    return 0
+    print(summary(result))
+    print(f"saved {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+    else:
+        report.plot(result, path.with_suffix(".png"))
+        print(f"saved its plot {path.with_suffix('.png').name}")
+    return 1 if failed else 0
