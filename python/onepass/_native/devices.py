@@ -88,10 +88,15 @@ def _choose_isa() -> None:
 _choose_isa()
 
 
+_LARGE_PARAMETERS = 12010  # the first CUDA whose drivers take more than 4 KB of parameters per launch
+
+
 def _warn_of_old_driver() -> None:
     """At import, so that it is not the first step that fails. Within a major version any driver runs the machine code."""
-    built, driver = cuda_versions()
-    if driver and int(driver.partition(".")[0]) < int(built.partition(".")[0]):
+    build_number, driver_number = _C.cuda_versions()
+    needed = max(build_number // 1000 * 1000, _LARGE_PARAMETERS)
+    if build_number and 0 < driver_number < needed:
+        built, driver = cuda_versions()
         warnings.warn(
             f"onepass was built with CUDA {built}, but the GPU driver of this machine supports CUDA {driver} at most, so the "
             f"kernels for GPUs will not run; those for the CPU will. Install a newer driver, or build onepass with an nvcc "
