@@ -36,8 +36,6 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 # ResNet-50's: channels and width.
 STAGES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 NORM_ELEMENTS = 10**9
-
-
 LARGE: List = ("1 x 25M", [(25_000_000,)])
 MEDIUM: List = ("160 x 160k", [(400, 400)] * 160)
 TINY: List = ("1000 x 256", [(256,)] * 1000)

@@ -50,6 +50,10 @@ RULES = {
     "RMSprop centered": Rule("RMSprop", 3, {"lr": 1e-3, "centered": True, "momentum": 0.9}),
     "Rprop": Rule("Rprop", 2, {"lr": 1e-3}),
     "Adagrad": Rule("Adagrad", 1, {"lr": 1e-3}),
+    "RAdam": Rule("RAdam", 2, {"lr": 1e-3}),
+    "Adamax": Rule("Adamax", 2, {"lr": 1e-3}),
+    "Adadelta": Rule("Adadelta", 2, {"lr": 1.0}),
+    "ASGD": Rule("ASGD", 1, {"lr": 1e-3}),
     "SparseAdam": Rule("SparseAdam", 2, {"lr": 1e-3}),
 }
 USUAL_RULES = ("SGD", "Adam", "AdamW")  # those measured on whole networks
