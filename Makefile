@@ -131,7 +131,7 @@ gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
 	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -m cuda_kernels -k 'not compute_sanitizer' \
 	  --continue-on-collection-errors $(PYTEST_ARGS) tests/test_gpu.py tests/cuda_on_host tests/test_*.py; \
 	wait; \
-	part $$(($(GPU_BENCH_SECONDS) + 5)) $(PY) benchmarks/gpu.py --seconds 0.4 --budget $(GPU_BENCH_SECONDS) \
+	part $$(($(GPU_BENCH_SECONDS) + 5)) $(PY) benchmarks/gpu.py --no-compile --seconds 0.4 --budget $(GPU_BENCH_SECONDS) \
 	  --out $(RESULTS) $(BENCH_ARGS); \
 	part 55 $(PY) benchmarks/gpu_variants.py $(GPU_VARIANTS) --seconds 45 --out $(RESULTS); \
 	part 60 $(PY) -m pytest -q -k compute_sanitizer tests/test_gpu.py; \

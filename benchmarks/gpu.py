@@ -1,6 +1,7 @@
-"""What a GPU has to say: every kernel's time and share of a large copy's bandwidth, beside torch's fused and foreach paths.
+"""What a GPU has to say: every kernel's time and share of a large copy's bandwidth, beside every path of torch.
 
-    python benchmarks/gpu.py                       # as `make gpu` does: no torch.compile, --budget 100
+    python benchmarks/gpu.py                       # an hour, nearly all of it in torch.compile
+    python benchmarks/gpu.py --no-compile          # two minutes, as in `make gpu`
     python benchmarks/gpu.py --list                # the rows, without a GPU
     python benchmarks/gpu.py --filter 'BatchNorm.*14x14'
 
@@ -158,8 +159,7 @@ def summary(result: Json) -> str:
 
 
 def main(argv: list[str]) -> int:
-    # torch.compile takes longer than the rest together.
-    return runner.main("gpu", __doc__ or "", jobs, [*argv, "--no-compile"], device="cuda", summary=summary)
+    return runner.main("gpu", __doc__ or "", jobs, argv, device="cuda", summary=summary)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,18 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_quick_rows_run_on_the_cpu(tmp_path, capsys):
     """The rows, but for the GPU: every step and layer works, and the file can be read."""
-    options = ["--device", "cpu", "--quick", "--seconds", "0.01", "--filter", "1M|LayerNorm", "--out", str(tmp_path)]
+    options = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--no-compile",
+        "--seconds",
+        "0.01",
+        "--filter",
+        "1M|LayerNorm",
+        "--out",
+        str(tmp_path),
+    ]
     assert gpu.main(options) == 0
     (path,) = tmp_path.glob("gpu-quick-*.json")
     rows = json.loads(path.read_text())["rows"]
@@ -140,7 +151,18 @@ def test_a_row_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
         raise RuntimeError("out of something")
 
     monkeypatch.setattr(gpu, "measure_norm", fail)
-    options = ["--device", "cpu", "--quick", "--seconds", "0", "--filter", "1M.*bf16", "--out", str(tmp_path)]
+    options = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--no-compile",
+        "--seconds",
+        "0",
+        "--filter",
+        "1M.*bf16",
+        "--out",
+        str(tmp_path),
+    ]
     assert gpu.main(options) == 1
     output = capsys.readouterr()
     assert "clip_grad_norm_ of 1M bf16: failed, RuntimeError: out of something" in output.err
