@@ -51,12 +51,12 @@ struct ApplyParams {
 };
 
 // Updates n adjacent elements, from element `at` of param and states on; grad points to their gradients, which are
-// loaded grad_n at a time. `skip` is tested as late as can be: it comes from memory, and the loads need not wait for
-// it.
+// loaded grad_n at a time. Nothing is stored if found_inf is not 0. It comes from memory and is tested as late as can
+// be, so that the loads need not wait for it; load_here() keeps the compiler from testing it at the kernel's start.
 template <class Rule, int n, int grad_n, class T, class Step, class Index>
 __device__ __forceinline__ void update_elements(const Step& k, T* param, const T* grad,
                                                 Compute<T>* const (&state)[Rule::n_state > 0 ? Rule::n_state : 1],
-                                                Index at, bool skip) {
+                                                Index at, float found_inf) {
   using F = Compute<T>;
   constexpr int n_state = Rule::n_state, array_size = n_state > 0 ? n_state : 1;
   auto p = Elements<T, n>::load(param + at);
@@ -75,7 +75,8 @@ __device__ __forceinline__ void update_elements(const Step& k, T* param, const T
     ONEPASS_UNROLL
     for (int j = 0; j < n_state; ++j) s[j].at[e] = element_state[j];
   }
-  if (skip) return;
+  load_here(found_inf);
+  if (found_inf != 0) return;
   p.template store<tuning::state_store>(param + at);
   if constexpr (writes_state<Rule>) {
     ONEPASS_UNROLL
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   using F = Compute<T>;
   using Params = ApplyParams<Rule, T, by_rows>;
   constexpr int w = width<T>, n_state = Rule::n_state;
-  const bool skip = params.found_inf != nullptr && *params.found_inf != 0;
+  const float found_inf = params.found_inf != nullptr ? *params.found_inf : 0;
   const Chunk chunk = chunk_of(params, params.reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x, params.chunk);
   const int tensor = chunk.tensor, n = chunk.size;
   const std::int64_t offset = chunk.begin;
@@ -135,13 +136,13 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::apply_blocks_pe
   if constexpr (by_rows) aligned = aligned && params.row_size[tensor] % w == 0;
 
   // Updates the elements from `begin` to `end`, `width` adjacent ones per thread and round. Not unrolled: a store may
-  // alias the next loads, so unrolling would overlap nothing, only take registers.
+  // alias the next loads, so unrolling would only take registers.
   const auto update = [&](auto width, auto grad_width, int begin, int end) {
     constexpr int step = tuning::apply_threads * decltype(width)::value;
     int i = begin + int(threadIdx.x) * decltype(width)::value;
     const auto update_at = [&](auto at) {
       update_elements<Rule, decltype(width)::value, decltype(grad_width)::value>(
-          k, param, Rule::reads_grad ? grad + i : nullptr, state, at, skip);
+          k, param, Rule::reads_grad ? grad + i : nullptr, state, at, found_inf);
     };
     if constexpr (by_rows) {
       if (i >= end) return;

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
   constexpr int n_state = Rule::n_state, array_size = n_state > 0 ? n_state : 1;
   constexpr int round = tuning::apply_threads * stored_elements;
   static_assert(tuning::smallest_chunk % round == 0, "a warp's lanes share their loop");
-  const bool skip = params.found_inf != nullptr && *params.found_inf != 0;
+  const float found_inf = params.found_inf != nullptr ? *params.found_inf : 0;
   const Chunk chunk = chunk_of(params, params.reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x, params.chunk);
   const int tensor = chunk.tensor;
   const std::int64_t offset = chunk.begin, end = offset + chunk.size;
@@ -259,8 +259,7 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
     for (int s = 0; s < n_state; ++s)
       load_state(params.format[s], params.stream[Params::first_state + 2 * s][tensor],
                  params.stream[Params::first_state + 2 * s + 1][tensor], place, state[s]);
-    if (skip) return;  // not before the loads, which would wait for it
-    __syncwarp();      // a group's scale is read by all of its lanes, and written by the first
+    __syncwarp();  // a group's scale is read by all of its lanes, and written by the first
     ONEPASS_UNROLL
     for (int k = 0; k < stored_elements; ++k) {
       float element_state[array_size];
@@ -270,6 +269,9 @@ __global__ void __launch_bounds__(tuning::apply_threads, tuning::stored_blocks_p
       ONEPASS_UNROLL
       for (int s = 0; s < n_state; ++s) state[s][k] = element_state[s];
     }
+    float skips = found_inf;
+    load_here(skips);  // tested here and not before the loads, which would wait for it
+    if (skips != 0) return;
     store_param<T>(params.param_format, params.stream[0][tensor], params.stream[Params::remainder][tensor], place,
                    storage::dither_start(t, max_states), param);
     ONEPASS_UNROLL

@@ -10,15 +10,15 @@
 
 namespace onepass::cuda {
 
-void check(cudaError_t error, const char* what) {
+void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
-  FailedOn where{-1, 0};
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) where.device = device;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+  int major = 0, minor = 0;
+  if (device < 0 && cudaGetDevice(&device) != cudaSuccess) device = -1;
+  FailedOn where{device, 0};
+  if (device >= 0 && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
     where.capability = 10 * major + minor;
-  cudaGetLastError();  // forgets it: it is reported here, and not again by the next call of somebody else
+  cudaGetLastError();  // forgets it: it is reported here, and only once
   throw std::runtime_error(error_text(what, error, cudaGetErrorString(error), where));
 }
 

@@ -10,7 +10,7 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice", device);
     changed_ = device != before_;
   }
   // Restores the caller's device, unless it has no context yet: cudaSetDevice() would create one, which takes half a

@@ -15,6 +15,7 @@ struct FailedOn {
 inline const char* remedy_of(cudaError_t error) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
     case cudaErrorUnsupportedPtxVersion:
       return "This build has no code that this GPU and driver can run: python -m onepass lists its architectures. "
              "Build "
@@ -23,7 +24,8 @@ inline const char* remedy_of(cudaError_t error) {
       return "The driver is older than the CUDA of this build: install a newer driver, or build with an older nvcc.";
     case cudaErrorNoDevice: return "The driver shows this process no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES.";
     case cudaErrorMemoryAllocation:
-      return "The GPU has no memory left for the kernel's code: free some, or let torch keep less in its cache "
+      return "The GPU has no memory left, for the kernel's code or the process itself: free some, or let torch keep "
+             "less in its cache "
              "(torch.cuda.empty_cache()).";
     case cudaErrorIllegalAddress:
     case cudaErrorMisalignedAddress:

@@ -31,11 +31,13 @@
 
 namespace onepass::cuda {
 
-// Throws std::runtime_error that names `what`, the device, the cause and a remedy, unless `error` is cudaSuccess.
-void check(cudaError_t error, const char* what);
+// Throws std::runtime_error that names `what`, the device (negative: the current one), the cause and a remedy, unless
+// `error` is cudaSuccess.
+void check(cudaError_t error, const char* what, int device = -1);
 
-// The only launch. It does not wait or allocate, so it is legal while a stream is being captured; an error inside the
-// kernel shows at a later call. The status is the launch's own: cudaGetLastError() could be an earlier call's.
+// The only launch. It does not wait, so it is legal while a stream is being captured; the first one of a kernel may
+// load its code. An error inside the kernel shows at a later call. The status is the launch's own, where
+// cudaGetLastError() could be that of an earlier call which did not take it.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared,
             void* stream, Arguments&&... arguments) {
@@ -56,7 +58,8 @@ void allow_dynamic_shared(const char* name, void (*kernel)(Parameters...), std::
 
 __device__ __forceinline__ void require_aligned(const volatile void*, std::size_t) {}
 
-// Stores that order nothing: the compiler may move accesses to other memory across them.
+// Stores that order nothing: the compiler may move other accesses across them, so nothing that is stored so is read by
+// the same thread.
 __device__ __forceinline__ void store_plain(uint4* p, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
 }

@@ -35,7 +35,7 @@ struct RowShare {
         for (int e = 0; e < w; ++e)
           encode(x[r].at[e], decode(residual[r].at[e]) + drop(bits[r], e, decode(x[r].at[e]), dropout.scale));
       }
-      store(call.sum, share, base);
+      store<tuning::Store::write_back>(call.sum, share, base);  // reload() reads it
     }
   }
   // Loads again what was normalised.
@@ -44,9 +44,10 @@ struct RowShare {
     for (int r = 0; r < rounds; ++r)
       x[r] = share.load(static_cast<const T*>(has_residual ? call.sum : call.x) + begin + base, r);
   }
+  template <tuning::Store how = tuning::output_store>
   __device__ void store(void* to, const Share<w>& share, std::int64_t base) const {
     ONEPASS_UNROLL
-    for (int r = 0; r < rounds; ++r) share.store(static_cast<T*>(to) + begin + base, r, x[r]);
+    for (int r = 0; r < rounds; ++r) share.template store<how>(static_cast<T*>(to) + begin + base, r, x[r]);
   }
 
   // The thread's part of the mean, of elements that count `factor` each. Multiplied before the summation, because a sum

@@ -14,7 +14,8 @@
 #define ONEPASS_OUTPUT_STORE 0
 #endif
 
-// Bytes that a block of the apply kernel loads and stores at most. Finding the tensor takes the same time for any.
+// Bytes of a block's chunk in the apply kernel, about, counting each stream once. Finding the tensor takes the same
+// time for any.
 #ifndef ONEPASS_CHUNK_BYTES
 #define ONEPASS_CHUNK_BYTES 131072
 #endif

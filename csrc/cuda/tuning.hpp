@@ -19,9 +19,9 @@ constexpr int apply_blocks_per_sm(int param_bytes, int n_state, bool many_regist
   return param_bytes == 8 || n_state > 2 || many_registers ? 2 : param_bytes == 2 && n_state == 1 ? 3 : 4;
 }
 
-// Elements of a block's chunk. Looking up the tensor, a binary search among at most 800, is a small part of a block's
-// work if the chunk is large: up to chunk_bytes, of all streams together. But a launch has at least chunk_blocks, two
-// waves (132 SMs * 4 blocks), unless its chunks are the smallest. Powers of two, at least a round of any kernel.
+// Elements of a block's chunk. Looking up the tensor, a binary search among some hundreds, is a small part of a block's
+// work if the chunk is large: up to chunk_bytes, of all streams together. But a list has at least chunk_blocks chunks,
+// two waves (132 SMs * 4 blocks), unless they are the smallest. Powers of two, at least a round of any kernel.
 constexpr int smallest_chunk = 2048, chunk_blocks = 1024, chunk_bytes = ONEPASS_CHUNK_BYTES;
 constexpr int apply_chunk(std::int64_t elements, int bytes_per_element) {
   int chunk = smallest_chunk;
@@ -32,6 +32,8 @@ constexpr bool reverse_after_norm = ONEPASS_REVERSE_AFTER_NORM != 0;
 
 // How results are stored; see tuned.hpp.
 enum class Store { write_back, streaming, plain };
+static_assert(ONEPASS_STATE_STORE >= 0 && ONEPASS_STATE_STORE <= 2, "0, 1 or 2, see tuned.hpp");
+static_assert(ONEPASS_OUTPUT_STORE >= 0 && ONEPASS_OUTPUT_STORE <= 2, "0, 1 or 2, see tuned.hpp");
 constexpr Store state_store{ONEPASS_STATE_STORE}, output_store{ONEPASS_OUTPUT_STORE};
 
 // With other formats a thread has 8 elements of every stream in registers: 80 of them, or 128 with three states.

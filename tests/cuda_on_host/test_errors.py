@@ -20,6 +20,7 @@ int main(int, char** of) {
 # Numbers of cudaError_t and what their text has to name.
 REMEDIES = {
     209: "ONEPASS_CUDA_ARCHS=native",  # no kernel image
+    98: "ONEPASS_CUDA_ARCHS=native",  # not compiled for the GPU
     222: "newer driver",  # PTX of a newer CUDA
     35: "newer driver",
     100: "CUDA_VISIBLE_DEVICES",  # no device

@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(
         "skipped step is made",
         "apply.cuh",
-        "  if (skip) return;\n",
+        "  if (found_inf != 0) return;\n",
         "",
         "plain",
         "wrong result",
