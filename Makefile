@@ -117,11 +117,11 @@ clean: ## Remove what was built; the virtual environment stays
 GPU_SITE := build/gpu-site
 GPU_VARIANTS := build/gpu-variants
 GPU_ARCHS ?= native
-GPU_TEST_SECONDS ?= 120
+GPU_TEST_SECONDS ?= 105
 GPU_BENCH_SECONDS ?= 100
 gpu: $(ENVIRONMENT) ## Build for this machine's GPU, test and benchmark on it
 	rm -rf $(GPU_SITE) $(GPU_VARIANTS)
-	timeout 110 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
+	timeout --kill-after=5 110 $(PIP) install --no-index --no-build-isolation --no-deps --target $(GPU_SITE) \
 	  --config-settings=build-dir=build/gpu-{wheel_tag} --config-settings=cmake.define.ONEPASS_CUDA=ON \
 	  --config-settings=cmake.define.ONEPASS_CUDA_ARCHS=$(GPU_ARCHS) --config-settings=cmake.define.ONEPASS_TUNING= .
 	@export PYTHONPATH=$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1; result=0; \

@@ -36,9 +36,9 @@ QUIET_SHARE = 0.05
 # many of the least disturbed ones, and the result says so.
 MIN_QUIET = 5
 PATIENCE = 3
-# Before a run is timed on a GPU, it is kept busy for about half a millisecond: the run's kernels are waiting by then, and their
-# time does not include that of their launch, which ``Samples.cpu`` says.
-BUSY_CYCLES = 1_000_000
+# Before a run is timed on a GPU, it is kept busy for half a millisecond, or for longer than the run before took to launch its
+# kernels: they are waiting by then, and their time does not include that of the launches, which ``Samples.cpu`` says.
+BUSY_CYCLES, MOST_BUSY_CYCLES, CYCLES_PER_SECOND = 1_000_000, 100_000_000, 2.5e9
 _TASKS = Path("/proc/self/task")
 
 Json = dict[str, Any]
@@ -193,7 +193,8 @@ def _sample_cuda(variant: Variant, samples: Samples) -> None:
     variant.prepare()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
-    torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+    cycles = int(CYCLES_PER_SECOND * samples.cpu[-1]) if samples.cpu else 0
+    torch.cuda._sleep(min(max(cycles, BUSY_CYCLES), MOST_BUSY_CYCLES))  # type: ignore[no-untyped-call]
     begin.record()
     start = time.perf_counter()
     result = variant.run()
@@ -222,7 +223,8 @@ def cache_eviction(device: torch.device) -> Callable[[], object]:
     else:
         size = 2 * _last_level_cache()
     filler = torch.zeros(size // 4, device=device)
-    return lambda: filler.add_(1)
+    # On a GPU only read: what is written would be stored while the next run is timed.
+    return filler.sum if device.type == "cuda" else lambda: filler.add_(1)
 
 
 def _last_level_cache() -> int:

@@ -103,17 +103,18 @@ def main(
     settings = Settings(torch.device(args.device), args.quick, seconds, compiles and not args.no_compile)
     end = time.monotonic() + args.budget
     rows: list[Json] = []
+    failed: dict[str, str] = {}
     result = {
         "benchmark": benchmark,
         "environment": machine.environment(settings.device),
         "quick": args.quick,
         "compile": compiles,
         "rows": rows,
+        "failed": failed,
     }
     name = f"{benchmark}-quick" if args.quick else benchmark
 
     print(report.heading(result))
-    failed = 0
     for job in jobs(args.quick):
         if not wanted.search(job.name):
             continue
@@ -123,6 +124,8 @@ def main(
         if job.bytes_needed > 0.8 * machine.available_memory(settings.device):
             print(f"{job.name}: skipped, needs {job.bytes_needed / 2**30:.1f} GiB", file=sys.stderr)
             continue
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
         torch.manual_seed(0)
         try:
             rows.append(job.measure(settings))
@@ -130,15 +133,17 @@ def main(
             print(f"stopped in {job.name}", file=sys.stderr)
             break
         except Exception as error:
-            failed += 1
-            print(f"{job.name}: failed, {type(error).__name__}: {error}", file=sys.stderr)
+            failed[job.name] = f"{type(error).__name__}: {error}"
+            print(f"{job.name}: failed, {failed[job.name]}", file=sys.stderr)
+            if "restart the process" in failed[job.name] or "CUDA error" in failed[job.name]:
+                break  # nothing runs on the GPU any more
             continue
         finally:
             gc.collect()
         print(report.line(rows[-1], result), flush=True)
         path = harness.save(result, args.out, name)
     if not rows:
-        print(f"{failed} rows failed" if failed else f"--filter {args.filter!r}: no row matches", file=sys.stderr)
+        print(f"{len(failed)} rows failed" if failed else f"--filter {args.filter!r}: no row matches", file=sys.stderr)
         return 1
     print(summary(result))
     print(f"saved {path}")
