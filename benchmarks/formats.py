@@ -29,25 +29,15 @@ import torch
 from harness import Json, Variant
 from onepass._cli.demo_data import HelpText
 from onepass._cli.demo_networks import CharacterGPT
+from optimizers import FORMATS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Options = dict[str, Any]
 
 # Options under their names, for parameters of a dtype; the first is what the others are compared with.
-FLOAT32: dict[str, Options] = {
-    "float32 states": {},
-    "bfloat16 states": {"state_dtype": torch.bfloat16},
-    "8-bit states": {"state_dtype": "8bit"},
-}
-BFLOAT16: dict[str, Options] = {
-    "float32 states": {},
-    "bfloat16 states": {"state_dtype": torch.bfloat16},
-    "8-bit states": {"state_dtype": "8bit"},
-    "8-bit states, stochastic rounding": {"state_dtype": "8bit", "stochastic_rounding": True},
-    "8-bit states, 24-bit master": {"state_dtype": "8bit", "master_bits": 24},
-    "8-bit states, 32-bit master": {"state_dtype": "8bit", "master_bits": 32},
-}
+BFLOAT16: dict[str, Options] = {name or "float32 states": options for name, options in FORMATS.items()}
+FLOAT32 = {name: BFLOAT16[name] for name in ("float32 states", "bfloat16 states", "8-bit states")}
 BY_DTYPE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 

@@ -54,7 +54,7 @@ def other_updates() -> Iterator[Row]:
     for dtype in (FLOAT32, BFLOAT16):
         yield from (Row(*MEDIUM, "AdamW", dtype, clip=clip) for clip in (False, True))
     yield Row(*LARGE, "AdamW", clip=True)
-    yield from (Row(*LARGE, "AdamW", format=kept) for kept in ("bf16 states", "8-bit states"))
+    yield from (Row(*LARGE, "AdamW", format=kept) for kept in ("bfloat16 states", "8-bit states"))
     for kept in ("8-bit states", "8-bit states, 24-bit master", "8-bit states, 32-bit master"):
         yield Row(*LARGE, "AdamW", BFLOAT16, format=kept)
     others = [rule for rule in optimizers.RULES if rule not in ("AdamW", "Adam", "SparseAdam")]

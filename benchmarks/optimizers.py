@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import compiled
 import harness
@@ -58,11 +59,12 @@ RULES = {
 }
 USUAL_RULES = ("SGD", "Adam", "AdamW")  # those measured on whole networks
 SPARSE_RULES = ("Adagrad", "SparseAdam")  # on an embedding
-# How onepass keeps states and parameters; torch has nothing like it, and is measured without.
-FORMATS: dict[str, dict[str, object]] = {
+# How onepass keeps states and parameters; torch has nothing like it, and is measured without. "": states in float32.
+FORMATS: dict[str, dict[str, Any]] = {
     "": {},
-    "bf16 states": {"state_dtype": torch.bfloat16},
+    "bfloat16 states": {"state_dtype": torch.bfloat16},
     "8-bit states": {"state_dtype": "8bit"},
+    "8-bit states, stochastic rounding": {"state_dtype": "8bit", "stochastic_rounding": True},
     "8-bit states, 24-bit master": {"state_dtype": "8bit", "master_bits": 24},
     "8-bit states, 32-bit master": {"state_dtype": "8bit", "master_bits": 32},
 }

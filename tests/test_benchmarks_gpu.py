@@ -55,7 +55,7 @@ def test_the_rows_are_what_people_have():
         (Row("", [(10,)], "AdamW", clip=True), 32),
         (Row("", [(10,)], "AdamW", torch.bfloat16), 22),
         (Row("", [(10,)], "AdamW", format="8-bit states"), 16),
-        (Row("", [(10,)], "AdamW", format="bf16 states"), 20),
+        (Row("", [(10,)], "AdamW", format="bfloat16 states"), 20),
         (Row("", [(10,)], "AdamW", torch.bfloat16, format="8-bit states, 32-bit master"), 14),
         (Row("", [(10,)], "AdamW", torch.float16), 22),
         (Row("", [(10,)], "SGD"), 20),
@@ -125,21 +125,15 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(full, capture_output=True, text=True, check=False)
 
 
+def quick_run(rows: str, folder: Path) -> int:
+    """The exit status of the rows whose names match, few runs of each, on the CPU."""
+    options = ["--device", "cpu", "--quick", "--no-compile", "--seconds", "0"]
+    return gpu.main([*options, "--filter", rows, "--out", str(folder)])
+
+
 def test_quick_rows_run_on_the_cpu(tmp_path, capsys):
     """The rows, but for the GPU: every step and layer works, and the file can be read."""
-    options = [
-        "--device",
-        "cpu",
-        "--quick",
-        "--no-compile",
-        "--seconds",
-        "0.01",
-        "--filter",
-        "1M|LayerNorm",
-        "--out",
-        str(tmp_path),
-    ]
-    assert gpu.main(options) == 0
+    assert quick_run("1M|LayerNorm", tmp_path) == 0
     (path,) = tmp_path.glob("gpu-quick-*.json")
     rows = json.loads(path.read_text())["rows"]
     assert {"1 x 1M adamw", "clip_grad_norm_ of 1M bf16"} <= {row["name"] for row in rows}
@@ -151,19 +145,7 @@ def test_a_row_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
         raise RuntimeError("out of something")
 
     monkeypatch.setattr(gpu, "measure_norm", fail)
-    options = [
-        "--device",
-        "cpu",
-        "--quick",
-        "--no-compile",
-        "--seconds",
-        "0",
-        "--filter",
-        "1M.*bf16",
-        "--out",
-        str(tmp_path),
-    ]
-    assert gpu.main(options) == 1
+    assert quick_run("1M.*bf16", tmp_path) == 1
     output = capsys.readouterr()
     assert "clip_grad_norm_ of 1M bf16: failed, RuntimeError: out of something" in output.err
     assert "1 x 1M adamw bf16" in output.out

@@ -106,7 +106,10 @@ PYBIND11_MODULE(_C, m) {
 #if defined(ONEPASS_HAS_CUDA)
   m.attr("cuda_archs") = ONEPASS_CUDA_ARCHS_BUILT;
   m.def("cuda_device_count", &cuda::device_count);
-  m.def("cuda_versions", [] { return std::make_pair(cuda::versions().built, cuda::versions().driver); });
+  m.def("cuda_versions", [] {
+    const cuda::Versions versions = cuda::versions();
+    return std::make_pair(versions.built, versions.driver);
+  });
 #else
   m.attr("cuda_archs") = "";
   m.def("cuda_device_count", [] { return 0; });
